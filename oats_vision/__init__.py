@@ -1,0 +1,22 @@
+"""Compress vision transformers and language models with OATS: sparse plus low-rank, in one shot."""
+
+from oats_vision.adapters import Adapter, register_adapter
+from oats_vision.checkpoint import load, load_transform, save
+from oats_vision.errors import OatsVisionError
+from oats_vision.layers import SparseLowRankLinear, merge
+from oats_vision.models import load_model
+from oats_vision.pipeline import CompressionReport, compress
+
+__all__ = [
+    "Adapter",
+    "CompressionReport",
+    "OatsVisionError",
+    "SparseLowRankLinear",
+    "compress",
+    "load",
+    "load_model",
+    "load_transform",
+    "merge",
+    "register_adapter",
+    "save",
+]

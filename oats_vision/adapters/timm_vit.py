@@ -1,0 +1,35 @@
+"""timm's VisionTransformer (ViT, DeiT, DINOv2, SigLIP, CLIP, AugReg) and Eva (DINOv3, EVA-02)."""
+
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from oats_vision.adapters.base import Adapter
+
+QKV = {"attn.qkv": ("q", "k", "v")}
+
+
+def _call_qkv_as_module(model: nn.Module) -> None:
+    """Eva's attention reads `qkv.weight` past the module unless its bias is added separately."""
+    for module in model.modules():
+        if getattr(module, "qkv_bias_separate", None) is False:
+            module.qkv_bias_separate = True  # type: ignore[assignment]  # a plain attribute of EvaAttention
+
+
+ADAPTERS = [
+    Adapter(
+        name="timm_vit",
+        serves="timm VisionTransformer: ViT, DeiT, DINOv2 with and without registers, SigLIP, CLIP, AugReg",
+        matches=lambda model: isinstance(model, VisionTransformer),
+        blocks=lambda model: "blocks",
+        fused=QKV,
+    ),
+    Adapter(
+        name="timm_eva",
+        serves="timm Eva: DINOv3, EVA-02, Perception Encoder",
+        matches=lambda model: isinstance(model, Eva),
+        blocks=lambda model: "blocks",
+        fused=QKV,
+        prepare=_call_qkv_as_module,
+    ),
+]

@@ -1,0 +1,121 @@
+"""Streaming statistics of a linear layer's inputs: one pass, one vector per layer, any batch size."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oats_vision.core.oats import column_scale
+
+Scaling = Literal["second_moment", "median", "none"]
+
+
+class SecondMoment:
+    """Mean of the squares of each input feature over all tokens (OATS, section 3.2).
+
+    Squares are summed in float32 over a few hundred tokens and in float64 beyond, so that the result is the
+    same to 1e-6 however the tokens were batched. Values whose squares overflow float32 are squared in float64.
+
+    >>> moment = SecondMoment(2)
+    >>> moment.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> moment.compute().tolist()
+    [5.0, 2.0]
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
+        tokens = _tokens(inputs, mask)
+        for chunk in tokens.split(512):
+            # vector products of float32 differ only in their last bits between batchings
+            squares = chunk.float().square_().sum(0) if chunk.dtype != torch.float64 else chunk.square().sum(0)
+            if not squares.isfinite().all():
+                squares = chunk.double().square_().sum(0)
+            self.total += squares
+        self.tokens += len(tokens)
+
+    def compute(self) -> Tensor:
+        """The second moment, (in_features,), float64.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        if not self.tokens:
+            raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
+        return self.total / self.tokens
+
+    def scale(self) -> Tensor:
+        """D = sqrt(second moment), finite and positive, (in_features,)."""
+        return column_scale(self.compute())
+
+
+class MedianMagnitude:
+    """Median magnitude of each input feature: robust to outlier tokens, for the ablation of the scaling.
+
+    Magnitudes are counted in bins of 1/16 of an octave, so that the result does not depend on the order or
+    the batches; it is exact to half a bin (about 2%).
+    """
+
+    OCTAVES, PER_OCTAVE, LOWEST = 48, 16, -32  # 2^-32 to 2^16; outside counts in the first or the last bin
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        bins = self.OCTAVES * self.PER_OCTAVE
+        self.counts = torch.zeros(in_features, bins, dtype=torch.int32, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
+        tokens = _tokens(inputs, mask)
+        for chunk in tokens.split(512):
+            octave = chunk.float().abs().nan_to_num().log2().sub_(self.LOWEST).mul_(self.PER_OCTAVE)
+            index = octave.clamp_(0, self.counts.shape[1] - 1).long().T  # (in, tokens)
+            self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+        self.tokens += len(tokens)
+
+    def compute(self) -> Tensor:
+        """The median of |x|, (in_features,), float64; zero where the median feature value is (almost) zero.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        if not self.tokens:
+            raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
+        middle = (self.tokens + 1) // 2
+        index = (self.counts.cumsum(1) < middle).sum(1)
+        median = torch.exp2((index.double() + 0.5) / self.PER_OCTAVE + self.LOWEST)
+        return median.masked_fill_(index == 0, 0.0)
+
+    def scale(self) -> Tensor:
+        """D = median of |x|, finite and positive, (in_features,)."""
+        return column_scale(self.compute().square())
+
+
+class NoScale:
+    """D = 1: the ablation without outlier information; keeps no statistics."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.ones = torch.ones(in_features, dtype=torch.float64, device=device)
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Nothing is kept."""
+
+    def scale(self) -> Tensor:
+        """Ones, (in_features,)."""
+        return self.ones
+
+
+Statistic = SecondMoment | MedianMagnitude | NoScale
+STATISTICS: dict[Scaling, type[Statistic]] = {
+    "second_moment": SecondMoment,
+    "median": MedianMagnitude,
+    "none": NoScale,
+}
+
+
+def _tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """(tokens that count, in_features)."""
+    inputs = inputs.detach()
+    return inputs.flatten(0, -2) if mask is None else inputs[mask.bool()]

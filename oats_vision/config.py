@@ -1,0 +1,122 @@
+"""Every setting with its range and its default, checked once; the CLI's flags and YAML fields are these names."""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from oats_vision.calibration import Scaling
+from oats_vision.core.budget import Pattern, split_rate
+from oats_vision.core.oats import Solver
+from oats_vision.errors import ConfigError
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Config = TypeVar("Config", bound="CompressionSettings")
+
+
+class CompressionSettings(BaseModel):
+    """How to compress: all that the result depends on, besides the model and the calibration data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: float | None = Field(None, description="share of the parameters removed, in (0, 1) [default: 0.5]")
+    rank_ratio: float | None = Field(
+        None, description="share of what is kept that goes to the low-rank term, in [0, 1] [default: 0.2]"
+    )
+    pattern: str = Field("row", description="where S keeps its non-zeros: row, layer or N:M such as 2:4")
+    iterations: int = Field(80, ge=1, description="rounds of alternating thresholding at most")
+    solver: Solver = Field("fast", description="fast: warm-started and extrapolated; exact: an SVD each round")
+    tolerance: float = Field(
+        1e-3, ge=0, lt=1, description="fast stops when ten rounds lower the error by less than this share; 0: never"
+    )
+    scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")
+    fused_qkv: Literal["split", "joint"] = Field("split", description="decompose a fused qkv as three matrices or one")
+    storage_dtype: Dtype | None = Field(
+        None, description="precision that the weights are rounded to and stored in [default: the checkpoint's own]"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CompressionSettings":
+        rate, rank_ratio = split_rate(self.rate, self.rank_ratio, Pattern.parse(self.pattern))
+        object.__setattr__(self, "rate", rate)
+        object.__setattr__(self, "rank_ratio", rank_ratio)
+        return self
+
+    @property
+    def terms(self) -> tuple[float, float, Pattern]:
+        """Rate, rank ratio and pattern, complete."""
+        assert self.rate is not None
+        assert self.rank_ratio is not None
+        return self.rate, self.rank_ratio, Pattern.parse(self.pattern)
+
+
+class RunConfig(CompressionSettings):
+    """One run of `oats-vision compress`: what to compress, with what, where to."""
+
+    model: str = Field("demo", description="alias, timm name, hf:org/name, hub:entry or a local directory")
+    pretrained: bool = Field(True, description="load the trained weights; without, random ones (to try a run)")
+    image_size: int | None = Field(None, ge=1, description="input size, if not the model's own (timm models)")
+    trust_remote_code: bool = Field(False, description="run model code from a hub (hub: and some hf: models need it)")
+    data: str | None = Field(None, description="calibration pictures: a folder, hf:name[:config] or demo")
+    split: str = Field("train", description="split of a Hugging Face dataset for calibration")
+    eval_data: str | None = Field(None, description="labelled pictures for top-1 before and after")
+    eval_split: str = Field("validation", description="split of a Hugging Face dataset for the evaluation")
+    eval_samples: int | None = Field(None, ge=1, description="evaluate on that many pictures only [default: all]")
+    streaming: bool = Field(False, description="stream Hugging Face datasets in place of downloading them")
+    samples: int = Field(2048, ge=1, description="calibration pictures")
+    batch_size: int = Field(64, ge=1, description="pictures in a batch")
+    workers: int = Field(0, ge=0, description="processes that read pictures")
+    seed: int = Field(42, description="of the choice of calibration pictures")
+    device: str = Field("auto", description="auto (CUDA if it is there), cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision that the model computes in")
+    activation_memory: float = Field(8.0, gt=0, description="GB of activations kept in memory; the rest on disk")
+    out: Path = Field(Path("oats_compressed"), description="directory to write")
+    overwrite: bool = Field(False, description="replace an existing checkpoint in --out")
+    merge: bool = Field(False, description="also write the dense S + U V as a plain checkpoint, in OUT/merged")
+
+    def settings(self) -> CompressionSettings:
+        """The part that decides the result."""
+        names = CompressionSettings.model_fields
+        return CompressionSettings(**{name: getattr(self, name) for name in names})
+
+
+def validated(kind: type[Config], fields: dict[str, Any]) -> Config:
+    """Build a configuration.
+
+    Raises:
+        ConfigError: one line that names each field that is wrong, what it was and what is allowed.
+    """
+    try:
+        return kind(**fields)
+    except ValidationError as invalid:
+        lines = []
+        for error in invalid.errors():
+            name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+            if error["type"] == "extra_forbidden":
+                message = f"is no setting; known: {', '.join(kind.model_fields)}"
+            elif name:
+                message = f"{message}, got {error['input']!r}"
+            lines.append(f"{name}: {message}" if name else message)
+        raise ConfigError("; ".join(lines)) from None
+
+
+def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
+    """Read a YAML file of RunConfig's fields, if given, and let the flags that are not None override it.
+
+    Raises:
+        ConfigError: the file is missing, no YAML mapping, or a field is wrong.
+    """
+    fields: dict[str, Any] = {}
+    if path is not None:
+        try:
+            fields = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+            raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+    fields |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return validated(RunConfig, fields)
+    except ConfigError as wrong:
+        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None

@@ -1,0 +1,1 @@
+"""The mathematics of OATS on matrices: no model, no file, no device policy."""

@@ -1,0 +1,130 @@
+"""How many parameters the sparse and the low-rank term of a layer may keep."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where the sparse term may keep its non-zeros.
+
+    `row`: the same number in every row; `layer`: anywhere in the layer; `n:m`: `n` in each group of
+    `m` neighbours of a row (the last group of a row may be shorter).
+    """
+
+    kind: Literal["row", "layer", "n:m"] = "row"
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Read `row`, `layer` or N:M such as `2:4`.
+
+        Raises:
+            ValueError: neither of them, or not 0 < N < M.
+
+        >>> Pattern.parse("2:8")
+        Pattern(kind='n:m', n=2, m=8)
+        """
+        if text in ("row", "layer"):
+            return cls(text)  # type: ignore[arg-type]  # narrowed by the line above
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError(f"pattern must be 'row', 'layer' or N:M with 0 < N < M such as '2:4', got {text!r}")
+        return cls("n:m", int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.kind == "n:m" else self.kind
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The size of one decomposition: rank of L, and non-zeros of S in the whole matrix."""
+
+    rank: int
+    nonzeros: int
+    pattern: Pattern = Pattern()
+
+    def parameters(self, out_features: int, in_features: int) -> int:
+        """Parameters kept: non-zeros of S and entries of U and V (the positions of S not counted)."""
+        return self.nonzeros + self.rank * (out_features + in_features)
+
+
+def split_rate(rate: float | None, rank_ratio: float | None, pattern: Pattern) -> tuple[float, float]:
+    """Complete (rate, rank_ratio): N:M fixes the density of S, so that either gives the other.
+
+    Defaults are rate 0.5 and rank_ratio 0.2. For N:M, `1 - rate = (N/M) / (1 - rank_ratio)`.
+
+    Raises:
+        ValueError: out of range, or a rate and a rank ratio that N:M cannot both meet.
+    """
+    if rate is not None and not 0 < rate < 1:
+        raise ValueError(f"rate must be in (0, 1), got {rate:g}")
+    if rank_ratio is not None and not 0 <= rank_ratio <= 1:
+        raise ValueError(f"rank_ratio must be in [0, 1], got {rank_ratio:g}")
+    if pattern.kind != "n:m":
+        return 0.5 if rate is None else rate, 0.2 if rank_ratio is None else rank_ratio
+
+    density = pattern.n / pattern.m
+    if rate is None:
+        rank_ratio = 0.2 if rank_ratio is None else rank_ratio
+        if rank_ratio >= 1 - density:
+            raise ValueError(f"rank_ratio must be below {1 - density:g} with pattern {pattern}, got {rank_ratio:g}")
+        return 1 - density / (1 - rank_ratio), rank_ratio
+    if density > 1 - rate + 1e-9:
+        raise ValueError(f"rate must be at most {1 - density:g} with pattern {pattern}, got {rate:g}")
+    implied = max(0.0, 1 - density / (1 - rate))
+    if rank_ratio is not None and abs(rank_ratio - implied) > 1e-3:
+        raise ValueError(
+            f"rank_ratio must be {implied:.4g} with pattern {pattern} and rate {rate:g} (or leave one out), "
+            f"got {rank_ratio:g}"
+        )
+    return rate, implied
+
+
+def layer_budget(
+    out_features: int, in_features: int, rate: float, rank_ratio: float, pattern: Pattern = Pattern()
+) -> Budget:
+    """Rank and non-zeros of a layer from the compression rate and the rank ratio (OATS, section 3.1).
+
+    Args:
+        out_features, in_features: shape of the weight, `m` and `n` in the paper.
+        rate: share of the parameters removed, in (0, 1).
+        rank_ratio: share of the parameters kept that goes to the low-rank term, in [0, 1].
+        pattern: where S may keep its non-zeros; row-wise budgets are rounded down to whole rows.
+
+    Raises:
+        ValueError: out of range; or a rank ratio above 0 (below 1) that leaves rank 0 (no non-zeros).
+
+    >>> layer_budget(1024, 1024, rate=0.5, rank_ratio=0.25)
+    Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0))
+    """
+    rate, rank_ratio = split_rate(rate, rank_ratio, pattern)
+    m, n = out_features, in_features
+    kept = (1 - rate) * m * n
+    rank = _floor(rank_ratio * kept / (m + n))
+    if pattern.kind == "row":
+        nonzeros = m * _floor((1 - rank_ratio) * kept / m)
+    elif pattern.kind == "layer":
+        nonzeros = _floor((1 - rank_ratio) * kept)
+    else:
+        groups, rest = divmod(n, pattern.m)
+        nonzeros = m * (groups * pattern.n + min(rest, pattern.n))
+    if rank == 0 and rank_ratio > 0:
+        raise ValueError(
+            f"rank_ratio {rank_ratio:g} at rate {rate:g} leaves rank 0 for a {m} x {n} weight: "
+            f"use rank_ratio 0 (no low-rank term) or at least {(m + n) / kept:.3g}"
+        )
+    if nonzeros == 0 and rank_ratio < 1:
+        raise ValueError(
+            f"rank_ratio {rank_ratio:g} at rate {rate:g} leaves no non-zeros for a {m} x {n} weight: "
+            "use rank_ratio 1 (no sparse term) or a smaller one"
+        )
+    return Budget(rank, nonzeros, pattern)
+
+
+def _floor(x: float) -> int:
+    """Floor that forgives the last bits: 0.8 * 0.5 * 1000 is 400, however it was rounded."""
+    return math.floor(x * (1 + 1e-12) + 1e-9)

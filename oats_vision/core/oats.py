@@ -1,0 +1,123 @@
+"""OATS: a weight as a sparse plus a low-rank matrix (Zhang & Papyan, ICLR 2025).
+
+W ~ S + U V,   minimising |(W - S - U V) D|,   D = sqrt(second moment of the inputs)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oats_vision.core.budget import Budget
+from oats_vision.core.lowrank import WarmLowRank, exact_low_rank
+from oats_vision.core.threshold import keep_largest
+
+Solver = Literal["fast", "exact"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A decomposed weight `S + U V`.
+
+    S: (out_features, in_features), dense tensor with `budget.nonzeros` non-zeros at most.
+    U: (out_features, rank); V: (rank, in_features).
+    error: relative error |(W - S - U V) D| / |W D|, Frobenius norms.
+    rounds: rounds of alternating thresholding that were run.
+    """
+
+    S: Tensor
+    U: Tensor
+    V: Tensor
+    error: float
+    rounds: int
+
+    def dense(self) -> Tensor:
+        """S + U V, (out_features, in_features)."""
+        return torch.addmm(self.S, self.U, self.V)
+
+
+def oats(
+    weight: Tensor,
+    scale: Tensor,
+    budget: Budget,
+    *,
+    iterations: int = 80,
+    solver: Solver = "fast",
+    extrapolation: float = 0.9,
+    tolerance: float = 0.0,
+) -> Factors:
+    """Decompose a weight into sparse plus low-rank (OATS, Algorithm 2).
+
+    Args:
+        weight: (out_features, in_features), any floating dtype.
+        scale: D, (in_features,), finite and positive: see `column_scale`.
+        budget: rank of the low-rank term and non-zeros of the sparse term.
+        iterations: rounds of alternating thresholding.
+        solver: `exact` is the paper's (a full SVD each round), `fast` a warm-started block power iteration.
+        extrapolation: of the sparse term between rounds, for `fast` only.
+        tolerance: `fast` stops when ten rounds lowered the error by less than this share of it; 0: never.
+
+    Returns:
+        Factors in the dtype of the arithmetic: float64 for float64 weights, else float32.
+    """
+    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    D = scale.to(W)
+    A = W * D
+    if solver == "exact":
+        S, U, V, rounds = alternating_thresholding(A, budget, iterations)
+    else:
+        S, U, V, rounds = extrapolated_thresholding(A, budget, iterations, extrapolation, tolerance)
+    norm = torch.linalg.matrix_norm(A)
+    error = torch.linalg.matrix_norm(torch.addmm(A - S, U, V, alpha=-1)) / norm if norm > 0 else norm
+    return Factors(S.div_(D), U, V / D, float(error), rounds)
+
+
+def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The paper's rounds: S, U, V with A ~ S + U V, by exact truncated SVD (OATS, Algorithm 1)."""
+    S = torch.zeros_like(A)
+    for _ in range(iterations):
+        U, V = exact_low_rank(A - S, budget.rank)
+        S = keep_largest(A - U @ V, budget)
+    return S, U, V, iterations
+
+
+def extrapolated_thresholding(
+    A: Tensor, budget: Budget, iterations: int, extrapolation: float, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The same rounds with the sparse term extrapolated: L ~ A - (S + beta (S - S_previous)).
+
+    Both terms creep towards their fixed point in steps of nearly the same direction, so that a longer
+    step gets there in fewer rounds, and past the plain iteration's result. A round whose error rises
+    restarts the extrapolation.
+    """
+    low_rank: Callable[[Tensor, int], tuple[Tensor, Tensor]] = WarmLowRank()
+    S, S_previous, buffer = torch.zeros_like(A), torch.zeros_like(A), torch.empty_like(A)
+    errors: list[float] = []
+    beta = 0.0
+    for _ in range(iterations):
+        torch.lerp(S_previous, S, 1 + beta, out=buffer)  # S + beta (S - S_previous)
+        U, V = low_rank(torch.sub(A, buffer, out=buffer), budget.rank)
+        residual = torch.addmm(A, U, V, alpha=-1, out=buffer)  # A - L
+        S, S_previous = keep_largest(residual, budget, out=S_previous), S
+        errors.append(float(torch.linalg.vector_norm(residual.sub_(S))))
+        beta = extrapolation if len(errors) < 2 or errors[-1] <= errors[-2] else 0.0
+        if tolerance and len(errors) > 10 and errors[-1] > (1 - tolerance) * errors[-11]:
+            break
+    return S, U, V, len(errors)
+
+
+def column_scale(moment: Tensor) -> Tensor:
+    """D from a second moment (in_features,), made finite and positive so that it can be divided by.
+
+    An input feature that was never active gets a scale so small (1e-4 of the root mean square of D)
+    that it takes no budget from the others, and its weights stay finite. An overflow counts as the
+    largest finite moment, NaN as the mean. With nothing finite and positive at all, D is one.
+    """
+    moment = moment.double()
+    usable = moment[moment.isfinite() & (moment > 0)]
+    if not len(usable):
+        return torch.ones_like(moment)
+    moment = moment.nan_to_num(nan=float(usable.mean()), posinf=float(usable.max())).clamp_min(0)
+    return moment.sqrt().clamp_min(1e-4 * float(moment.mean().sqrt()))

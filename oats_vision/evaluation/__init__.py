@@ -1,0 +1,1 @@
+"""What compression cost: protocols that run on dense and on compressed models alike."""

@@ -1,0 +1,210 @@
+"""The compressed layer: a packed sparse matrix plus a low-rank product in the place of nn.Linear."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oats_vision.core.oats import Factors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a layer: the whole weight, or one of q, k and v of a fused qkv."""
+
+    name: str
+    out_features: int
+    rank: int
+    nonzeros: int
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """All that fixes the shapes of a `SparseLowRankLinear`, as stored in a checkpoint's config."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+    parts: tuple[Part, ...]
+
+    @property
+    def nonzeros(self) -> int:
+        return sum(part.nonzeros for part in self.parts)
+
+    @property
+    def parameters(self) -> int:
+        """Non-zeros, U and V; neither the bitmask nor the bias."""
+        return self.nonzeros + sum(part.rank * (part.out_features + self.in_features) for part in self.parts)
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.out_features * self.in_features
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "LayerSpec":
+        """Raises KeyError, TypeError or ValueError if a field is missing, unknown or impossible."""
+        spec = cls(**{**fields, "parts": tuple(Part(**part) for part in fields["parts"])})
+        counts = [spec.in_features, spec.out_features, *(x for p in spec.parts for x in (p.rank, p.nonzeros))]
+        if any(not isinstance(count, int) or count < 0 for count in counts):
+            raise ValueError(f"counts must be whole numbers, got {counts}")
+        if sum(part.out_features for part in spec.parts) != spec.out_features:
+            raise ValueError(f"the parts do not make up {spec.out_features} rows")
+        return spec
+
+
+class PackedSparse(nn.Module):
+    """A sparse matrix (out_features, in_features): non-zeros in row order and one bit for each position.
+
+    The layout is that of the `sparse-bitmask` format of compressed-tensors: bit `j % 8` (least significant
+    first) of byte `j // 8` of a row says whether column `j` holds a value; rows are padded to a byte.
+    """
+
+    bitmask: Tensor
+
+    def __init__(self, values: Tensor, bitmask: Tensor, in_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.register_buffer("bitmask", bitmask)
+
+    @classmethod
+    def pack(cls, S: Tensor, dtype: torch.dtype) -> "PackedSparse":
+        """Pack a dense tensor with zeros; values are rounded to `dtype`."""
+        mask = S != 0
+        bits = F.pad(mask, (0, -S.shape[1] % 8)).view(len(S), -1, 8).to(torch.uint8)
+        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=S.device)
+        return cls(S[mask].to(dtype), (bits * weights).sum(-1, dtype=torch.uint8), S.shape[1])
+
+    def mask(self) -> Tensor:
+        """Where the non-zeros are: bool (out_features, in_features)."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmask.device)
+        bits = (self.bitmask.unsqueeze(-1) >> shifts) & 1
+        return bits.view(torch.bool).flatten(1)[:, : self.in_features]
+
+    def dense(self) -> Tensor:
+        """The matrix with its zeros, (out_features, in_features), dtype of the values."""
+        mask = self.mask()
+        zeros = torch.zeros(mask.shape, dtype=self.values.dtype, device=self.values.device)
+        return zeros.masked_scatter(mask, self.values)
+
+
+class LowRank(nn.Module):
+    """U (out_features, rank) and V (sum of the parts' ranks, in_features).
+
+    With several parts, rows of U that belong to part p multiply p's rows of V; U is as wide as the largest
+    rank of a part.
+    """
+
+    def __init__(self, U: Tensor, V: Tensor) -> None:
+        super().__init__()
+        self.U = nn.Parameter(U, requires_grad=False)
+        self.V = nn.Parameter(V, requires_grad=False)
+
+
+class SparseLowRankLinear(nn.Module):
+    """y = S x + U (V x) + b: replaces an nn.Linear and takes the same inputs (..., in_features).
+
+    It holds no dense copy of S: each call unpacks S for the time of the product.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, spec: LayerSpec, sparse: PackedSparse, low_rank: LowRank, bias: Tensor | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.sparse = sparse
+        self.low_rank = low_rank
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def in_features(self) -> int:
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.spec.out_features
+
+    @classmethod
+    def from_factors(
+        cls, parts: Sequence[tuple[str, Factors]], bias: Tensor | None, dtype: torch.dtype
+    ) -> "SparseLowRankLinear":
+        """Build from the decompositions of the parts, top to bottom; values are rounded to `dtype`."""
+        rank = max(factors.U.shape[1] for _, factors in parts)
+        U = torch.cat([F.pad(factors.U, (0, rank - factors.U.shape[1])) for _, factors in parts])
+        V = torch.cat([factors.V for _, factors in parts])
+        # what rounds to zero is no non-zero: the count must be that of the stored values
+        S = [factors.S.to(dtype) for _, factors in parts]
+        spec = LayerSpec(
+            in_features=V.shape[1],
+            out_features=U.shape[0],
+            bias=bias is not None,
+            parts=tuple(
+                Part(name, factors.U.shape[0], factors.U.shape[1], int(torch.count_nonzero(s)))
+                for (name, factors), s in zip(parts, S, strict=True)
+            ),
+        )
+        bias = None if bias is None else bias.detach().to(dtype).clone()
+        return cls(spec, PackedSparse.pack(torch.cat(S), dtype), LowRank(U.to(dtype), V.to(dtype)), bias)
+
+    @classmethod
+    def empty(cls, spec: LayerSpec, dtype: torch.dtype, device: torch.device | str = "meta") -> "SparseLowRankLinear":
+        """A layer of the right shapes with no data yet, to load a state dict into."""
+        rank = max(part.rank for part in spec.parts)
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        bitmask = torch.empty(spec.out_features, -(-spec.in_features // 8), dtype=torch.uint8, device=device)
+        sparse = PackedSparse(torch.empty(spec.nonzeros, **options), bitmask, spec.in_features)
+        U = torch.empty(spec.out_features, rank, **options)
+        V = torch.empty(sum(part.rank for part in spec.parts), spec.in_features, **options)
+        return cls(spec, sparse, LowRank(U, V), torch.empty(spec.out_features, **options) if spec.bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        y = F.linear(x, self.sparse.dense(), self.bias)
+        z = F.linear(x, self.low_rank.V)  # (..., sum of ranks)
+        if len(self.spec.parts) == 1:
+            return y + F.linear(z, self.low_rank.U)
+        rows = self.low_rank.U.split([part.out_features for part in self.spec.parts])
+        codes = z.split([part.rank for part in self.spec.parts], dim=-1)
+        products = [F.linear(code, U[:, : code.shape[-1]]) for code, U in zip(codes, rows, strict=True)]
+        return y + torch.cat(products, dim=-1)
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """S + U V in float32 or better, rounded once to the layer's dtype: (out_features, in_features)."""
+        dtype = torch.promote_types(self.sparse.values.dtype, torch.float32)
+        weight = self.sparse.dense().to(dtype)
+        rows = weight.split([part.out_features for part in self.spec.parts])
+        Us = self.low_rank.U.to(dtype).split([part.out_features for part in self.spec.parts])
+        Vs = self.low_rank.V.to(dtype).split([part.rank for part in self.spec.parts])
+        for block, U, V in zip(rows, Us, Vs, strict=True):
+            block.addmm_(U[:, : len(V)], V)
+        return weight.to(self.sparse.values.dtype)
+
+    def merge(self) -> nn.Linear:
+        """An ordinary nn.Linear with the weight S + U V: full size, full speed on any backend."""
+        linear = nn.Linear(1, 1, bias=False)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        ranks = "+".join(str(part.rank) for part in self.spec.parts)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"nonzeros={self.spec.nonzeros}, rank={ranks}, bias={self.bias is not None}"
+        )
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every compressed layer of `model`, in place, by the dense nn.Linear it stands for; return the model."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SparseLowRankLinear):
+            model.set_submodule(name, layer.merge())
+    return model

@@ -1,0 +1,120 @@
+"""What people look at: progress, and tables of a run, of a checkpoint's layers and of the known models."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from oats_vision.checkpoint import Sizes
+from oats_vision.evaluation.top1 import Top1
+from oats_vision.pipeline import CompressionReport, Step
+
+
+@contextmanager
+def compression_progress(console: Console) -> Iterator[Callable[[Step], None]]:
+    """A bar with block, linear, error of the last layer, and time left."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("block {task.fields[block]}/{task.fields[blocks]}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[activity]}"),
+        TextColumn("{task.fields[error]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=1.0, block=0, blocks="?", activity="loading pictures", error="")
+
+        def show(step: Step) -> None:
+            error = "" if step.error is None else f"error {step.error:.4f}"
+            fields: dict[str, Any] = {
+                "block": step.block,
+                "blocks": step.blocks,
+                "activity": step.activity,
+                "error": error,
+            }
+            bar.update(task, completed=step.done, **fields)
+
+        yield show
+
+
+@contextmanager
+def evaluation_progress(console: Console, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar over pictures."""
+    columns = (SpinnerColumn(), TextColumn(what), BarColumn(bar_width=24), TextColumn("{task.completed} pictures"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def run_table(title: str, parameters: tuple[int, int], sizes: Sizes, scores: tuple[Top1, Top1] | None) -> Table:
+    """Dense against compressed: accuracy, parameters, bytes.
+
+    Args:
+        parameters: of the whole model, dense and compressed.
+        scores: dense and compressed, if evaluated.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "OATS", "change"):
+        table.add_column(heading, justify="right")
+    if scores:
+        dense, ours = scores
+        table.add_row("top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", f"{ours.top1 - dense.top1:+.2f} points")
+        table.add_row("top-5", f"{dense.top5:.2f}%", f"{ours.top5:.2f}%", f"{ours.top5 - dense.top5:+.2f} points")
+        speeds = [score.pictures / score.seconds for score in scores]
+        table.add_row("pictures/s", *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f} x")
+    table.add_row("parameters", *(f"{count / 1e6:.2f} M" for count in parameters), _ratio(*parameters))
+    table.add_row(
+        "bytes on disk", *map(megabytes, (sizes.dense_total, sizes.total)), _ratio(sizes.dense_total, sizes.total)
+    )
+    table.add_row(
+        "  compressed layers",
+        *map(megabytes, (sizes.dense_layers, sizes.layers)),
+        _ratio(sizes.dense_layers, sizes.layers),
+    )
+    table.add_row("  of it positions of S", "", megabytes(sizes.positions), "")
+    return table
+
+
+def layer_table(report: CompressionReport) -> Table:
+    """One row for each compressed layer."""
+    table = Table(title="compressed layers", title_justify="left")
+    for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "rounds"):
+        table.add_column(heading, justify="left" if heading in ("layer", "part") else "right")
+    for layer in report.layers:
+        for i, part in enumerate(layer.spec.parts):
+            size = part.out_features * layer.spec.in_features
+            kept = part.nonzeros + part.rank * (part.out_features + layer.spec.in_features)
+            table.add_row(
+                layer.name if i == 0 else "",
+                f"{part.out_features} x {layer.spec.in_features}",
+                part.name,
+                str(part.rank),
+                f"{part.nonzeros:,}",
+                f"{kept / size:.1%}",
+                f"{layer.errors[part.name]:.4f}",
+                str(layer.rounds[part.name]),
+            )
+    return table
+
+
+def key_values(title: str, rows: dict[str, Any]) -> Table:
+    """Two columns: name and value."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _ratio(dense: float, ours: float) -> str:
+    return f"{ours / dense:.3f} x"

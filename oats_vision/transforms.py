@@ -1,0 +1,51 @@
+"""A model's own input preprocessing, as data: stored in checkpoints, rebuilt without a network."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm.data
+from PIL import Image
+from torch import Tensor
+
+# What a transform is made from: {"kind": "timm", input_size, interpolation, mean, std, crop_pct, crop_mode} or
+# {"kind": "huggingface", ...fields of an image processor}
+TransformConfig = dict[str, Any]
+Transform = Callable[[Image.Image], Tensor]
+
+
+class HuggingFaceTransform:
+    """One picture through a Hugging Face image processor (a class, so that worker processes can have it)."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
+def timm_transform_config(fields: Mapping[str, Any]) -> TransformConfig:
+    """What `timm.data.create_transform` needs, from a resolved timm data configuration."""
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    return {"kind": "timm"} | {
+        name: list(fields[name]) if isinstance(fields[name], tuple) else fields[name]
+        for name in names
+        if name in fields
+    }
+
+
+def build_transform(config: TransformConfig) -> Transform:
+    """PIL picture (RGB) -> float32 tensor (3, height, width), as the configuration says.
+
+    Raises:
+        KeyError, ValueError or TypeError: the configuration is not one of ours.
+    """
+    fields = dict(config)
+    kind = fields.pop("kind")
+    if kind == "huggingface":
+        import transformers
+
+        return HuggingFaceTransform(getattr(transformers, fields["image_processor_type"])(**fields))
+    if kind != "timm":
+        raise ValueError(f"transform kind must be 'timm' or 'huggingface', got {kind!r}")
+    fields["input_size"] = tuple(fields["input_size"])
+    return timm.data.create_transform(**fields, is_training=False)
