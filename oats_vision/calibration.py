@@ -30,8 +30,7 @@ class SecondMoment:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
         tokens = _tokens(inputs, mask)
         for chunk in tokens.split(512):
-            # vector products of float32 differ only in their last bits between batchings
-            squares = chunk.float().square_().sum(0) if chunk.dtype != torch.float64 else chunk.square().sum(0)
+            squares = (chunk if chunk.dtype == torch.float64 else chunk.float()).square().sum(0)
             if not squares.isfinite().all():
                 squares = chunk.double().square_().sum(0)
             self.total += squares

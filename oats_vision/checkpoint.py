@@ -186,7 +186,7 @@ def write_json(file: Path, content: Any) -> None:
     try:
         with os.fdopen(handle, "w") as stream:
             stream.write(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, file)
+        Path(temporary).replace(file)
     except OSError as problem:
         Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be written: {problem}") from problem

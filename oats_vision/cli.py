@@ -158,13 +158,14 @@ def compress(
     scores = (before, after) if before and after else None
     console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
     errors = [layer.error for layer in done.layers]
+    written = ", ".join(f"{name} {report.megabytes(size)}" for name, size in sorted(files.items()))
     console.print(
         f"{len(errors)} layers compressed with {done.samples} pictures ({pictures.skipped} unreadable ones skipped) in "
         f"{done.seconds['total']:.1f} s: {done.seconds['calibration']:.1f} s calibration, "
         f"{done.seconds['solver']:.1f} s solver; {result['seconds']['command']:.1f} s with the evaluation. "
         f"Peak memory {_peak_memory(target) / 1e9:.2f} GB.\n"
         f"Relative error of a layer: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}.\n"
-        f"Written to {run.out} ({', '.join(f'{name} {report.megabytes(size)}' for name, size in sorted(files.items()))})"
+        f"Written to {run.out} ({written})"
         f"{', and the dense merge to ' + str(run.out / 'merged') if run.merge else ''}."
     )
     if not scores:
@@ -190,9 +191,7 @@ def eval_top1(
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
     precision, target = getattr(torch, dtype), choose_device(device)
-    if (Path(model) / checkpoint.CONFIG).is_file() and "format_version" in (
-        Path(model) / checkpoint.CONFIG
-    ).read_text():
+    if checkpoint.is_checkpoint(Path(model)):
         module, transform = checkpoint.load(model, device=target, dtype=precision), checkpoint.load_transform(model)
     else:
         module, transform = load_model(model, dtype=precision, device=target, trust_remote_code=trust_remote_code)

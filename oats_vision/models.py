@@ -1,6 +1,7 @@
 """Find, build and rebuild models: from timm, Hugging Face, torch.hub, a local directory or the demo."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -245,9 +246,10 @@ def _from_directory(path: Path, pretrained: bool, image_size: int | None, trust_
 def _safetensors_dtype(path: Path) -> str:
     """Precision of the largest tensor of a safetensors file."""
     with safe_open(path, framework="pt") as file:
-        largest = max((file.get_slice(name) for name in file), key=lambda part: len(part.get_shape()))
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        return names.get(largest.get_dtype(), "float32")
+        names = file.keys()
+        largest = max(map(file.get_slice, names), key=lambda part: math.prod(part.get_shape()))
+        dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        return dtypes.get(largest.get_dtype(), "float32")
 
 
 def _plain(value: Any) -> Any:

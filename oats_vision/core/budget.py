@@ -75,7 +75,7 @@ def split_rate(rate: float | None, rank_ratio: float | None, pattern: Pattern) -
         return 1 - density / (1 - rank_ratio), rank_ratio
     if density > 1 - rate + 1e-9:
         raise ValueError(f"rate must be at most {1 - density:g} with pattern {pattern}, got {rate:g}")
-    implied = max(0.0, 1 - density / (1 - rate))
+    implied = max(0.0, round(1 - density / (1 - rate), 12))
     if rank_ratio is not None and abs(rank_ratio - implied) > 1e-3:
         raise ValueError(
             f"rank_ratio must be {implied:.4g} with pattern {pattern} and rate {rate:g} (or leave one out), "

@@ -1,0 +1,193 @@
+"""Every adapter on a tiny randomly initialised model of its real class."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as hf
+from torch import nn
+
+import oats_vision as ov
+from oats_vision.adapters import adapters, find_adapter
+from oats_vision.errors import ModelError
+from oats_vision.pipeline import plan_block
+
+FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+HF_ATTENTION = {f"attention.{name}_proj" for name in "qkvo"}
+CLIP = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"mlp.fc1", "mlp.fc2"}
+TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+HF = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the adapter that must take it, and its linears in each block."""
+
+    adapter: str
+    build: Any
+    blocks: str
+    linears: set[str]
+    fused: set[str] = field(default_factory=set)
+
+
+def _timm(name: str, **args: Any):
+    return lambda: timm.create_model(name, **{**TIMM, **args})
+
+
+def _hf(model: type, config: type, **args: Any):
+    return lambda: model(config(**{**HF, **args}))
+
+
+def _hub(**args: Any):
+    from dinov2.models.vision_transformer import DinoVisionTransformer
+
+    return DinoVisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, block_chunks=0, **args)
+
+
+EVA = {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.proj"}
+SWIGLU = {"mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"}
+CASES = {
+    "timm vit": Case("timm_vit", _timm("vit_tiny_patch16_224"), "blocks", FUSED, {"attn.qkv"}),
+    "timm deit": Case("timm_vit", _timm("deit_tiny_patch16_224"), "blocks", FUSED, {"attn.qkv"}),
+    "timm dinov2": Case("timm_vit", _timm("vit_small_patch14_dinov2"), "blocks", FUSED, {"attn.qkv"}),
+    "timm dinov2 reg": Case("timm_vit", _timm("vit_small_patch14_reg4_dinov2"), "blocks", FUSED, {"attn.qkv"}),
+    "timm dinov2 giant": Case(
+        "timm_vit", _timm("vit_giant_patch14_dinov2", mlp_ratio=4), "blocks", FUSED, {"attn.qkv"}
+    ),
+    "timm siglip": Case("timm_vit", _timm("vit_base_patch16_siglip_224"), "blocks", FUSED, {"attn.qkv"}),
+    "timm clip": Case("timm_vit", _timm("vit_base_patch16_clip_224"), "blocks", FUSED, {"attn.qkv"}),
+    "timm dinov3": Case("timm_eva", _timm("vit_small_patch16_dinov3"), "blocks", FUSED, {"attn.qkv"}),
+    "timm dinov3 qkv bias": Case("timm_eva", _timm("vit_small_patch16_dinov3_qkvb"), "blocks", FUSED, {"attn.qkv"}),
+    "timm dinov3 swiglu": Case(
+        "timm_eva", _timm("vit_small_plus_patch16_dinov3"), "blocks", {"attn.qkv", "attn.proj"} | SWIGLU, {"attn.qkv"}
+    ),
+    "timm eva02 fused": Case("timm_eva", _timm("eva02_tiny_patch14_224"), "blocks", FUSED, {"attn.qkv"}),
+    "timm eva02 separate": Case("timm_eva", _timm("eva02_base_patch14_224", embed_dim=48), "blocks", EVA | SWIGLU),
+    "timm mixed rope": Case("timm_eva", _timm("vit_small_patch16_rope_mixed_224"), "blocks", FUSED, {"attn.qkv"}),
+    "hf vit": Case(
+        "hf_vit",
+        _hf(hf.ViTForImageClassification, hf.ViTConfig),
+        "vit.layers",
+        HF_ATTENTION | {"mlp.fc1", "mlp.fc2"},
+    ),
+    "hf dinov2": Case(
+        "hf_dinov2", _hf(hf.Dinov2Model, hf.Dinov2Config), "encoder.layer", HF_ATTENTION | {"mlp.fc1", "mlp.fc2"}
+    ),
+    "hf dinov2 swiglu": Case(
+        "hf_dinov2",
+        _hf(hf.Dinov2ForImageClassification, hf.Dinov2Config, use_swiglu_ffn=True),
+        "dinov2.encoder.layer",
+        HF_ATTENTION | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+    ),
+    "hf dinov2 registers": Case(
+        "hf_dinov2_with_registers",
+        _hf(hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig),
+        "encoder.layer",
+        HF_ATTENTION | {"mlp.fc1", "mlp.fc2"},
+    ),
+    "hf dinov3": Case(
+        "hf_dinov3",
+        _hf(hf.DINOv3ViTModel, hf.DINOv3ViTConfig),
+        "model.layer",
+        HF_ATTENTION | {"mlp.up_proj", "mlp.down_proj"},
+    ),
+    "hf dinov3 gated": Case(
+        "hf_dinov3",
+        _hf(hf.DINOv3ViTModel, hf.DINOv3ViTConfig, use_gated_mlp=True),
+        "model.layer",
+        HF_ATTENTION | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+    ),
+    "hf clip": Case("hf_clip", _hf(hf.CLIPVisionModel, hf.CLIPVisionConfig), "encoder.layers", CLIP),
+    "hf clip projection": Case(
+        "hf_clip", _hf(hf.CLIPVisionModelWithProjection, hf.CLIPVisionConfig), "vision_model.encoder.layers", CLIP
+    ),
+    "hf siglip": Case("hf_siglip", _hf(hf.SiglipVisionModel, hf.SiglipVisionConfig), "encoder.layers", CLIP),
+    "hub dinov2": Case("dinov2_hub", _hub, "blocks", FUSED, {"attn.qkv"}),
+}
+
+
+def _outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    output = model(x)
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [value for value in output.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def model(case) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.build().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "gamma", "cls_token")):  # not at the zeros or tiny values of an untrained model
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_all_linears_of_the_blocks_are_found_and_none_else(case, model):
+    adapter = find_adapter(model)
+    assert adapter.name == case.adapter
+    blocks = adapter.named_blocks(model)
+    assert [name for name, _ in blocks] == [f"{case.blocks}.0", f"{case.blocks}.1"]
+    for _, block in blocks:
+        assert {name for name, _ in adapter.named_linears(block)} == case.linears
+        plan = plan_block(adapter, "", block, ov.pipeline.CompressionSettings())
+        assert {name for name, parts in plan.items() if len(parts) == 3} == case.fused
+
+
+@torch.no_grad()
+def test_prepared_model_computes_the_same(model, pictures):
+    untouched = _outputs(copy.deepcopy(model), pictures[0])
+    find_adapter(model).prepare(model)
+    for ours, theirs in zip(_outputs(model, pictures[0]), untouched, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_loaded_model_gives_bit_equal_outputs(case, model, pictures, tmp_path):
+    fresh = copy.deepcopy(model)
+    report = ov.compress(model, pictures, rate=0.5, iterations=5, storage_dtype="float16")
+    assert {layer.name for layer in report.layers} == {
+        f"{case.blocks}.{i}.{name}" for i in range(2) for name in case.linears
+    }
+    assert all(torch.isfinite(torch.tensor(layer.error)) for layer in report.layers)
+    expected = _outputs(model, pictures[0])
+    ov.save(model, tmp_path / "out")
+    needs_class = ov.models.source_of(model).kind == "module"
+    loaded = ov.load(tmp_path / "out", model=fresh if needs_class else None)
+    for ours, theirs in zip(_outputs(loaded, pictures[0]), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_hardly_any_compression_leaves_the_outputs(model, pictures):
+    """At a rate near 0 every weight survives: what is left is the plumbing of the block-by-block run."""
+    expected = _outputs(model, pictures[0])
+    ov.compress(model, pictures, rate=1e-6, rank_ratio=0, pattern="layer", iterations=1)
+    for ours, theirs in zip(_outputs(model, pictures[0]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_family_is_an_error_that_lists_the_known():
+    with pytest.raises(ModelError, match=r"no adapter knows .*Sequential") as error:
+        find_adapter(nn.Sequential(nn.Linear(2, 2)))
+    assert all(adapter.name in str(error.value) for adapter in adapters())
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="registered already"):
+        ov.register_adapter(ov.Adapter("timm_vit", "", lambda model: False, lambda model: ""))

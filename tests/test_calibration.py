@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oats_vision.calibration import STATISTICS, MedianMagnitude, SecondMoment
+
+
+def _tokens(seed: int, tokens: int = 512, features: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 5, features, generator=generator)
+    x[..., 2] *= 1000  # an outlier feature
+    x[..., 5] = 0  # a dead one
+    return x
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 100), st.sampled_from([1, 7, 256]))
+def test_second_moment_does_not_depend_on_batches_or_order(seed, batch):
+    x = _tokens(seed)
+    whole, parts = SecondMoment(12), SecondMoment(12)
+    whole.update(x)
+    for part in x[torch.randperm(len(x))].split(batch):
+        parts.update(part)
+    reference = x.double().square().mean((0, 1))
+    np.testing.assert_allclose(whole.compute(), reference, rtol=1e-6)
+    np.testing.assert_allclose(parts.compute(), reference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_second_moment_of_other_precisions(dtype):
+    x = _tokens(3).to(dtype)
+    moment = SecondMoment(12)
+    moment.update(x)
+    np.testing.assert_allclose(moment.compute(), x.double().square().mean((0, 1)), rtol=1e-6)
+
+
+def test_squares_that_overflow_float32_are_kept():
+    moment = SecondMoment(1)
+    moment.update(torch.full((4, 1), 1e30))
+    assert moment.compute().item() == pytest.approx(1e60)
+
+
+@pytest.mark.parametrize("kind", [SecondMoment, MedianMagnitude])
+def test_masked_tokens_do_not_count(kind):
+    x = _tokens(1)
+    mask = torch.rand(x.shape[:2]) > 0.4
+    masked, alone = kind(12), kind(12)
+    masked.update(torch.where(mask[..., None], x, 1e4), mask)
+    alone.update(x[mask])
+    np.testing.assert_allclose(masked.compute(), alone.compute(), rtol=1e-6)
+    assert masked.tokens == int(mask.sum())
+
+
+def test_median_is_numpys_to_half_a_bin_and_exactly_order_free():
+    x = _tokens(4)
+    whole, parts = MedianMagnitude(12), MedianMagnitude(12)
+    whole.update(x)
+    for part in x.flip(0).split(3):
+        parts.update(part)
+    assert torch.equal(whole.compute(), parts.compute())
+    np.testing.assert_allclose(whole.compute(), np.median(np.abs(x.numpy()), (0, 1)), rtol=2 ** (1 / 16) - 1)
+
+
+@pytest.mark.parametrize("kind", STATISTICS.values())
+def test_scales_are_finite_and_positive(kind):
+    statistic = kind(12)
+    statistic.update(_tokens(5))
+    assert (statistic.scale() > 0).all()
+    assert statistic.scale().isfinite().all()
+
+
+def test_no_token_is_an_error():
+    with pytest.raises(ValueError, match="no token was seen"):
+        SecondMoment(3).compute()

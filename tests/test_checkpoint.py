@@ -1,0 +1,191 @@
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import oats_vision as ov
+from oats_vision.checkpoint import measure
+from oats_vision.errors import CheckpointError, ModelError
+
+NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+
+
+@pytest.fixture
+def compressed(tiny_vit, pictures):
+    ov.models.remember_source(tiny_vit, ov.models.ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    ov.compress(tiny_vit, pictures, rate=0.5, rank_ratio=0.2, iterations=3, storage_dtype="float16")
+    return tiny_vit
+
+
+@pytest.fixture
+def saved(compressed, tmp_path) -> Path:
+    ov.save(compressed, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def _edit(saved: Path, **fields) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | fields))
+
+
+def _rewrite(saved: Path, change) -> None:
+    """Change the tensors and keep the digest right, as a malicious or buggy writer would."""
+    tensors = load_file(saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "model.safetensors")
+    _edit(saved, weights_sha256=ov.checkpoint._sha256(saved / "model.safetensors"))
+
+
+@torch.no_grad()
+def test_round_trip_is_bit_equal_and_small(compressed, saved, pictures):
+    loaded = ov.load(saved)
+    assert torch.equal(loaded(pictures[0]), compressed(pictures[0]))
+    assert all(not parameter.is_meta for parameter in loaded.parameters())
+    sizes = measure(compressed, torch.float16)
+    # non-zeros 0.4, U and V 0.1, and one bit a position: 1/16 in fp16; a little less for rounding down
+    assert sizes.layer_ratio <= 0.5 + 1 / 16
+    on_disk = load_file(saved / "model.safetensors")
+    assert sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values()) == sizes.total
+    assert {tensor.dtype for tensor in on_disk.values()} == {torch.float16, torch.uint8}
+
+
+@torch.no_grad()
+def test_a_loaded_model_can_be_saved_again(saved, tmp_path, pictures):
+    ov.save(ov.load(saved), tmp_path / "again")
+    assert torch.equal(ov.load(saved)(pictures[0]), ov.load(tmp_path / "again")(pictures[0]))
+
+
+@torch.no_grad()
+def test_merged_model_is_dense_and_computes_the_same(compressed, pictures):
+    expected = compressed(pictures[0])
+    merged = ov.merge(compressed)
+    assert not any(isinstance(module, ov.SparseLowRankLinear) for module in merged.modules())
+    torch.testing.assert_close(merged(pictures[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_precision_on_load(saved, pictures):
+    assert ov.load(saved, dtype=torch.bfloat16)(pictures[0].bfloat16()).dtype == torch.bfloat16
+
+
+def test_nothing_but_the_two_files_is_left(saved):
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert [file.name for file in saved.parent.iterdir()] == ["out"]
+
+
+def test_uncompressed_model_is_an_error(tiny_vit, tmp_path):
+    with pytest.raises(CheckpointError, match="not compressed"):
+        ov.save(tiny_vit, tmp_path / "out")
+
+
+def test_existing_directory_needs_overwrite_and_foreign_ones_are_never_replaced(compressed, saved, tmp_path):
+    with pytest.raises(CheckpointError, match="exists: give another --out, or --overwrite"):
+        ov.save(compressed, saved)
+    ov.save(compressed, saved, overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_bytes(b"precious")
+    with pytest.raises(CheckpointError, match="not a checkpoint of ours"):
+        ov.save(compressed, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "me.jpg").read_bytes() == b"precious"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        ov.save(compressed, tmp_path / "no" / "parent")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_write_error_in_the_middle_leaves_what_was_there(compressed, saved, tmp_path, overwrite):
+    """The kernel refuses to let a file grow past the limit, as it does on a full disk."""
+    target = saved if overwrite else tmp_path / "new"
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            ov.save(compressed, target, overwrite=overwrite)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def _truncate(saved):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _flip_a_bit(saved):
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
+def _one_more_position(saved):
+    def change(tensors):
+        tensors["blocks.0.attn.proj.sparse.bitmask"][0] = 255
+
+    _rewrite(saved, change)
+
+
+def _shorter_values(saved):
+    def change(tensors):
+        tensors["blocks.1.mlp.fc1.sparse.values"] = tensors["blocks.1.mlp.fc1.sparse.values"][:-1].clone()
+
+    _rewrite(saved, change)
+
+
+def _missing_factor(saved):
+    _rewrite(saved, lambda tensors: tensors.pop("blocks.0.attn.qkv.low_rank.U"))
+
+
+def _missing_head(saved):
+    _rewrite(saved, lambda tensors: tensors.pop("head.weight"))
+
+
+def _other_dtype(saved):
+    def change(tensors):
+        tensors["blocks.0.attn.qkv.low_rank.U"] = tensors["blocks.0.attn.qkv.low_rank.U"].float()
+
+    _rewrite(saved, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "damaged: its SHA-256"),
+        (_flip_a_bit, "damaged: its SHA-256"),
+        (_one_more_position, "damaged: the bitmask has"),
+        (_shorter_values, "damaged: .*sparse.values is F16"),
+        (_missing_factor, "low_rank.U is missing"),
+        (_missing_head, "does not fit .*head.weight"),
+        (_other_dtype, "is F32 .* expected F16"),
+        (lambda saved: (saved / "model.safetensors").unlink(), "there is no model.safetensors"),
+        (lambda saved: (saved / "config.json").unlink(), "there is no config.json"),
+        (lambda saved: (saved / "config.json").write_text('{"format": "oats_'), "config.json is damaged"),
+        (lambda saved: (saved / "config.json").write_text("[]"), "not a config of oats_vision"),
+        (lambda saved: _edit(saved, format_version=2), "format version 2 and this release reads 1: update"),
+        (lambda saved: _edit(saved, layers=[{"name": "x"}]), "config.json is damaged"),
+        (lambda saved: _edit(saved, dtype="float99"), "config.json is damaged"),
+        (lambda saved: _edit(saved, adapter="alien"), "needs the adapter 'alien'"),
+    ],
+)
+def test_damaged_checkpoints_are_clear_errors(saved, damage, message):
+    damage(saved)
+    with pytest.raises(CheckpointError, match=message) as error:
+        ov.load(saved)
+    assert "\n" not in str(error.value)
+
+
+def test_an_architecture_that_is_not_there_is_an_error(saved):
+    source = {"kind": "timm", "name": "vit_of_the_future", "args": {}, "transform": None, "dtype": "float32"}
+    _edit(saved, source=source)
+    with pytest.raises(ModelError, match="'vit_of_the_future' cannot be rebuilt"):
+        ov.load(saved)
+
+
+def test_bitmask_beyond_the_last_column_is_an_error():
+    spec = ov.layers.LayerSpec(5, 2, False, (ov.layers.Part("w", 2, 0, 2),))
+    ov.checkpoint.check_bitmask(torch.tensor([[1], [16]], dtype=torch.uint8), spec, "x")
+    with pytest.raises(CheckpointError, match="beyond the last column"):
+        ov.checkpoint.check_bitmask(torch.tensor([[1], [32]], dtype=torch.uint8), spec, "x")

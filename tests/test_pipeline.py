@@ -1,0 +1,174 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import oats_vision as ov
+from oats_vision.core.budget import layer_budget
+from oats_vision.core.oats import oats
+from oats_vision.errors import ConfigError, DataError, ModelError
+
+
+class Block(nn.Module):
+    """A residual MLP block that is also given an offset by name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return x + self.fc2(torch.relu(self.fc1(x))) + offset
+
+
+class Tower(nn.Module):
+    """A transformer-like stack; `between` tampers with the hidden states between blocks."""
+
+    def __init__(self, width: int = 32, own_offsets: bool = False, between: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(3))
+        self.own_offsets, self.between = own_offsets, between
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, offset=x.new_full((x.shape[-1],), float(i if self.own_offsets else 1)))
+            x = 2 * x if self.between else x
+        return x
+
+
+ADAPTER = ov.Adapter("tower", "towers", lambda model: isinstance(model, Tower), lambda model: "layers")
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(24, 5, 8, generator=generator).split(7))  # batches of unequal size
+
+
+@pytest.mark.parametrize("own_offsets", [False, True])
+@torch.no_grad()
+def test_each_block_is_calibrated_on_the_outputs_of_the_compressed_blocks_before_it(batches, own_offsets):
+    torch.manual_seed(0)
+    model = Tower(own_offsets=own_offsets)
+    reference = copy.deepcopy(model).double()
+    report = ov.compress(model, batches, adapter=ADAPTER, rate=0.4, rank_ratio=0.2, iterations=15, solver="exact")
+
+    hidden = reference.embed(torch.cat(batches).double())
+    for i, block in enumerate(reference.layers):
+        offset = float(i if own_offsets else 1)
+        inputs = {"fc1": hidden, "fc2": torch.relu(block.fc1(hidden))}
+        for name, x in inputs.items():
+            linear = getattr(block, name)
+            D = x.square().mean((0, 1)).sqrt().clamp_min(1e-12)
+            factors = oats(
+                linear.weight, D, layer_budget(*linear.weight.shape, 0.4, 0.2), iterations=15, solver="exact"
+            )
+            compressed = model.layers[i].get_submodule(name)
+            np.testing.assert_allclose(compressed.dense_weight(), factors.dense(), atol=2e-4)
+            linear.weight.copy_(factors.dense())
+        hidden = hidden + block.fc2(torch.relu(block.fc1(hidden))) + offset
+    assert report.samples == 24
+    assert [layer.name for layer in report.layers] == [f"layers.{i}.fc{j}" for i in range(3) for j in (1, 2)]
+    assert report.parameters <= 0.6 * report.dense_parameters
+    torch.testing.assert_close(model(torch.cat(batches)).double(), hidden, rtol=1e-3, atol=1e-3)
+
+
+def test_result_does_not_depend_on_the_batch_size(tiny_vit, pictures):
+    x = torch.cat(pictures)
+    results = []
+    for size in (1, 8):
+        model = copy.deepcopy(tiny_vit)
+        ov.compress(model, x.split(size), rate=0.5, iterations=10)
+        results.append(model(x))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_activations_beyond_the_limit_live_on_disk_and_change_nothing(tiny_vit, pictures):
+    in_memory, on_disk = copy.deepcopy(tiny_vit), tiny_vit
+    ov.compress(in_memory, pictures, rate=0.5, iterations=5)
+    ov.compress(on_disk, pictures, rate=0.5, iterations=5, activation_memory=1e-9)
+    assert torch.equal(in_memory(pictures[0]), on_disk(pictures[0]))
+
+
+def test_padding_tokens_do_not_count(batches):
+    x = torch.cat(batches)
+    mask = torch.rand(x.shape[:2]) > 0.3
+    mask[:, 0] = True
+    torch.manual_seed(0)
+    garbage, clean = Tower(), Tower()
+    clean.load_state_dict(garbage.state_dict())
+    options = {"adapter": ADAPTER, "rate": 0.4, "iterations": 5}
+    ov.compress(garbage, [{"x": torch.where(mask[..., None], x, 50.0), "attention_mask": mask.long()}], **options)
+    ov.compress(clean, [x[mask][:, None]], **options)
+    for ours, theirs in zip(garbage.state_dict().values(), clean.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_progress_names_block_linear_and_error_and_never_goes_back(tiny_vit, pictures):
+    steps = []
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=2, progress=steps.append)
+    done = [step.done for step in steps]
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    assert {step.block for step in steps} == {0, 1, 2, 3}
+    assert {"attn.qkv", "mlp.fc2"} <= {step.activity for step in steps}
+    assert any(step.error for step in steps)
+
+
+def test_weights_are_rounded_to_the_storage_precision(tiny_vit, pictures):
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=2, storage_dtype="float16")
+    for tensor in tiny_vit.state_dict().values():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, tensor.half().float())
+
+
+def test_joint_qkv_is_one_part(tiny_vit, pictures):
+    report = ov.compress(tiny_vit, pictures, rate=0.5, iterations=2, fused_qkv="joint")
+    assert [part.out_features for part in report.layers[0].spec.parts] == [144]
+
+
+@pytest.mark.parametrize("scaling", ["none", "median"])
+@pytest.mark.parametrize("pattern", ["layer", "2:4"])
+def test_other_scalings_and_patterns_run(tiny_vit, pictures, scaling, pattern):
+    report = ov.compress(tiny_vit, pictures, rank_ratio=0.2, pattern=pattern, scaling=scaling, iterations=3)
+    assert report.layers
+    assert tiny_vit(pictures[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0.0}, r"rate must be in \(0, 1\), got 0"),
+        ({"rate": 1.0}, "rate must be in"),
+        ({"rate": 1.5}, "got 1.5"),
+        ({"rate": float("nan")}, "got nan"),
+        ({"rank_ratio": -0.1}, "rank_ratio must be in"),
+        ({"rank_ratio": 1.1}, "rank_ratio must be in"),
+        ({"rank_ratio": 0.001}, r"blocks\.0\.attn\.qkv: .* leaves rank 0"),
+        ({"rank_ratio": 0.999}, "leaves no non-zeros"),
+        ({"iterations": 0}, "iterations: .* got 0"),
+        ({"solver": "magic"}, "solver: .* got 'magic'"),
+        ({"ratio": 0.5}, "ratio: is no setting"),
+    ],
+)
+def test_bad_settings_are_errors_and_leave_the_model_alone(tiny_vit, pictures, options, message):
+    before = copy.deepcopy(tiny_vit.state_dict())
+    with pytest.raises(ConfigError, match=message):
+        ov.compress(tiny_vit, pictures, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_vit.state_dict().items())
+
+
+def test_no_batch_and_a_compressed_model_are_errors(tiny_vit, pictures):
+    with pytest.raises(DataError, match="gave no batch"):
+        ov.compress(tiny_vit, [], rate=0.5)
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
+    with pytest.raises(ModelError, match="compressed already"):
+        ov.compress(tiny_vit, pictures, rate=0.5)
+
+
+def test_a_model_that_changes_hidden_states_between_blocks_is_an_error(batches):
+    with pytest.raises(ModelError, match=r"changes the hidden states after layers\.0"):
+        ov.compress(Tower(between=True), batches, adapter=ADAPTER, rate=0.4)
