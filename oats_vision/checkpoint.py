@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -45,15 +45,19 @@ class Sizes:
         return self.layers / self.dense_layers
 
 
-def measure(model: nn.Module, storage: torch.dtype) -> Sizes:
-    """Sizes of a model's tensors when stored in the given precision; biases count to the whole model only."""
-    layers = [module for module in model.modules() if isinstance(module, SparseLowRankLinear)]
-    compressed = sum(layer.spec.parameters for layer in layers) * storage.itemsize
-    positions = sum(layer.sparse.bitmask.numel() for layer in layers)
-    dense = sum(layer.spec.dense_parameters for layer in layers) * storage.itemsize
+def measure(tensors: Iterable[Tensor], specs: Iterable[LayerSpec], storage: torch.dtype) -> Sizes:
+    """Sizes when stored in the given precision; biases count to the whole model only.
+
+    Args:
+        tensors: all of the compressed model's state dict.
+        specs: of its compressed layers.
+    """
+    specs = list(specs)
+    compressed = sum(spec.parameters for spec in specs) * storage.itemsize
+    positions = sum(spec.out_features * spec.row_bytes for spec in specs)
+    dense = sum(spec.dense_parameters for spec in specs) * storage.itemsize
     stored = sum(
-        tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in model.state_dict().values()
+        tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors
     )
     return Sizes(stored, stored - compressed - positions + dense, compressed + positions, dense, positions)
 
@@ -105,6 +109,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a compressed model in eval mode; needs neither the dense weights nor a network.
 
@@ -112,6 +117,7 @@ def load(
         path: a directory that `save` wrote.
         dtype: to compute in; that of the compression run if not given.
         model: a module of the original class, if the model was one of your own; changed in place.
+        trust_remote_code: allow code from a hub to run (models from torch.hub).
 
     Raises:
         CheckpointError: not a checkpoint, truncated, corrupted, or of a later format.
@@ -119,17 +125,16 @@ def load(
     """
     path = Path(path)
     config = read_config(path)
-    specs = {layer["name"]: LayerSpec.from_dict(layer["spec"]) for layer in config["layers"]}
     source = ModelSource(**config["source"])
     dtype = dtype or getattr(torch, config["dtype"])
-    tensors = _read_weights(path, config, specs)
+    tensors = read_weights(path, config)
     adapter = next((adapter for adapter in adapters() if adapter.name == config["adapter"]), None)
     if adapter is None:
         raise CheckpointError(f"{path} needs the adapter {config['adapter']!r}: register it first")
-    model = rebuild(source) if model is None else model
+    model = rebuild(source, trust_remote_code) if model is None else model
     try:
         adapter.prepare(model)
-        for name, spec in specs.items():
+        for name, spec in layer_specs(config).items():
             model.set_submodule(name, SparseLowRankLinear.empty(spec, dtype))
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         model.load_state_dict(cast, assign=True)
@@ -250,9 +255,19 @@ def _umask() -> int:
     return mask
 
 
-def _read_weights(path: Path, config: dict[str, Any], specs: dict[str, LayerSpec]) -> dict[str, Tensor]:
-    """All tensors, after the file's digest and each compressed layer's shapes, dtypes and counts were checked."""
+def layer_specs(config: dict[str, Any]) -> dict[str, LayerSpec]:
+    """The compressed layers of a checkpoint, by name."""
+    return {layer["name"]: LayerSpec.from_dict(layer["spec"]) for layer in config["layers"]}
+
+
+def read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors, after the file's digest and each compressed layer's shapes, dtypes and counts were checked.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or corrupted.
+    """
     file = path / WEIGHTS
+    specs = layer_specs(config)
     try:
         if _sha256(file) != config["weights_sha256"]:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {CONFIG}")

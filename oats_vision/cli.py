@@ -129,7 +129,8 @@ def compress(
         )
     compressed = dense  # the same module: its linears were replaced
     checkpoint.save(compressed, run.out, overwrite=run.overwrite)
-    sizes = checkpoint.measure(compressed, getattr(torch, str(settings.storage_dtype)))
+    storage = getattr(torch, str(settings.storage_dtype))
+    sizes = checkpoint.measure(compressed.state_dict().values(), (layer.spec for layer in done.layers), storage)
     after = _top1(compressed, test, "compressed") if test else None
     kept = parameters - done.dense_parameters + done.parameters
     files = {file.name: file.stat().st_size for file in run.out.iterdir()}
@@ -148,7 +149,7 @@ def compress(
     }
     checkpoint.write_json(run.out / checkpoint.REPORT, result)
     if run.merge:
-        save_plain(merge_model(compressed), source, getattr(torch, str(settings.storage_dtype)), run.out / "merged")
+        save_plain(merge_model(compressed), source, storage, run.out / "merged")
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -192,7 +193,10 @@ def eval_top1(
         raise ConfigError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
     precision, target = getattr(torch, dtype), choose_device(device)
     if checkpoint.is_checkpoint(Path(model)):
-        module, transform = checkpoint.load(model, device=target, dtype=precision), checkpoint.load_transform(model)
+        module, transform = (
+            checkpoint.load(model, device=target, dtype=precision, trust_remote_code=trust_remote_code),
+            checkpoint.load_transform(model),
+        )
     else:
         module, transform = load_model(model, dtype=precision, device=target, trust_remote_code=trust_remote_code)
     pictures = load_pictures(
@@ -225,9 +229,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show a checkpoint: its settings, sizes, and each layer's budget and error."""
-    model = checkpoint.load(directory)
     config = checkpoint.read_config(directory)
-    sizes = checkpoint.measure(model, getattr(torch, config["storage_dtype"]))
+    tensors = checkpoint.read_weights(directory, config)
+    specs = checkpoint.layer_specs(config).values()
+    sizes = checkpoint.measure(tensors.values(), specs, getattr(torch, config["storage_dtype"]))
     if as_json:
         typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
         return

@@ -40,6 +40,11 @@ class LayerSpec:
         return self.nonzeros + sum(part.rank * (part.out_features + self.in_features) for part in self.parts)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of the bitmask for one row."""
+        return -(-self.in_features // 8)
+
+    @property
     def dense_parameters(self) -> int:
         return self.out_features * self.in_features
 
@@ -157,7 +162,7 @@ class SparseLowRankLinear(nn.Module):
         """A layer of the right shapes with no data yet, to load a state dict into."""
         rank = max(part.rank for part in spec.parts)
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        bitmask = torch.empty(spec.out_features, -(-spec.in_features // 8), dtype=torch.uint8, device=device)
+        bitmask = torch.empty(spec.out_features, spec.row_bytes, dtype=torch.uint8, device=device)
         sparse = PackedSparse(torch.empty(spec.nonzeros, **options), bitmask, spec.in_features)
         U = torch.empty(spec.out_features, rank, **options)
         V = torch.empty(sum(part.rank for part in spec.parts), spec.in_features, **options)

@@ -127,7 +127,7 @@ def source_of(model: nn.Module) -> ModelSource:
     return ModelSource("module", f"{type(model).__module__}.{type(model).__qualname__}")
 
 
-def rebuild(source: ModelSource) -> nn.Module:
+def rebuild(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
     """The architecture, without weights: parameters on the meta device, buffers real.
 
     Raises:
@@ -143,10 +143,7 @@ def rebuild(source: ModelSource) -> nn.Module:
                 kind = getattr(transformers, source.name)
                 model = kind(kind.config_class.from_dict(source.args))
             elif source.kind == "torch_hub":
-                where = "local" if Path(source.args["repository"]).is_dir() else "github"
-                model = torch.hub.load(
-                    source.args["repository"], source.name, source=where, skip_validation=True, pretrained=False
-                )
+                model = _torch_hub(source.args["repository"], source.name, False, trust_remote_code)
             else:
                 raise ModelError(
                     f"the checkpoint is of {source.name}: pass a module of that class as load(..., model=)"
@@ -216,15 +213,18 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
 def _from_torch_hub(name: str, pretrained: bool, trust_remote_code: bool):
     repository, _, entry = name.rpartition(":")
     repository = repository or "facebookresearch/dinov2:main"
-    if not trust_remote_code:
-        raise ModelError(f"hub:{name} runs code from {repository}: pass --trust-remote-code if you trust it")
-    where: Literal["local", "github"] = "local" if Path(repository).is_dir() else "github"
-    model = torch.hub.load(
-        repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained
-    )
+    model = _torch_hub(repository, entry, pretrained, trust_remote_code)
     # the preprocessing of the published evaluations: shorter side to 256, bicubic, centre crop of 224
     data = timm.data.resolve_data_config({"input_size": (3, 224, 224), "interpolation": "bicubic"})
     return model, ModelSource("torch_hub", entry, {"repository": repository}, timm_transform_config(data))
+
+
+def _torch_hub(repository: str, entry: str, pretrained: bool, trust_remote_code: bool) -> nn.Module:
+    """Build a model by an entry point of a GitHub repository (owner/name:ref) or of a clone in a directory."""
+    if not trust_remote_code:
+        raise ModelError(f"{entry} runs code from {repository}: pass --trust-remote-code if you trust it")
+    where: Literal["local", "github"] = "local" if Path(repository).is_dir() else "github"
+    return torch.hub.load(repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained)
 
 
 def _from_directory(path: Path, pretrained: bool, image_size: int | None, trust_remote_code: bool):
