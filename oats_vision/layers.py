@@ -115,7 +115,7 @@ class LowRank(nn.Module):
 class SparseLowRankLinear(nn.Module):
     """y = S x + U (V x) + b: replaces an nn.Linear and takes the same inputs (..., in_features).
 
-    It holds no dense copy of S: each call unpacks S for the time of the product.
+    It holds no dense copy: each call builds S + U V for the time of one dense product.
     """
 
     bias: nn.Parameter | None
@@ -170,32 +170,24 @@ class SparseLowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        y = F.linear(x, self.sparse.dense(), self.bias)
-        z = F.linear(x, self.low_rank.V)  # (..., sum of ranks)
-        if len(self.spec.parts) == 1:
-            return y + F.linear(z, self.low_rank.U)
-        rows = self.low_rank.U.split([part.out_features for part in self.spec.parts])
-        codes = z.split([part.rank for part in self.spec.parts], dim=-1)
-        products = [F.linear(code, U[:, : code.shape[-1]]) for code, U in zip(codes, rows, strict=True)]
-        return y + torch.cat(products, dim=-1)
+        return F.linear(x, self.dense_weight(), self.bias)
 
-    @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """S + U V in float32 or better, rounded once to the layer's dtype: (out_features, in_features)."""
         dtype = torch.promote_types(self.sparse.values.dtype, torch.float32)
-        weight = self.sparse.dense().to(dtype)
-        rows = weight.split([part.out_features for part in self.spec.parts])
-        Us = self.low_rank.U.to(dtype).split([part.out_features for part in self.spec.parts])
-        Vs = self.low_rank.V.to(dtype).split([part.rank for part in self.spec.parts])
-        for block, U, V in zip(rows, Us, Vs, strict=True):
-            block.addmm_(U[:, : len(V)], V)
+        heights = [part.out_features for part in self.spec.parts]
+        S = self.sparse.dense().to(dtype).split(heights)
+        U = self.low_rank.U.to(dtype).split(heights)
+        V = self.low_rank.V.to(dtype).split([part.rank for part in self.spec.parts])
+        rows = [torch.addmm(s, u[:, : len(v)], v) for s, u, v in zip(S, U, V, strict=True)]
+        weight = rows[0] if len(rows) == 1 else torch.cat(rows)
         return weight.to(self.sparse.values.dtype)
 
     def merge(self) -> nn.Linear:
         """An ordinary nn.Linear with the weight S + U V: full size, full speed on any backend."""
         linear = nn.Linear(1, 1, bias=False)
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
+        linear.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear
 
