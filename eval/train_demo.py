@@ -5,6 +5,10 @@ the Debian package `dataset-fashion-mnist`. The last 5,000 training pictures are
 training; the 10,000 test pictures are touched once, at the end.
 
     python eval/train_demo.py --data /usr/share/datasets/fashion-mnist
+
+The flags of the architecture make other models of the kind, for studies of the solver:
+
+    python eval/train_demo.py --width 1024 --heads 16 --depth 1 --patch-size 7 --epochs 2 --out wide
 """
 
 import argparse
@@ -39,7 +43,6 @@ CLASSES = (
     "ankle boot",
 )
 ARCHITECTURE = "vit_small_patch16_224"
-MODEL_ARGS = {"img_size": 28, "patch_size": 4, "depth": 3, "num_classes": len(CLASSES)}
 DEMO = Path(__file__).resolve().parents[1] / "oats_vision" / "demo"
 
 log = logging.getLogger("train_demo")
@@ -127,6 +130,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration-pictures", type=int, default=1000)
@@ -145,11 +152,14 @@ def main() -> None:
     held_out = train_x[-5000:], train_y[-5000:]
     train_x, train_y = train_x[:-5000], train_y[:-5000]
 
-    model = timm.create_model(ARCHITECTURE, pretrained=False, drop_path_rate=0.1, **MODEL_ARGS)
+    model_args = {"img_size": 28, "patch_size": args.patch_size, "depth": args.depth, "num_classes": len(CLASSES)}
+    if (args.width, args.heads) != (384, 6):  # the architecture's own
+        model_args |= {"embed_dim": args.width, "num_heads": args.heads}
+    model = timm.create_model(ARCHITECTURE, pretrained=False, drop_path_rate=0.1, **model_args)
     log.info(
         "%s %s, %.2f million parameters; torch %s, timm %s, %d threads, seed %d",
         ARCHITECTURE,
-        MODEL_ARGS,
+        model_args,
         sum(p.numel() for p in model.parameters()) / 1e6,
         torch.__version__,
         timm.__version__,
@@ -168,7 +178,7 @@ def main() -> None:
         "architecture": ARCHITECTURE,
         "num_classes": len(CLASSES),
         "num_features": model.num_features,
-        "model_args": MODEL_ARGS,
+        "model_args": model_args,
         "pretrained_cfg": {
             "input_size": [3, 28, 28],
             "fixed_input_size": True,

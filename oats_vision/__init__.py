@@ -2,6 +2,7 @@
 
 from oats_vision.adapters import Adapter, register_adapter
 from oats_vision.checkpoint import load, load_transform, save
+from oats_vision.data import load_pictures
 from oats_vision.errors import OatsVisionError
 from oats_vision.layers import SparseLowRankLinear, merge
 from oats_vision.models import load_model
@@ -15,6 +16,7 @@ __all__ = [
     "compress",
     "load",
     "load_model",
+    "load_pictures",
     "load_transform",
     "merge",
     "register_adapter",

@@ -38,6 +38,12 @@ app.add_typer(evaluations, name="eval")
 notes = Console(stderr=True)  # progress and warnings; results go to standard output
 
 
+def _results() -> Console:
+    """Standard output; wide enough for the tables when it is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def _option(name: str, *flags: str) -> Any:
     """An option of RunConfig; unset flags leave the field to the YAML file or the default."""
     field = RunConfig.model_fields[name]
@@ -153,7 +159,7 @@ def compress(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    console = Console()
+    console = _results()
     rate_used, rank_ratio_used, _ = settings.terms
     title = f"{run.model}: rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, {settings.pattern}-wise"
     scores = (before, after) if before and after else None
@@ -220,7 +226,7 @@ def eval_top1(
         "pictures": f"{score.pictures} ({score.skipped} unreadable ones skipped)",
         "pictures/s": f"{score.pictures / score.seconds:.0f}",
     }
-    Console().print(report.key_values(f"{model} on {data}", rows))
+    _results().print(report.key_values(f"{model} on {data}", rows))
 
 
 @app.command()
@@ -247,7 +253,7 @@ def inspect(
         f"({sizes.layer_ratio:.3f}), positions of S {report.megabytes(sizes.positions)}",
         "bytes of the model": f"{report.megabytes(sizes.total)} of {report.megabytes(sizes.dense_total)}",
     }
-    console = Console()
+    console = _results()
     console.print(report.key_values(str(directory), rows))
     console.print(report.layer_table(done))
 
@@ -263,7 +269,7 @@ def models(
     if as_json:
         typer.echo(json.dumps({"families": families, "aliases": ALIASES, "found": found}))
         return
-    console = Console()
+    console = _results()
     if search:
         console.print("\n".join(found) or f"no timm model with pretrained weights has {search!r} in its name")
         return

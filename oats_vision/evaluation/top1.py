@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
@@ -40,6 +39,8 @@ def evaluate_top1(model: nn.Module, batches: Batches, progress: Callable[[int], 
         ModelError: the model has no classification head.
         DataError: the labels are not those of the head, or no picture could be read.
     """
+    from torchmetrics.classification import MulticlassAccuracy  # a second to import
+
     first = next(model.parameters())
     metrics: dict[int, MulticlassAccuracy] = {}
     pictures = 0

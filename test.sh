@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up a fresh environment (in VENV, .venv-test by default), check style and types, run the tests.
+set -euo pipefail
+cd "$(dirname "$0")"
+venv=${VENV:-.venv-test}
+python3 -m venv --clear "$venv"
+"$venv/bin/pip" install -q ".[test]"
+# the authors' own DINOv2 code, for the test of its adapter; its pinned dependencies are not needed
+"$venv/bin/pip" install -q --no-deps dinov2==0.0.1.dev2
+"$venv/bin/ruff" format --check .
+"$venv/bin/ruff" check .
+"$venv/bin/mypy"
+# the installed package is what is tested: not the source folder, so that a file missing from the wheel fails
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+"$venv/bin/pytest" -q -n "$(nproc)" -p no:cacheprovider "$@"

@@ -1,0 +1,204 @@
+"""The command line as a user runs it: a process of its own, its output, its exit status and its files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+import oats_vision as ov
+from oats_vision.config import load_run_config
+from oats_vision.data import load_pictures
+from oats_vision.errors import ModelError
+from oats_vision.evaluation.top1 import evaluate_top1
+
+
+def _run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "oats_vision", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or Path(__file__).parent, check=False)
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory) -> Path:
+    """A tiny ViT with random weights in timm's directory format, fp16."""
+    import timm
+
+    directory = tmp_path_factory.mktemp("model")
+    args = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args)
+    save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    cfg = {"input_size": [3, 28, 28], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "num_classes": 10}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": args, "pretrained_cfg": cfg}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def quick(model_directory) -> list[object]:
+    options = ["--data", "demo", "--samples", 20, "--eval-data", "demo", "--eval-samples", 40, "--iterations", 5]
+    return ["compress", "--model", model_directory, *options]
+
+
+def test_demo_at_rate_half_is_within_a_point_of_dense_and_small(tmp_path):
+    """The README's main job, whole: bare `compress` on the demo."""
+    done = _run("compress", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["settings"]["rate"] == 0.5
+    assert result["settings"]["rank_ratio"] == 0.2
+    dense, ours = result["top1"]["dense"], result["top1"]["compressed"]
+    assert dense["top1"] > 90
+    assert ours["top1"] > dense["top1"] - 1.0
+    assert dense["pictures"] == ours["pictures"] == 4000
+    assert result["bytes"]["layer_ratio"] <= 0.60
+    assert result["bytes"]["files"]["model.safetensors"] < 1.01 * result["bytes"]["total"]
+    out = tmp_path / "oats_compressed"
+    assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors", "report.json"]
+    assert json.loads((out / "report.json").read_text())["top1"] == result["top1"]
+
+    again = _run("eval", "top1", out, "--data", "demo", "--json")
+    assert json.loads(again.stdout)["top1"] == pytest.approx(ours["top1"])
+
+
+def test_table_inspect_eval_and_merge(quick, tmp_path):
+    out = tmp_path / "out"
+    done = _run(*quick, "--out", out, "--merge")
+    assert done.returncode == 0, done.stderr
+    for words in ("top-1", "parameters", "bytes on disk", "compressed layers", "solver", "Written to"):
+        assert words in done.stdout
+    config = json.loads((out / "config.json").read_text())
+    assert config["storage_dtype"] == "float16"  # the checkpoint's own
+    shown = _run("inspect", out)
+    assert "blocks.1.mlp.fc2" in shown.stdout
+    assert "rank_ratio" in shown.stdout
+    assert json.loads(_run("inspect", out, "--json").stdout)["bytes"]["layer_ratio"] < 0.6
+    scores = [
+        json.loads(_run("eval", "top1", model, "--data", "demo", "--samples", 300, "--json").stdout)["top1"]
+        for model in (out, out / "merged")
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1.0)  # the merge is rounded to fp16 once more
+
+
+def test_config_file_and_flags_that_override_it(quick, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rate": 0.3, "seed": 7, "out": str(tmp_path / "out")}))
+    done = _run(*quick, "--config", tmp_path / "run.yaml", "--rate", 0.4, "--json")
+    result = json.loads(done.stdout)
+    assert result["run"]["rate"] == 0.4
+    assert result["run"]["seed"] == 7
+    assert (tmp_path / "out").is_dir()
+
+
+def test_seed_decides_the_result(quick, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert _run(*quick, "--seed", seed, "--out", tmp_path / name).returncode == 0
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_shipped_configs_are_valid():
+    configs = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+    assert configs
+    for path in configs:
+        load_run_config(path, {})
+
+
+@pytest.mark.parametrize("command", [[], ["compress"], ["eval"], ["eval", "top1"], ["inspect"], ["models"]])
+def test_help_teaches(command):
+    done = _run(*command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout) > 200
+
+
+def test_models_lists_families_and_aliases():
+    listed = json.loads(_run("models", "--json").stdout)
+    assert {"timm_vit", "timm_eva", "hf_clip", "dinov2_hub"} <= set(listed["families"])
+    assert listed["aliases"]["dinov2_vitl14"] == "vit_large_patch14_dinov2.lvd142m"
+    assert "vit_base_patch14_dinov2.lvd142m" in _run("models", "--search", "dinov2").stdout
+
+
+BAD = {
+    "rate 0": (["--rate", 0], "rate must be in (0, 1), got 0"),
+    "rate 1": (["--rate", 1], "rate must be in (0, 1), got 1"),
+    "rate 1.5": (["--rate", 1.5], "rate must be in (0, 1), got 1.5"),
+    "rate NaN": (["--rate", "nan"], "rate must be in (0, 1), got nan"),
+    "rank ratio below 0": (["--rank-ratio=-0.5"], "rank_ratio must be in [0, 1], got -0.5"),
+    "rank ratio above 1": (["--rank-ratio", 1.5], "rank_ratio must be in [0, 1], got 1.5"),
+    "rank 0": (["--rank-ratio", 0.0001], "leaves rank 0"),
+    "no non-zeros": (["--rank-ratio", 0.9999], "leaves no non-zeros"),
+    "pattern": (["--pattern", "4:2"], "pattern must be"),
+    "unknown model": (["--model", "vit_none"], "unknown model 'vit_none'"),
+    "unsupported model": (["--model", "resnet18", "--no-pretrained"], "no adapter knows"),
+    "missing data": (["--data", "no/such/folder"], "does not exist"),
+    "device": (["--device", "warp:9"], "device: 'warp:9' is not there"),
+    "samples": (["--samples", 0], "samples: Input should be greater than or equal to 1, got 0"),
+    "dtype": (["--dtype", "int3"], "dtype: "),
+    "missing config": (["--config", "none.yaml"], "--config none.yaml"),
+    "missing parent": (["--out", "no/such/parent"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(quick, tmp_path, arguments, message):
+    done = _run(*quick, "--out", "out", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_folders_bad_config_and_existing_output(quick, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "run.yaml").write_text("rate: half\nspeed: 3\n")
+    (tmp_path / "taken").mkdir()
+    for arguments, messages in (
+        (["--data", tmp_path / "empty", "--out", "out"], ["empty has no picture"]),
+        (["--data", tmp_path / "broken", "--out", "out"], ["no batch"]),
+        (["--config", "run.yaml", "--out", "out"], ["run.yaml", "rate: ", "speed: is no setting"]),
+        (["--out", "taken"], ["taken exists", "--overwrite"]),
+    ):
+        done = _run(*quick, *arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert all(message in done.stderr for message in messages), done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["broken", "empty", "run.yaml", "taken"]
+
+
+def test_labels_that_do_not_fit_the_head(model_directory, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "set" / name / "x.png")
+    done = _run("eval", "top1", model_directory, "--data", tmp_path / "set")
+    assert done.returncode == 1
+    assert "the data has 2 classes and the model's head has 10" in done.stderr
+
+
+def test_a_backbone_has_no_top1(tmp_path, pictures):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "x.png")
+    model, transform = ov.load_model("vit_tiny_patch16_224", pretrained=False, image_size=32)
+    model.reset_classifier(0)
+    batches = load_pictures(str(tmp_path), transform, batch_size=1, labelled=True)
+    with pytest.raises(ModelError, match="no classification head"):
+        evaluate_top1(model, batches)
+
+
+def test_damaged_checkpoint_is_one_line(quick, tmp_path):
+    assert _run(*quick, "--out", tmp_path / "out").returncode == 0
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    for command in (["inspect", tmp_path / "out"], ["eval", "top1", tmp_path / "out", "--data", "demo"]):
+        done = _run(*command)
+        assert done.returncode == 1
+        assert "is damaged" in done.stderr
+        assert "Traceback" not in done.stderr
