@@ -1,4 +1,4 @@
-"""Compress vision transformers and language models with OATS: sparse plus low-rank, in one shot."""
+"""Compress vision transformers with OATS: sparse plus low-rank, in one shot."""
 
 from oats_vision.adapters import Adapter, register_adapter
 from oats_vision.checkpoint import load, load_transform, save

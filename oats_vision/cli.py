@@ -161,7 +161,7 @@ def compress(
         return
     console = _results()
     rate_used, rank_ratio_used, _ = settings.terms
-    title = f"{run.model}: rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, {settings.pattern}-wise"
+    title = f"{run.model}: rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, pattern {settings.pattern}"
     scores = (before, after) if before and after else None
     console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
     errors = [layer.error for layer in done.layers]
@@ -173,7 +173,8 @@ def compress(
         f"Peak memory {_peak_memory(target) / 1e9:.2f} GB.\n"
         f"Relative error of a layer: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}.\n"
         f"Written to {run.out} ({written})"
-        f"{', and the dense merge to ' + str(run.out / 'merged') if run.merge else ''}."
+        f"{', and the dense merge to ' + str(run.out / 'merged') if run.merge else ''}.",
+        soft_wrap=True,
     )
     if not scores:
         console.print(f"Accuracy was not measured: oats-vision eval top1 {run.out} --data LABELLED_PICTURES")
@@ -328,6 +329,3 @@ def main() -> None:
     except OatsVisionError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was left half-written", err=True)
-        sys.exit(130)

@@ -90,7 +90,7 @@ def load_pictures(
     else:
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     count = len(order) if samples is None else min(samples, len(order))
-    if samples is not None and count < samples:
+    if samples is not None and count < samples and source != "demo":
         log.warning("%s has %d pictures, fewer than the %d samples asked for", source, count, samples)
     pictures = _Pictures(examples, order.tolist(), count, transform)
     return Batches(DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate), count, classes)

@@ -47,7 +47,7 @@ def _mask_rows(magnitude: Tensor, keep: int) -> Tensor:
 
 def _boundary(magnitude: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The largest magnitude dropped and the smallest kept, in every row."""
-    if magnitude.is_cuda:
+    if magnitude.device.type != "cpu":
         top = magnitude.topk(keep + 1, dim=1).values
         return top[:, keep], top[:, keep - 1]
     # numpy's selection is vectorised: 5 to 10 times faster than torch.topk or kthvalue on a CPU
