@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from tiny import HF
 from torch import nn
 
 import oats_vision as ov
@@ -19,14 +20,6 @@ FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
 HF_ATTENTION = {f"attention.{name}_proj" for name in "qkvo"}
 CLIP = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")} | {"mlp.fc1", "mlp.fc2"}
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
-HF = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 
 @dataclass(frozen=True)

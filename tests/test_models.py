@@ -3,19 +3,11 @@ import timm
 import torch
 import transformers as hf
 from PIL import Image
+from tiny import HF
 
 import oats_vision as ov
 from oats_vision.errors import ModelError
 from oats_vision.models import ALIASES, rebuild, source_of
-
-HF = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 96,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 
 def test_every_alias_is_a_timm_model_with_weights():
