@@ -92,6 +92,51 @@ class MedianMagnitude:
         return column_scale(self.compute().square())
 
 
+class MeanAndVariance(SecondMoment):
+    """Mean and variance of each input feature, and its second moment (for DSnoT)."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.sum = torch.zeros_like(self.total)
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
+        super().update(inputs, mask)
+        for chunk in _tokens(inputs, mask).split(512):
+            self.sum += chunk.sum(0, dtype=torch.float64)
+
+    def mean_and_variance(self) -> tuple[Tensor, Tensor]:
+        """Both (in_features,), float64, finite. Raises ValueError if no token was seen."""
+        moment = self.compute()
+        mean = self.sum / self.tokens
+        return mean.nan_to_num(0.0, 0.0, 0.0), (moment - mean.square()).clamp_min(0).nan_to_num(0.0, 0.0)
+
+
+class Gram:
+    """Mean of x x^T over all tokens x: the second moments of all pairs of input features (for SparseGPT).
+
+    Products are summed in float32 over a batch and in float64 beyond.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
+        tokens = _tokens(inputs, mask)
+        for chunk in tokens.split(4096):
+            x = chunk if chunk.dtype == torch.float64 else chunk.float()
+            self.total += x.T @ x
+        self.tokens += len(tokens)
+
+    def compute(self) -> Tensor:
+        """The mean of x x^T, (in_features, in_features), float64. Raises ValueError if no token was seen."""
+        if not self.tokens:
+            raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
+        return self.total / self.tokens
+
+
 class NoScale:
     """D = 1: the ablation without outlier information; keeps no statistics."""
 
@@ -106,8 +151,9 @@ class NoScale:
         return self.ones
 
 
-Statistic = SecondMoment | MedianMagnitude | NoScale
-STATISTICS: dict[Scaling, type[Statistic]] = {
+Scale = SecondMoment | MedianMagnitude | NoScale
+Statistic = Scale | Gram
+SCALES: dict[Scaling, type[Scale]] = {
     "second_moment": SecondMoment,
     "median": MedianMagnitude,
     "none": NoScale,

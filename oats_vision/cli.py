@@ -59,6 +59,7 @@ def compress(
     config: Annotated[Path | None, typer.Option(help="YAML file of these settings (underscores for dashes)")] = None,
     model: Annotated[str | None, _option("model")] = None,
     data: Annotated[str | None, _option("data")] = None,
+    method: Annotated[str | None, _option("method")] = None,
     rate: Annotated[float | None, _option("rate")] = None,
     rank_ratio: Annotated[float | None, _option("rank_ratio")] = None,
     pattern: Annotated[str | None, _option("pattern")] = None,

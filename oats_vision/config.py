@@ -11,6 +11,17 @@ from oats_vision.core.budget import Pattern, split_rate
 from oats_vision.core.oats import Solver
 from oats_vision.errors import ConfigError
 
+Method = Literal["oats", "magnitude", "wanda", "sparsegpt", "dsnot", "svd", "slicegpt"]
+# pattern and rank ratio of each method where the user gives none: those of its paper
+METHOD_DEFAULTS: dict[Method, tuple[str, float | None]] = {
+    "oats": ("row", None),
+    "magnitude": ("layer", 0.0),
+    "wanda": ("row", 0.0),
+    "sparsegpt": ("layer", 0.0),
+    "dsnot": ("row", 0.0),
+    "svd": ("row", 1.0),
+    "slicegpt": ("row", 0.0),
+}
 Dtype = Literal["float32", "float16", "bfloat16"]
 Config = TypeVar("Config", bound="CompressionSettings")
 
@@ -20,11 +31,16 @@ class CompressionSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    method: Method = Field("oats", description="oats, or a baseline: magnitude, wanda, sparsegpt, dsnot, svd, slicegpt")
     rate: float | None = Field(None, description="share of the parameters removed, in (0, 1) [default: 0.5]")
     rank_ratio: float | None = Field(
-        None, description="share of what is kept that goes to the low-rank term, in [0, 1] [default: 0.2]"
+        None, description="share of what is kept that goes to the low-rank term, in [0, 1] [default: 0.2 for oats]"
     )
-    pattern: str = Field("row", description="where S keeps its non-zeros: row, layer or N:M such as 2:4")
+    pattern: str | None = Field(
+        None,
+        description="where S keeps its non-zeros: row, layer or N:M such as 2:4 "
+        "[default: the method's own; row for oats]",
+    )
     iterations: int = Field(80, ge=1, description="rounds of alternating thresholding at most")
     solver: Solver = Field("fast", description="fast: warm-started and extrapolated; exact: an SVD each round")
     tolerance: float = Field(
@@ -38,7 +54,14 @@ class CompressionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "CompressionSettings":
-        rate, rank_ratio = split_rate(self.rate, self.rank_ratio, Pattern.parse(self.pattern))
+        pattern, fixed = METHOD_DEFAULTS[self.method]
+        if fixed is not None and self.rank_ratio not in (None, fixed):
+            raise ValueError(f"rank_ratio must be {fixed:g} (or left out) with method {self.method}")
+        if self.method in ("svd", "slicegpt") and self.pattern not in (None, pattern):
+            raise ValueError(f"pattern must be left out with method {self.method}: it keeps no sparse matrix")
+        object.__setattr__(self, "pattern", self.pattern or pattern)
+        parsed = Pattern.parse(str(self.pattern))
+        rate, rank_ratio = split_rate(self.rate, self.rank_ratio if fixed is None else fixed, parsed)
         object.__setattr__(self, "rate", rate)
         object.__setattr__(self, "rank_ratio", rank_ratio)
         return self
@@ -48,6 +71,7 @@ class CompressionSettings(BaseModel):
         """Rate, rank ratio and pattern, complete."""
         assert self.rate is not None
         assert self.rank_ratio is not None
+        assert self.pattern is not None
         return self.rate, self.rank_ratio, Pattern.parse(self.pattern)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
 from oats_vision.adapters import Adapter, find_adapter
-from oats_vision.calibration import STATISTICS, Statistic
+from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings, validated
 from oats_vision.core.budget import Budget, layer_budget
-from oats_vision.core.oats import Factors, oats
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
+from oats_vision.methods import decompose, statistic_of
 
 log = logging.getLogger(__name__)
 
@@ -197,18 +197,6 @@ def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: Co
     return plan
 
 
-def decompose_weight(
-    weight: Tensor, parts: Parts, scale: Tensor, settings: CompressionSettings
-) -> list[tuple[str, Factors]]:
-    """Each part's factors, top to bottom."""
-    rows = weight.split([out_features for _, out_features, _ in parts])
-    options: dict[str, Any] = {"iterations": settings.iterations, "solver": settings.solver}
-    return [
-        (name, oats(part, scale, budget, tolerance=settings.tolerance, **options))
-        for part, (name, _, budget) in zip(rows, parts, strict=True)
-    ]
-
-
 def _compress_linear(
     block: nn.Module,
     block_name: str,
@@ -222,11 +210,14 @@ def _compress_linear(
     start = time.perf_counter()
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
+    rows = linear.weight.split([out_features for _, out_features, _ in parts])
     try:
-        scale = statistic.scale()
-    except ValueError as empty:
-        raise DataError(f"{block_name}.{name}: {empty}") from None
-    factors = decompose_weight(linear.weight, parts, scale, settings)
+        factors = [
+            (part, decompose(weight, statistic, budget, settings))
+            for weight, (part, _, budget) in zip(rows, parts, strict=True)
+        ]
+    except ValueError as unusable:
+        raise DataError(f"{block_name}.{name}: {unusable}") from None
     layer = SparseLowRankLinear.from_factors(factors, linear.bias, storage)
     block.set_submodule(name, layer.to(linear.weight.dtype))
     return LayerReport(
@@ -255,7 +246,7 @@ def collect_statistics(
     for name in linears:
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        statistic = STATISTICS[settings.scaling](linear.in_features, linear.weight.device)
+        statistic = statistic_of(settings, linear.in_features, linear.weight.device)
         statistics[name] = statistic
 
         def update(_: nn.Module, args: tuple[Any, ...], statistic: Statistic = statistic) -> None:

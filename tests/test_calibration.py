@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oats_vision.calibration import STATISTICS, MedianMagnitude, SecondMoment
+from oats_vision.calibration import SCALES, Gram, MeanAndVariance, MedianMagnitude, SecondMoment
 
 
 def _tokens(seed: int, tokens: int = 512, features: int = 12) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_median_is_numpys_to_half_a_bin_and_exactly_order_free():
     np.testing.assert_allclose(whole.compute(), np.median(np.abs(x.numpy()), (0, 1)), rtol=2 ** (1 / 16) - 1)
 
 
-@pytest.mark.parametrize("kind", STATISTICS.values())
+@pytest.mark.parametrize("kind", SCALES.values())
 def test_scales_are_finite_and_positive(kind):
     statistic = kind(12)
     statistic.update(_tokens(5))
@@ -74,3 +74,17 @@ def test_scales_are_finite_and_positive(kind):
 def test_no_token_is_an_error():
     with pytest.raises(ValueError, match="no token was seen"):
         SecondMoment(3).compute()
+
+
+def test_gram_mean_and_variance_are_numpys_whatever_the_batches():
+    x = _tokens(6).double()
+    flat = x.flatten(0, -2).numpy()
+    gram, moments = Gram(12), MeanAndVariance(12)
+    for part in x.split(3):
+        gram.update(part)
+        moments.update(part)
+    np.testing.assert_allclose(gram.compute(), flat.T @ flat / len(flat))
+    mean, variance = moments.mean_and_variance()
+    np.testing.assert_allclose(mean, flat.mean(0))
+    np.testing.assert_allclose(variance, flat.var(0))
+    np.testing.assert_allclose(moments.compute(), (flat**2).mean(0))

@@ -62,16 +62,26 @@ def oats(
     Returns:
         Factors in the dtype of the arithmetic: float64 for float64 weights, else float32.
     """
-    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    W = arithmetic(weight)
     D = scale.to(W)
     A = W * D
     if solver == "exact":
         S, U, V, rounds = alternating_thresholding(A, budget, iterations)
     else:
         S, U, V, rounds = extrapolated_thresholding(A, budget, iterations, extrapolation, tolerance)
-    norm = torch.linalg.matrix_norm(A)
-    error = torch.linalg.matrix_norm(torch.addmm(A - S, U, V, alpha=-1)) / norm if norm > 0 else norm
-    return Factors(S.div_(D), U, V / D, float(error), rounds)
+    S, V = S.div_(D), V / D
+    return Factors(S, U, V, relative_error(W, S, U, V, D), rounds)
+
+
+def arithmetic(weight: Tensor) -> Tensor:
+    """The weight in the dtype that it is decomposed in: float64 stays, all else is float32."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def relative_error(W: Tensor, S: Tensor, U: Tensor, V: Tensor, D: Tensor) -> float:
+    """|(W - S - U V) D| / |W D|, Frobenius norms; 0 for a zero weight."""
+    norm = torch.linalg.matrix_norm(W * D)
+    return float(torch.linalg.matrix_norm(torch.addmm(W - S, U, V, alpha=-1).mul_(D)) / norm) if norm > 0 else 0.0
 
 
 def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tuple[Tensor, Tensor, Tensor, int]:

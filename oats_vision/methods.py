@@ -1,0 +1,42 @@
+"""What each method needs to know of a linear's inputs, and the call that decomposes its weight."""
+
+import torch
+from torch import Tensor
+
+from oats_vision.calibration import SCALES, Gram, MeanAndVariance, SecondMoment, Statistic
+from oats_vision.config import CompressionSettings
+from oats_vision.core.baselines import dsnot, magnitude, sparsegpt, svd, wanda
+from oats_vision.core.budget import Budget
+from oats_vision.core.oats import Factors, oats
+
+
+def statistic_of(settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
+    """An empty statistic of the kind that the method needs."""
+    if settings.method == "sparsegpt":
+        return Gram(in_features, device)
+    if settings.method == "dsnot":
+        return MeanAndVariance(in_features, device)
+    if settings.method in ("oats", "svd"):
+        return SCALES[settings.scaling](in_features, device)
+    return SecondMoment(in_features, device)
+
+
+def decompose(weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
+    """Decompose one weight (out_features, in_features) by the method of the settings.
+
+    Raises:
+        ValueError: the statistic has seen no token, or is not finite.
+    """
+    if isinstance(statistic, Gram):
+        return sparsegpt(weight, statistic.compute(), budget)
+    scale = statistic.scale()
+    if isinstance(statistic, MeanAndVariance):
+        return dsnot(weight, scale, *statistic.mean_and_variance(), budget)
+    if settings.method == "magnitude":
+        return magnitude(weight, scale, budget)
+    if settings.method == "wanda":
+        return wanda(weight, scale, budget)
+    if settings.method == "svd":
+        return svd(weight, scale, budget)
+    options = {"solver": settings.solver, "iterations": settings.iterations, "tolerance": settings.tolerance}
+    return oats(weight, scale, budget, **options)  # type: ignore[arg-type]  # options are of mixed types
