@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.adapters import adapters
+from oats_vision.adapters import adapters, remember_adapter
 from oats_vision.errors import CheckpointError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.models import ModelSource, rebuild, remember_source, source_of
 from oats_vision.pipeline import CompressionReport
+from oats_vision.slicing import empty_sliced_blocks
 from oats_vision.transforms import Transform, build_transform
 
 FORMAT, FORMAT_VERSION = "oats_vision", 1
@@ -45,17 +46,16 @@ class Sizes:
         return self.layers / self.dense_layers
 
 
-def measure(tensors: Iterable[Tensor], specs: Iterable[LayerSpec], storage: torch.dtype) -> Sizes:
+def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch.dtype) -> Sizes:
     """Sizes when stored in the given precision; biases count to the whole model only.
 
     Args:
         tensors: all of the compressed model's state dict.
-        specs: of its compressed layers.
+        report: of its compression.
     """
-    specs = list(specs)
-    compressed = sum(spec.parameters for spec in specs) * storage.itemsize
-    positions = sum(spec.out_features * spec.row_bytes for spec in specs)
-    dense = sum(spec.dense_parameters for spec in specs) * storage.itemsize
+    compressed = report.parameters * storage.itemsize
+    positions = sum(layer.spec.out_features * layer.spec.row_bytes for layer in report.layers)
+    dense = report.dense_parameters * storage.itemsize
     stored = sum(
         tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors
     )
@@ -132,8 +132,12 @@ def load(
     if adapter is None:
         raise CheckpointError(f"{path} needs the adapter {config['adapter']!r}: register it first")
     model = rebuild(source, trust_remote_code) if model is None else model
+    remember_adapter(model, adapter)
     try:
         adapter.prepare(model)
+        report = CompressionReport.from_dict(config)
+        if report.slicing:
+            empty_sliced_blocks(model, adapter, report.slicing)
         for name, spec in layer_specs(config).items():
             model.set_submodule(name, SparseLowRankLinear.empty(spec, dtype))
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -142,7 +146,7 @@ def load(
         reason = " ".join(str(mismatch).split())[:400]
         raise CheckpointError(f"{path} does not fit {source.kind} model {source.name!r}: {reason}") from None
     remember_source(model, source)
-    model._oats_vision_report = CompressionReport.from_dict(config)  # type: ignore[assignment]
+    model._oats_vision_report = report  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype).eval()
 
 

@@ -137,7 +137,7 @@ def compress(
     compressed = dense  # the same module: its linears were replaced
     checkpoint.save(compressed, run.out, overwrite=run.overwrite)
     storage = getattr(torch, str(settings.storage_dtype))
-    sizes = checkpoint.measure(compressed.state_dict().values(), (layer.spec for layer in done.layers), storage)
+    sizes = checkpoint.measure(compressed.state_dict().values(), done, storage)
     after = _top1(compressed, test, "compressed") if test else None
     kept = parameters - done.dense_parameters + done.parameters
     files = {file.name: file.stat().st_size for file in run.out.iterdir()}
@@ -239,12 +239,11 @@ def inspect(
     """Show a checkpoint: its settings, sizes, and each layer's budget and error."""
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
-    specs = checkpoint.layer_specs(config).values()
-    sizes = checkpoint.measure(tensors.values(), specs, getattr(torch, config["storage_dtype"]))
+    done = checkpoint.CompressionReport.from_dict(config)
+    sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
     if as_json:
         typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
         return
-    done = checkpoint.CompressionReport.from_dict(config)
     rows = {
         "model": f"{config['source']['kind']} {config['source']['name']} (adapter {config['adapter']})",
         **{name: value for name, value in done.settings.model_dump().items() if value is not None},

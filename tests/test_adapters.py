@@ -12,9 +12,12 @@ from tiny import HF
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.adapters import adapters, find_adapter
-from oats_vision.errors import ModelError
+from oats_vision.activations import ActivationStore
+from oats_vision.adapters import adapters, find_adapter, remember_adapter
+from oats_vision.block_calls import capture_block_calls
+from oats_vision.errors import ConfigError, ModelError
 from oats_vision.pipeline import plan_block
+from oats_vision.slicing import plan_slicing, slice_blocks
 
 FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
 HF_ATTENTION = {f"attention.{name}_proj" for name in "qkvo"}
@@ -173,6 +176,62 @@ def test_hardly_any_compression_leaves_the_outputs(model, pictures):
     ov.compress(model, pictures, rate=1e-6, rank_ratio=0, pattern="layer", iterations=1)
     for ours, theirs in zip(_outputs(model, pictures[0]), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def _normalised(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The final norm's output: what comes before it may be without its mean in a sliced model."""
+    outputs = []
+    norm = model.get_submodule(find_adapter(model).final_norm(model))
+    handle = norm.register_forward_hook(lambda _, args, output: outputs.append(output))
+    model(x)
+    handle.remove()
+    return outputs[-1]
+
+
+@torch.no_grad()
+def test_rotated_unsliced_model_computes_the_same(model, pictures):
+    """SliceGPT, Theorem 1: without a cut the rotations change nothing."""
+    adapter = find_adapter(model)
+    expected = _normalised(model, pictures[0])
+    remember_adapter(model, adapter)
+    adapter.prepare(model)
+    with ActivationStore(1e9) as hidden:
+        calls = capture_block_calls(model, adapter.named_blocks(model), pictures, hidden)
+        plan = plan_slicing(adapter.named_blocks(model), adapter, None)
+        done = slice_blocks(model, adapter, plan, hidden, calls)
+    assert plan.sliced_width == plan.width == 48
+    assert done.kept == pytest.approx([1.0] * 4)
+    torch.testing.assert_close(_normalised(model, pictures[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sliced_model_is_smaller_and_survives_a_round_trip(model, pictures, tmp_path):
+    fresh = copy.deepcopy(model)
+    dense = sum(linear.weight.numel() for _, b in find_adapter(model).named_blocks(model) for linear in _linears(b))
+    report = ov.compress(model, pictures, rate=0.3, method="slicegpt", storage_dtype="float16")
+    blocks = [block for _, block in find_adapter(model).named_blocks(model)]
+    assert report.dense_parameters == dense
+    assert report.parameters == sum(linear.weight.numel() for block in blocks for linear in _linears(block))
+    assert report.parameters <= 0.7 * dense
+    assert all(0.5 < share < 1 for share in report.slicing.kept)
+    expected = _normalised(model, pictures[0])
+    ov.save(model, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out", model=fresh if ov.models.source_of(model).kind == "module" else None)
+    assert torch.equal(_normalised(loaded, pictures[0]), expected)
+    with pytest.raises(ModelError, match="sliced already"):
+        ov.compress(loaded, pictures, rate=0.3)
+
+
+def _linears(block: nn.Module) -> list[nn.Linear]:
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
+
+
+def test_slicing_needs_a_rate_that_leaves_something_and_a_described_stream(tiny_vit, pictures):
+    with pytest.raises(ConfigError, match=r"rate 0\.9999 leaves nothing"):
+        ov.compress(tiny_vit, pictures, rate=0.9999, method="slicegpt")
+    bare = ov.Adapter("bare", "", lambda model: False, lambda model: "blocks")
+    with pytest.raises(ModelError, match="adapter bare does not describe it"):
+        ov.compress(tiny_vit, pictures, rate=0.3, method="slicegpt", adapter=bare)
 
 
 def test_unknown_family_is_an_error_that_lists_the_known():

@@ -138,6 +138,38 @@ def test_other_scalings_and_patterns_run(tiny_vit, pictures, scaling, pattern):
     assert tiny_vit(pictures[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "dsnot"])
+def test_sparse_baselines_keep_their_budget_and_run(tiny_vit, pictures, method, pattern, tmp_path):
+    fresh = copy.deepcopy(tiny_vit)
+    report = ov.compress(tiny_vit, pictures, rate=0.5, method=method, pattern=pattern)
+    expected = "layer" if method in ("magnitude", "sparsegpt") else "row"
+    assert report.settings.pattern == (pattern or expected)
+    assert 0.49 * report.dense_parameters < report.parameters <= 0.5 * report.dense_parameters
+    assert all(part.rank == 0 for layer in report.layers for part in layer.spec.parts)
+    ov.save(tiny_vit, tmp_path / "out")
+    assert torch.equal(ov.load(tmp_path / "out", model=fresh)(pictures[0]), tiny_vit(pictures[0]))
+
+
+def test_svd_has_no_sparse_term(tiny_vit, pictures):
+    report = ov.compress(tiny_vit, pictures, rate=0.5, method="svd")
+    assert all(part.nonzeros == 0 < part.rank for layer in report.layers for part in layer.spec.parts)
+    assert report.parameters <= 0.5 * report.dense_parameters
+
+
+@torch.no_grad()
+def test_sparsegpt_loses_less_of_the_outputs_than_magnitude(tiny_vit, pictures):
+    """Block by block on correlated inputs: what SparseGPT's updates are for."""
+    x = torch.cat(pictures)
+    expected = tiny_vit.forward_features(x)
+    loss = {}
+    for method in ("magnitude", "sparsegpt"):
+        model = copy.deepcopy(tiny_vit)
+        ov.compress(model, pictures, rate=0.5, method=method)
+        loss[method] = float((model.forward_features(x) - expected).norm())
+    assert loss["sparsegpt"] < 0.8 * loss["magnitude"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -151,6 +183,9 @@ def test_other_scalings_and_patterns_run(tiny_vit, pictures, scaling, pattern):
         ({"rank_ratio": 0.999}, "leaves no non-zeros"),
         ({"iterations": 0}, "iterations: .* got 0"),
         ({"solver": "magic"}, "solver: .* got 'magic'"),
+        ({"method": "magic"}, "method: .* got 'magic'"),
+        ({"method": "wanda", "rank_ratio": 0.2}, "rank_ratio must be 0 .* with method wanda"),
+        ({"method": "svd", "pattern": "2:4"}, "pattern must be left out with method svd"),
         ({"ratio": 0.5}, "ratio: is no setting"),
     ],
 )

@@ -1,12 +1,14 @@
 """Model families: those that ship with the package, and those that a user registers."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from oats_vision.adapters import dinov2_hub, hf_vit, timm_vit
-from oats_vision.adapters.base import Adapter
+from oats_vision.adapters.base import Adapter, Residual
 from oats_vision.errors import ModelError
 
-__all__ = ["Adapter", "adapters", "find_adapter", "register_adapter"]
+__all__ = ["Adapter", "Residual", "adapters", "find_adapter", "register_adapter", "remember_adapter"]
 
 _adapters: list[Adapter] = [*timm_vit.ADAPTERS, *hf_vit.ADAPTERS, *dinov2_hub.ADAPTERS]
 
@@ -28,12 +30,24 @@ def adapters() -> list[Adapter]:
     return list(_adapters)
 
 
+def remember_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Note on a model, before its blocks are changed, which adapter it belongs to and what that finds in it."""
+    blocks, norm, prefix = adapter.blocks(model), adapter.final_norm(model), adapter.prefix_tokens(model)
+    found = replace(
+        adapter, blocks=lambda model: blocks, final_norm=lambda model: norm, prefix_tokens=lambda model: prefix
+    )
+    model._oats_vision_adapter = found  # type: ignore[assignment]  # a plain attribute
+
+
 def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter of the model's family.
+    """The adapter of the model's family: noted on a compressed model, found by its structure on others.
 
     Raises:
         ModelError: no adapter knows the model; the error lists those that are there.
     """
+    noted = getattr(model, "_oats_vision_adapter", None)
+    if isinstance(noted, Adapter):
+        return noted
     for adapter in _adapters:
         if adapter.matches(model):
             return adapter

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from oats_vision.adapters.base import Adapter
+from oats_vision.adapters.base import Adapter, Residual
 
 
 def _is_hub_dinov2(model: nn.Module) -> bool:
@@ -25,5 +25,8 @@ ADAPTERS = [
         matches=_is_hub_dinov2,
         blocks=lambda model: "blocks",
         fused={"attn.qkv": ("q", "k", "v")},
+        residual=Residual("norm1", "attn", ("attn.proj",), "norm2", "mlp", ("mlp.fc2", "mlp.w3"), "ls1", "ls2"),
+        final_norm=lambda model: "norm",
+        prefix_tokens=lambda model: 1 + int(model.num_register_tokens),  # type: ignore[arg-type]  # an int
     ),
 ]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from oats_vision.adapters.base import Adapter
+from oats_vision.adapters.base import Adapter, Residual
 
 # class of a block in transformers -> adapter; the text tower of CLIP and SigLIP has the same class of block
 FAMILIES = {
@@ -12,6 +12,17 @@ FAMILIES = {
     "DINOv3ViTLayer": ("hf_dinov3", "Hugging Face DINOv3ViT*"),
     "CLIPEncoderLayer": ("hf_clip", "Hugging Face CLIP vision towers"),
     "SiglipEncoderLayer": ("hf_siglip", "Hugging Face SigLIP vision towers"),
+}
+MLP_OUT = ("mlp.fc2", "mlp.down_proj")
+DINO = Residual("norm1", "attention", ("attention.o_proj",), "norm2", "mlp", MLP_OUT, "layer_scale1", "layer_scale2")
+CLIP = Residual("layer_norm1", "self_attn", ("self_attn.out_proj",), "layer_norm2", "mlp", MLP_OUT)
+RESIDUAL = {
+    "ViTLayer": Residual("layernorm_before", "attention", ("attention.o_proj",), "layernorm_after", "mlp", MLP_OUT),
+    "Dinov2Layer": DINO,
+    "Dinov2WithRegistersLayer": DINO,
+    "DINOv3ViTLayer": DINO,
+    "CLIPEncoderLayer": CLIP,
+    "SiglipEncoderLayer": CLIP,
 }
 
 
@@ -25,12 +36,32 @@ def _vision_blocks(model: nn.Module, block_class: str) -> str | None:
     return None
 
 
+def _final_norm(model: nn.Module, blocks: str) -> str:
+    """The norm beside the encoder: `vit.layernorm` for blocks at `vit.layers`."""
+    modules = dict(model.named_modules())
+    for parent in (blocks.rpartition(".")[0], blocks.rpartition(".")[0].rpartition(".")[0]):
+        for name in ("layernorm", "post_layernorm", "norm"):
+            path = f"{parent}.{name}" if parent else name
+            if path in modules:
+                return path
+    return ""
+
+
+def _prefix_tokens(model: nn.Module, block_class: str) -> int:
+    if block_class == "SiglipEncoderLayer":
+        return 0
+    return 1 + int(getattr(model.config, "num_register_tokens", 0))
+
+
 def _adapter(block_class: str, name: str, serves: str) -> Adapter:
     return Adapter(
         name=name,
         serves=serves,
         matches=lambda model: _vision_blocks(model, block_class) is not None,
         blocks=lambda model: _vision_blocks(model, block_class) or "",
+        residual=RESIDUAL[block_class],
+        final_norm=lambda model: _final_norm(model, _vision_blocks(model, block_class) or ""),
+        prefix_tokens=lambda model: _prefix_tokens(model, block_class),
     )
 
 

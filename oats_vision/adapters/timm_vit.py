@@ -4,9 +4,20 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from oats_vision.adapters.base import Adapter
+from oats_vision.adapters.base import Adapter, Residual
 
 QKV = {"attn.qkv": ("q", "k", "v")}
+
+STREAM = ("norm1", "attn", ("attn.proj",), "norm2", "mlp", ("mlp.fc2",))
+
+
+def _norm(model: nn.Module) -> str:
+    # with average pooling the norm comes after the pooling, and `norm` is an identity
+    return "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
+
+
+def _prefix(model: nn.Module) -> int:
+    return int(model.num_prefix_tokens)  # type: ignore[arg-type]  # an int of every timm ViT
 
 
 def _call_qkv_as_module(model: nn.Module) -> None:
@@ -23,6 +34,9 @@ ADAPTERS = [
         matches=lambda model: isinstance(model, VisionTransformer),
         blocks=lambda model: "blocks",
         fused=QKV,
+        residual=Residual(*STREAM, "ls1", "ls2"),
+        final_norm=_norm,
+        prefix_tokens=_prefix,
     ),
     Adapter(
         name="timm_eva",
@@ -31,5 +45,8 @@ ADAPTERS = [
         blocks=lambda model: "blocks",
         fused=QKV,
         prepare=_call_qkv_as_module,
+        residual=Residual(*STREAM, "gamma_1", "gamma_2"),
+        final_norm=_norm,
+        prefix_tokens=_prefix,
     ),
 ]

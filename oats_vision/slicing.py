@@ -1,0 +1,342 @@
+"""SliceGPT: transformer blocks with a narrower residual stream (Ashkboos et al., ICLR 2024).
+
+A norm without weights does not see a rotation of its input. So each norm's weights, and its subtraction of the
+mean, move into the linears around it; the stream between two norms is rotated to the principal components of what
+the norm gives on calibration data; and the last components are cut off. Where the rotation changes, the skip
+connection gets a small matrix. The first block takes the stream at its full width and the last one gives it back,
+so that embeddings, final norm and head stay as they are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oats_vision.activations import ActivationStore
+from oats_vision.adapters import Adapter, Residual
+from oats_vision.block_calls import BlockCalls, first_output
+from oats_vision.calibration import Gram
+from oats_vision.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How a model was sliced.
+
+    width, sliced_width: of the residual stream, before and after.
+    parameters, dense_parameters: of the blocks' linears (the skip connections' matrices included) and what they were.
+    kept: share of the signal's second moment that is kept, for the attention and the MLP of each block.
+    """
+
+    width: int
+    sliced_width: int
+    parameters: int
+    dense_parameters: int
+    kept: tuple[float, ...] = ()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Slicing":
+        """Raises TypeError or ValueError if a field is missing, unknown or impossible."""
+        slicing = cls(**{**fields, "kept": tuple(fields["kept"])})
+        if not (isinstance(slicing.width, int) and isinstance(slicing.sliced_width, int)):
+            raise ValueError("widths must be whole numbers")
+        if not 0 < slicing.sliced_width <= slicing.width:
+            raise ValueError(f"a stream {slicing.width} wide cannot be sliced to {slicing.sliced_width}")
+        return slicing
+
+
+class SlicedNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), the mean over the full width of the stream."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., sliced width) -> the same shape; the mean is taken in float32 or better."""
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / self.width + self.eps)).to(x.dtype)
+
+
+class SlicedReader(nn.Linear):
+    """A linear of the attention: reads the first `in_features` of inputs that are padded to the full width."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., width) -> (..., out_features)."""
+        return F.linear(input[..., : self.in_features], self.weight, self.bias)
+
+
+class SlicedBlock(nn.Module):
+    """A block on a sliced stream x: y = P1 x + attention(norm(x)), z = P2 y + mlp(norm(y)).
+
+    The attention's own code may rely on inputs of the full width, so it gets them padded with zeros.
+    """
+
+    def __init__(
+        self, block: nn.Module, residual: Residual, entry: nn.Linear | None, shortcuts: Sequence[nn.Linear], width: int
+    ) -> None:
+        super().__init__()
+        self.entry = entry
+        self.norm1 = SlicedNorm(width, _eps(block.get_submodule(residual.norm1)))
+        self.attention = block.get_submodule(residual.attention)
+        self.norm2 = SlicedNorm(width, _eps(block.get_submodule(residual.norm2)))
+        self.mlp = block.get_submodule(residual.mlp)
+        self.shortcut1, self.shortcut2 = shortcuts
+        self.width = width
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(batch, tokens, sliced width), of the full width into the first and out of the last block."""
+        x = hidden_states if self.entry is None else self.entry(hidden_states)
+        padded = F.pad(self.norm1(x), (0, self.width - x.shape[-1]))
+        y = self.shortcut1(x) + first_output(self.attention(padded, *args, **kwargs))
+        return self.shortcut2(y) + self.mlp(self.norm2(y))
+
+
+@torch.no_grad()
+def slice_blocks(
+    model: nn.Module,
+    adapter: Adapter,
+    plan: Slicing,
+    hidden: ActivationStore,
+    calls: BlockCalls,
+    tell: Callable[[float, int, str], None] = lambda share, block, activity: None,
+) -> Slicing:
+    """Slice a model's blocks, in place; each one's rotations come from the sliced blocks before it.
+
+    Args:
+        plan: what `plan_slicing` found.
+        hidden: the first block's inputs, one tensor a batch; overwritten.
+        calls: what else the blocks are called with.
+        tell: called with the share done of the block, its number from 0, and what is going on.
+
+    Returns:
+        The plan, with the share of the signal kept at each cut.
+    """
+    blocks, residual = adapter.named_blocks(model), _described(adapter)
+    width, sliced = plan.width, plan.sliced_width
+    centre = _subtracts_mean(blocks[0][1].get_submodule(residual.norm1))
+    if centre:
+        for b in range(len(hidden)):
+            hidden[b] = hidden[b] - hidden[b].mean(-1, keepdim=True)
+    kept: list[float] = []
+    open_shortcut: tuple[nn.Linear, nn.Linear] | None = None  # the last block's, and its MLP's last linear
+    for i, (name, block) in enumerate(blocks):
+        parts = _halves(block, residual)
+        fold(block, residual)
+        bases = []
+        for half, (norm_name, submodule, readers, _) in enumerate(parts):
+            norm = SlicedNorm(width, _eps(block.get_submodule(norm_name)))
+            gram = Gram(width, hidden[0].device)
+            for b in range(len(hidden)):
+                tell((half + 0.5 * b / len(hidden)) / 2, i, "principal components")
+                gram.update(norm(hidden[b]), calls.masks[b])
+            basis, share = principal_components(gram.compute(), sliced)
+            kept.append(share)
+            bases.append(basis)
+            P = basis.to(hidden[0])
+            for reader in readers:
+                block.set_submodule(reader, _rotated_reader(_linear(block, reader), basis, half == 0))
+            module = block.get_submodule(submodule)
+            for b in range(len(hidden)):
+                tell((half + 0.5 + 0.5 * b / len(hidden)) / 2, i, "outputs of the sliced block")
+                x = hidden[b].to(calls.device) @ P
+                args, kwargs = calls.arguments(i, b) if half == 0 else ((), {})
+                inputs = F.pad(norm(x), (0, width - sliced)) if half == 0 else norm(x)
+                hidden[b] = x @ P.T + first_output(module(inputs, *args, **kwargs))
+            if half == 1:
+                _rotate_writer(_linear(block, parts[0][3]), basis)
+            elif open_shortcut is not None:
+                skip, last = open_shortcut
+                skip.weight.data = (basis.T @ skip.weight.data.to(basis)).to(skip.weight.dtype)
+                skip.out_features = sliced
+                _rotate_writer(last, basis)
+        last_of_attention, last_of_mlp = (_linear(block, writer) for *_, writer in parts)
+        weight, entry = last_of_attention.weight, None
+        if i == 0:
+            centred = bases[0] - bases[0].mean(0) if centre else bases[0]  # P^T M
+            entry = _matrix(centred.T, weight)
+        shortcuts = [_matrix(bases[1].T @ bases[0], weight), _matrix(bases[1], weight)]
+        model.set_submodule(name, SlicedBlock(block, residual, entry, shortcuts, width))
+        open_shortcut = shortcuts[1], last_of_mlp
+    return replace(plan, kept=tuple(kept))
+
+
+def empty_sliced_blocks(model: nn.Module, adapter: Adapter, slicing: Slicing) -> None:
+    """Give a rebuilt model blocks of the sliced shapes, to load a state dict into.
+
+    Raises:
+        ModelError: the adapter does not describe the residual stream.
+    """
+    blocks, residual = adapter.named_blocks(model), _described(adapter)
+    full, cut = slicing.width, slicing.sliced_width
+    for i, (name, block) in enumerate(blocks):
+        parts = _halves(block, residual)
+        out = (cut, full if i + 1 == len(blocks) else cut)
+        for half, (norm, _, readers, writer) in enumerate(parts):
+            shifted = getattr(block.get_submodule(norm), "bias", None) is not None
+            for reader in readers:
+                linear = _linear(block, reader)
+                kind = SlicedReader if half == 0 else nn.Linear
+                bias = shifted or linear.bias is not None
+                block.set_submodule(reader, kind(cut, linear.out_features, bias=bias, device="meta"))
+            linear = _linear(block, writer)
+            new = nn.Linear(linear.in_features, out[half], bias=linear.bias is not None, device="meta")
+            block.set_submodule(writer, new)
+        entry = nn.Linear(full, cut, bias=False, device="meta") if i == 0 else None
+        shortcuts = [nn.Linear(cut, rows, bias=False, device="meta") for rows in out]
+        model.set_submodule(name, SlicedBlock(block, residual, entry, shortcuts, full))
+
+
+def plan_slicing(blocks: Sequence[tuple[str, nn.Module]], adapter: Adapter, rate: float | None) -> Slicing:
+    """The largest width of the residual stream that meets the rate; None keeps the full width.
+
+    Widths from 64 on are multiples of 8, as fast matrix products like them.
+
+    Raises:
+        ModelError: the adapter does not describe the residual stream, or the norms are of an unknown kind.
+        ConfigError: no width meets the rate.
+    """
+    residual = _described(adapter)
+    width = blocks[0][1].get_submodule(residual.norm1).get_parameter("weight").numel()
+    dense = per_column = last = 0
+    for _, block in blocks:
+        for norm, _, readers, writer in _halves(block, residual):
+            _subtracts_mean(block.get_submodule(norm))  # raises for norms that cannot be folded
+            linears = [_linear(block, name) for name in (*readers, writer)]
+            dense += sum(linear.weight.numel() for linear in linears)
+            per_column += sum(linear.out_features for linear in linears[:-1]) + linears[-1].in_features
+            last = linears[-1].in_features
+
+    def parameters(cut: int) -> int:
+        # the last MLP writes at the full width; entry and exit are width x cut, the other skips cut x cut
+        return cut * per_column + (width - cut) * last + 2 * width * cut + (2 * len(blocks) - 1) * cut * cut
+
+    if rate is None:
+        return Slicing(width, width, parameters(width), dense)
+    for cut in range(width, 0, -1):
+        if parameters(cut) <= (1 - rate) * dense and (cut < 64 or cut % 8 == 0):
+            return Slicing(width, cut, parameters(cut), dense)
+    raise ConfigError(f"rate {rate:g} leaves nothing of a residual stream {width} wide: use a lower rate")
+
+
+def principal_components(gram: Tensor, count: int) -> tuple[Tensor, float]:
+    """The first eigenvectors of a second moment, float64 (width, count), and their share of its trace."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.flip(0).clamp_min(0)
+    return vectors.flip(1)[:, :count].contiguous(), float(values[:count].sum() / values.sum())
+
+
+def fold(block: nn.Module, residual: Residual) -> None:
+    """Move the norms' weights into the linears that read them, scales and the mean's subtraction into the writers.
+
+    Afterwards the block is that of a stream without mean, under norms without weights.
+    """
+    for (norm_name, _, readers, writer), scale_name in zip(
+        _halves(block, residual), (residual.scale1, residual.scale2), strict=True
+    ):
+        norm, out = block.get_submodule(norm_name), _linear(block, writer)
+        gain, shift = norm.get_parameter("weight").double(), getattr(norm, "bias", None)
+        for reader in readers:
+            linear = _linear(block, reader)
+            W = linear.weight.double()
+            if shift is not None:
+                bias = W @ shift.double() + (0 if linear.bias is None else linear.bias.double())
+                linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+            linear.weight.copy_(W * gain)
+        W, b = out.weight.double(), None if out.bias is None else out.bias.double()
+        scale = _scale(block, scale_name)
+        if scale is not None:
+            W, b = W * scale[:, None], None if b is None else b * scale
+        if _subtracts_mean(norm):
+            W, b = W - W.mean(0), None if b is None else b - b.mean()
+        out.weight.copy_(W)
+        if b is not None:
+            out.bias.copy_(b)
+
+
+Half = tuple[str, str, list[str], str]  # norm, submodule, linears that read, linear that writes; names in the block
+
+
+def _halves(block: nn.Module, residual: Residual) -> tuple[Half, Half]:
+    """The attention's half of a block, and the MLP's."""
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    halves: list[Half] = []
+    for norm, submodule, candidates in (
+        (residual.norm1, residual.attention, residual.attention_out),
+        (residual.norm2, residual.mlp, residual.mlp_out),
+    ):
+        writer = next((name for name in candidates if name in names), None)
+        readers = [name for name in names if name.startswith(f"{submodule}.") and name != writer]
+        if writer is None or not readers:
+            raise ModelError(f"slicegpt: {type(block).__name__} has no linears {submodule}.* that end in {candidates}")
+        halves.append((norm, submodule, readers, writer))
+    return halves[0], halves[1]
+
+
+def _described(adapter: Adapter) -> Residual:
+    if adapter.residual is None:
+        raise ModelError(f"slicegpt needs to know the residual stream, and adapter {adapter.name} does not describe it")
+    return adapter.residual
+
+
+def _subtracts_mean(norm: nn.Module) -> bool:
+    """LayerNorm does, RMSNorm does not. Raises ModelError for other norms."""
+    if isinstance(norm, nn.LayerNorm):
+        return True
+    if isinstance(norm, nn.RMSNorm) or type(norm).__name__.endswith("RMSNorm"):
+        return False
+    raise ModelError(f"slicegpt knows LayerNorm and RMSNorm, not {type(norm).__name__}")
+
+
+def _eps(norm: nn.Module) -> float:
+    eps: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
+    return float(eps or torch.finfo(torch.float32).eps)
+
+
+def _scale(block: nn.Module, name: str) -> Tensor | None:
+    """A LayerScale's factors, float64 (width,), if the block has one."""
+    if not name:
+        return None
+    owner: Any = block
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    if isinstance(owner, nn.Module):
+        owner = next(owner.parameters(), None)
+    return owner.detach().double() if isinstance(owner, Tensor) else None
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _matrix(weight: Tensor, like: Tensor) -> nn.Linear:
+    """A linear without bias that holds the matrix, in the dtype and on the device of `like`."""
+    linear = nn.Linear(1, 1, bias=False)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.to(like).contiguous(), requires_grad=False)
+    return linear
+
+
+def _rotated_reader(linear: nn.Linear, basis: Tensor, padded: bool) -> nn.Linear:
+    """W -> W P."""
+    kind = SlicedReader if padded else nn.Linear
+    new = kind(1, 1, bias=False)
+    new.out_features, new.in_features = linear.out_features, basis.shape[1]
+    weight = (linear.weight.to(basis) @ basis).to(linear.weight.dtype)
+    new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    new.bias = linear.bias
+    return new
+
+
+def _rotate_writer(linear: nn.Linear, basis: Tensor) -> None:
+    """W -> P^T W, b -> P^T b, in place."""
+    weight = (basis.T @ linear.weight.to(basis)).to(linear.weight.dtype)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter((basis.T @ linear.bias.to(basis)).to(linear.weight.dtype), requires_grad=False)
+    linear.out_features = basis.shape[1]
