@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ from oats_vision.models import ModelSource, rebuild, remember_source, source_of
 from oats_vision.pipeline import CompressionReport
 from oats_vision.slicing import empty_sliced_blocks
 from oats_vision.transforms import Transform, build_transform
+
+log = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "oats_vision", 1
 CONFIG, WEIGHTS, REPORT = "config.json", "model.safetensors", "report.json"
@@ -191,7 +194,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file, all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    except OSError as problem:
+        raise CheckpointError(f"{file} cannot be written: {problem}") from problem
     try:
         with os.fdopen(handle, "w") as stream:
             stream.write(json.dumps(content, indent=2) + "\n")
@@ -199,6 +205,30 @@ def write_json(file: Path, content: Any) -> None:
     except OSError as problem:
         Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be written: {problem}") from problem
+
+
+def add_evaluation(path: Path, result: dict[str, Any]) -> None:
+    """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same protocol and data."""
+    file = path / REPORT
+    try:
+        content = json.loads(file.read_text()) if file.exists() else {}
+        kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
+    except (OSError, ValueError, AttributeError) as problem:
+        raise CheckpointError(f"{file} is damaged: {problem}") from None
+    try:
+        write_json(file, content | {"evaluations": [*kept, result]})
+    except CheckpointError as problem:  # a shared, read-only checkpoint can be evaluated too
+        log.warning("the result was not added to %s: %s", file, problem)
+
+
+def _what(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result.get(name) for name in ("protocol", "data", "train", "val"))
+
+
+def is_sliced(model: nn.Module) -> bool:
+    """Whether a model was compressed by slicegpt."""
+    report = getattr(model, "_oats_vision_report", None)
+    return isinstance(report, CompressionReport) and report.slicing is not None
 
 
 def check_target(path: Path, overwrite: bool) -> None:

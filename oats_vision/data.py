@@ -1,5 +1,6 @@
 """Pictures for calibration and evaluation: folders, Hugging Face datasets, the embedded demo set."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Batches:
     loader: DataLoader[Any]
     total: int | None  # pictures expected, if known
     classes: list[str] | None = None
+    fingerprint: Callable[[], str] | None = None  # of the pictures' and labels' contents; None for a stream
     skipped: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,15 +66,16 @@ def load_pictures(
         samples: take that many, chosen by the seed; all of them, in order, if None. A picture that cannot be
             read is skipped and another one taken in its place as long as there are any.
         labelled: needs labels (the folder must hold one folder a class).
-        split, streaming: of a Hugging Face dataset.
+        split: of a Hugging Face dataset; of the demo, `train` is the calibration set and all else the test set.
+        streaming: a Hugging Face dataset.
 
     Raises:
         DataError: missing, empty, without labels although they are needed, or no picture can be read.
     """
-    examples: Sequence[Example]
+    examples: _Examples
     classes: list[str] | None
     if source == "demo":
-        examples, classes = _demo(calibration=not labelled)
+        examples, classes = _demo(calibration=split == "train")
     elif source.startswith("hf:") or _is_saved_dataset(Path(source)):
         dataset = _huggingface(source, split, streaming)
         if streaming:
@@ -93,7 +96,16 @@ def load_pictures(
     if samples is not None and count < samples and source != "demo":
         log.warning("%s has %d pictures, fewer than the %d samples asked for", source, count, samples)
     pictures = _Pictures(examples, order.tolist(), count, transform)
-    return Batches(DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate), count, classes)
+    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate)
+    return Batches(loader, count, classes, pictures.fingerprint)
+
+
+class _Examples(Sequence[Example]):
+    """Pictures that can be opened one by one."""
+
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        """Bytes that tell these examples from any others: what the pictures hold, and their labels."""
+        raise NotImplementedError
 
 
 class _Pictures(Dataset[tuple[Tensor | None, int, int]]):
@@ -103,8 +115,14 @@ class _Pictures(Dataset[tuple[Tensor | None, int, int]]):
     not depend on who reads them.
     """
 
-    def __init__(self, examples: Sequence[Example], order: list[int], count: int, transform: Transform) -> None:
+    def __init__(self, examples: _Examples, order: list[int], count: int, transform: Transform) -> None:
         self.examples, self.order, self.count, self.transform = examples, order, count, transform
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.transform, self.order, self.count)).encode())
+        for part in self.examples.fingerprint(self.order[: self.count]):
+            digest.update(part)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.count
@@ -153,7 +171,7 @@ def _collate(items: list[tuple[Tensor | None, int, int]]) -> tuple[Tensor, Tenso
     return pictures, torch.tensor([label for _, label in read]), sum(skipped for *_, skipped in items)
 
 
-class _DemoExamples(Sequence[Example]):
+class _DemoExamples(_Examples):
     def __init__(self, path: Path) -> None:
         with np.load(path) as arrays:
             self.images, self.labels = arrays["images"], arrays["labels"]
@@ -164,14 +182,18 @@ class _DemoExamples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         return lambda: Image.fromarray(self.images[index]), int(self.labels[index])
 
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        yield self.images[indices].tobytes()
+        yield self.labels[indices].tobytes()
 
-def _demo(calibration: bool) -> tuple[Sequence[Example], list[str]]:
+
+def _demo(calibration: bool) -> tuple[_Examples, list[str]]:
     directory = demo_directory()
     names = json.loads((directory / "config.json").read_text())["label_names"]
     return _DemoExamples(directory / ("calibration.npz" if calibration else "test.npz")), names
 
 
-class _FileExamples(Sequence[Example]):
+class _FileExamples(_Examples):
     def __init__(self, files: list[tuple[str, int]]) -> None:
         self.files = files
 
@@ -182,8 +204,13 @@ class _FileExamples(Sequence[Example]):
         path, label = self.files[index]
         return lambda: Image.open(path), label
 
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        for index in indices:
+            path, label = self.files[index]
+            yield hashlib.sha256(Path(path).read_bytes()).digest() + label.to_bytes(4, "little", signed=True)
 
-def _folder(path: Path, labelled: bool) -> tuple[Sequence[Example], list[str] | None]:
+
+def _folder(path: Path, labelled: bool) -> tuple[_Examples, list[str] | None]:
     """Pictures below a folder; with labels if it has one folder a class."""
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of pictures, hf:name or demo")
@@ -257,7 +284,7 @@ def _as_picture(value: Any) -> Image.Image:
     return value
 
 
-class _HuggingFaceExamples(Sequence[Example]):
+class _HuggingFaceExamples(_Examples):
     """Rows of a dataset; pictures are decoded one by one, so that a broken one fails alone."""
 
     def __init__(self, dataset: Any, image: str, label: str | None) -> None:
@@ -269,3 +296,7 @@ class _HuggingFaceExamples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         row = self.dataset[index]
         return lambda: _as_picture(row[self.image]), -1 if self.label is None else int(row[self.label])
+
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        # of the `datasets` library: it changes with the files read and with everything done to them
+        yield self.dataset._fingerprint.encode()

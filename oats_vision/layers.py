@@ -172,6 +172,8 @@ class SparseLowRankLinear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         return F.linear(x, self.dense_weight(), self.bias)
 
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def dense_weight(self) -> Tensor:
         """S + U V in float32 or better, rounded once to the layer's dtype: (out_features, in_features)."""
         dtype = torch.promote_types(self.sparse.values.dtype, torch.float32)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,8 @@ class ModelSource:
     args: keyword arguments, or the Hugging Face configuration.
     transform: the model's input preprocessing, if known.
     dtype: precision of the original weights.
+    label_names: of the head's classes, in order, if known.
+    origin: what `load_model` was called with (name, image_size), to find the dense weights again.
     """
 
     kind: Literal["timm", "huggingface", "torch_hub", "module"]
@@ -50,6 +52,8 @@ class ModelSource:
     args: dict[str, Any] = field(default_factory=dict)
     transform: TransformConfig | None = None
     dtype: str = "float32"
+    label_names: list[str] | None = None
+    origin: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +110,8 @@ def load_model(
         raise ModelError(f"image_size {image_size} can be set for timm models only, and {name!r} is not one")
     find_adapter(model)
     model = model.to(device=device, dtype=dtype).eval()
-    remember_source(model, source)
+    place = str(path.resolve()) if path.is_dir() and name != "demo" else name
+    remember_source(model, replace(source, origin={"name": place, "image_size": image_size}))
     return model, build_transform(source.transform) if source.transform else None
 
 
@@ -184,7 +189,9 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None, dtype: str =
     data = timm.data.resolve_model_data_config(model)
     if image_size is not None:
         data["input_size"] = (3, image_size, image_size)
-    return model, ModelSource("timm", cfg["architecture"], _plain(args), timm_transform_config(data), dtype)
+    names = cfg.get("label_names")
+    names = list(names) if names else None
+    return model, ModelSource("timm", cfg["architecture"], _plain(args), timm_transform_config(data), dtype, names)
 
 
 def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
@@ -206,7 +213,9 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     except (OSError, ValueError):
         transform = None  # a model without a processor still loads; pictures then need a transform from the user
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    source = ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()), transform, dtype)
+    labels = [str(model.config.id2label[i]) for i in range(len(model.config.id2label or ()))]
+    names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
+    source = ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()), transform, dtype, names)
     return model, source
 
 

@@ -1,7 +1,7 @@
 """What people look at: progress, and tables of a run, of a checkpoint's layers and of the known models."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -43,10 +43,17 @@ def compression_progress(console: Console) -> Iterator[Callable[[Step], None]]:
         yield show
 
 
-@contextmanager
-def evaluation_progress(console: Console, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def evaluation_progress(
+    console: Console, what: str, total: int | None
+) -> AbstractContextManager[Callable[[int], None]]:
     """A bar over pictures."""
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(bar_width=24), TextColumn("{task.completed} pictures"))
+    return counting_progress(console, what, "pictures", total)
+
+
+@contextmanager
+def counting_progress(console: Console, what: str, unit: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar over things that are counted."""
+    columns = (SpinnerColumn(), TextColumn(what), BarColumn(bar_width=24), TextColumn(f"{{task.completed}} {unit}"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)
@@ -105,6 +112,24 @@ def layer_table(report: CompressionReport) -> Table:
                 f"{layer.errors[part.name]:.4f}",
                 str(layer.rounds[part.name]),
             )
+    return table
+
+
+def comparison_table(title: str, models: list[str], rows: dict[str, list[str]], differences: dict[str, str]) -> Table:
+    """One column a model, and the differences with their intervals where there are two.
+
+    Args:
+        rows: each metric's values, one a model.
+        differences: of some of the metrics.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for model in models:
+        table.add_column(model, justify="right")
+    if differences:
+        table.add_column("difference [95% interval]", justify="right")
+    for metric, values in rows.items():
+        table.add_row(metric, *values, *([differences.get(metric, "")] if differences else []))
     return table
 
 

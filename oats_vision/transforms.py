@@ -19,6 +19,9 @@ class HuggingFaceTransform:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
+    def __repr__(self) -> str:
+        return f"HuggingFaceTransform({self.processor.to_json_string()})"
+
     def __call__(self, picture: Image.Image) -> Tensor:
         return self.processor(picture, return_tensors="pt")["pixel_values"][0]
 

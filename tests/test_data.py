@@ -104,7 +104,7 @@ def test_local_parquet_by_name(tmp_path):
 
 def test_demo_sets_are_different_and_balanced():
     calibration = load_pictures("demo", TRANSFORM, batch_size=100, samples=2048)
-    test = load_pictures("demo", TRANSFORM, batch_size=500, labelled=True)
+    test = load_pictures("demo", TRANSFORM, batch_size=500, labelled=True, split="test")
     assert calibration.total == 1000
     assert test.total == 4000
     labels = torch.cat([labels for _, labels in test])

@@ -27,6 +27,6 @@ ADAPTERS = [
         fused={"attn.qkv": ("q", "k", "v")},
         residual=Residual("norm1", "attn", ("attn.proj",), "norm2", "mlp", ("mlp.fc2", "mlp.w3"), "ls1", "ls2"),
         final_norm=lambda model: "norm",
-        prefix_tokens=lambda model: 1 + int(model.num_register_tokens),  # type: ignore[arg-type]  # an int
+        prefix_tokens=lambda model: 1 + int(getattr(model, "num_register_tokens", 0)),
     ),
 ]

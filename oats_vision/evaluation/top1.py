@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,30 +11,45 @@ from torch import Tensor, nn
 
 from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
+from oats_vision.evaluation.labels import head_index
+from oats_vision.models import source_of
 
 
 @dataclass(frozen=True)
 class Top1:
-    """Accuracies in percent; throughput of the whole loop, reading of pictures included."""
+    """Accuracies in percent; throughput of the whole loop, reading of pictures included.
+
+    correct: whether each picture was classified right, bool (pictures,).
+    """
 
     top1: float
     top5: float
     pictures: int
     skipped: int
     seconds: float
+    correct: Tensor = field(repr=False, compare=False, default_factory=lambda: torch.empty(0, dtype=torch.bool))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"pictures_per_second": self.pictures / self.seconds}
+        names = ("top1", "top5", "pictures", "skipped", "seconds")
+        values = {name: getattr(self, name) for name in names}
+        return values | {"pictures_per_second": self.pictures / self.seconds}
 
 
 @torch.inference_mode()
-def evaluate_top1(model: nn.Module, batches: Batches, progress: Callable[[int], None] = lambda done: None) -> Top1:
+def evaluate_top1(
+    model: nn.Module,
+    batches: Batches,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    mixed_precision: torch.dtype | None = None,
+) -> Top1:
     """Classify all pictures.
 
     Args:
         model: (batch, 3, height, width) -> logits (batch, classes), or an output with `.logits`.
-        batches: with labels.
+        batches: with labels; their classes are matched with the head's, see `head_index`.
         progress: called with the number of pictures done.
+        mixed_precision: dtype of the matrix products (autocast).
 
     Raises:
         ModelError: the model has no classification head.
@@ -43,25 +59,34 @@ def evaluate_top1(model: nn.Module, batches: Batches, progress: Callable[[int], 
 
     first = next(model.parameters())
     metrics: dict[int, MulticlassAccuracy] = {}
-    pictures = 0
+    correct: list[Tensor] = []
+    order = torch.empty(0)
     start = time.perf_counter()
     model.eval()
     for images, labels in batches:
-        logits = classify(model, images.to(first.device, first.dtype))
+        with autocast(first.device, mixed_precision):
+            logits = classify(model, images.to(first.device, first.dtype)).float()
         if not metrics:
-            _check_classes(logits.shape[1], batches.classes)
+            order = head_index(batches.classes, logits.shape[1], source_of(model).label_names)
             for k in {1, min(5, logits.shape[1])}:
                 metrics[k] = MulticlassAccuracy(logits.shape[1], top_k=k, average="micro").to(first.device)
-        if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        if int(labels.min()) < 0 or int(labels.max()) >= len(order):
             raise DataError(f"a label is outside the {logits.shape[1]} classes of the model's head")
+        labels = order[labels].to(first.device)
         for metric in metrics.values():
-            metric.update(logits.float(), labels.to(first.device))
-        pictures += len(labels)
-        progress(pictures)
+            metric.update(logits, labels)
+        correct.append((logits.argmax(1) == labels).cpu())
+        progress(sum(map(len, correct)))
     if not metrics:
         raise DataError(f"no picture could be read ({batches.skipped} skipped)")
+    hits = torch.cat(correct)
     values = [100 * float(metrics[k].compute()) for k in (1, max(metrics))]
-    return Top1(values[0], values[1], pictures, batches.skipped, time.perf_counter() - start)
+    return Top1(values[0], values[1], len(hits), batches.skipped, time.perf_counter() - start, hits)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Mixed precision in `dtype`, or nothing if None."""
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def classify(model: nn.Module, images: Tensor) -> Tensor:
@@ -75,8 +100,3 @@ def classify(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or getattr(model, "num_classes", None) == 0:
         raise ModelError("the model has no classification head: top-1 needs one (a backbone gives features)")
     return logits
-
-
-def _check_classes(head: int, classes: list[str] | None) -> None:
-    if classes is not None and len(classes) != head:
-        raise DataError(f"the data has {len(classes)} classes and the model's head has {head}: labels cannot match")

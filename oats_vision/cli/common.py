@@ -1,0 +1,87 @@
+"""What the commands share: consoles, options, devices, and what they say of the machine."""
+
+import resource
+import sys
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from oats_vision import report
+from oats_vision.config import RunConfig
+from oats_vision.data import Batches
+from oats_vision.errors import ConfigError, ModelError
+from oats_vision.evaluation.top1 import Top1, evaluate_top1
+from oats_vision.transforms import Transform
+
+notes = Console(stderr=True)  # progress and warnings; results go to standard output
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object to standard output, and nothing else there")]
+
+
+def results() -> Console:
+    """Standard output; wide enough for the tables when it is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def option(name: str, *flags: str) -> Any:
+    """An option of RunConfig; unset flags leave the field to the YAML file or the default."""
+    field = RunConfig.model_fields[name]
+    default = "" if field.default is None else f" [default: {field.default}]"
+    return typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
+
+
+def dtype_of(flag: str, name: str) -> torch.dtype:
+    """The dtype of that name.
+
+    Raises:
+        ConfigError: none of those that models compute in.
+    """
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"{flag} must be float32, float16 or bfloat16, got {name!r}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA if it is there.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        raise ConfigError(f"device: {name!r} is not there: {str(problem).splitlines()[0]}") from None
+    return device
+
+
+def need_transform(transform: Transform | None, model: str) -> Transform:
+    if transform is None:
+        raise ModelError(f"{model} says nothing about its preprocessing: use the Python API with batches of your own")
+    return transform
+
+
+def top1(model: torch.nn.Module, batches: Batches, what: str, mixed_precision: torch.dtype | None = None) -> Top1:
+    """`evaluate_top1` with a progress bar."""
+    with report.evaluation_progress(notes, f"top-1 {what}", batches.total) as progress:
+        return evaluate_top1(model, batches, progress, mixed_precision=mixed_precision)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the process, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,0 +1,155 @@
+"""`oats-vision compress`: compress a model, measure what it cost, write the checkpoint."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from oats_vision import checkpoint, report
+from oats_vision.cli.common import (
+    Json,
+    choose_device,
+    machine,
+    need_transform,
+    notes,
+    option,
+    peak_memory,
+    results,
+    top1,
+)
+from oats_vision.config import RunConfig, load_run_config
+from oats_vision.data import load_pictures
+from oats_vision.errors import ConfigError
+from oats_vision.layers import merge as merge_model
+from oats_vision.models import load_model, save_plain, source_of
+from oats_vision.pipeline import compress as compress_model
+
+
+def compress(
+    config: Annotated[Path | None, typer.Option(help="YAML file of these settings (underscores for dashes)")] = None,
+    model: Annotated[str | None, option("model")] = None,
+    data: Annotated[str | None, option("data")] = None,
+    method: Annotated[str | None, option("method")] = None,
+    rate: Annotated[float | None, option("rate")] = None,
+    rank_ratio: Annotated[float | None, option("rank_ratio")] = None,
+    pattern: Annotated[str | None, option("pattern")] = None,
+    out: Annotated[Path | None, option("out")] = None,
+    overwrite: Annotated[bool | None, option("overwrite", "--overwrite")] = None,
+    merge: Annotated[bool | None, option("merge", "--merge")] = None,
+    samples: Annotated[int | None, option("samples")] = None,
+    batch_size: Annotated[int | None, option("batch_size")] = None,
+    seed: Annotated[int | None, option("seed")] = None,
+    eval_data: Annotated[str | None, option("eval_data")] = None,
+    eval_samples: Annotated[int | None, option("eval_samples")] = None,
+    iterations: Annotated[int | None, option("iterations")] = None,
+    solver: Annotated[str | None, option("solver")] = None,
+    tolerance: Annotated[float | None, option("tolerance")] = None,
+    scaling: Annotated[str | None, option("scaling")] = None,
+    fused_qkv: Annotated[str | None, option("fused_qkv")] = None,
+    device: Annotated[str | None, option("device")] = None,
+    dtype: Annotated[str | None, option("dtype")] = None,
+    storage_dtype: Annotated[str | None, option("storage_dtype")] = None,
+    image_size: Annotated[int | None, option("image_size")] = None,
+    pretrained: Annotated[bool | None, option("pretrained", "--pretrained/--no-pretrained")] = None,
+    split: Annotated[str | None, option("split")] = None,
+    eval_split: Annotated[str | None, option("eval_split")] = None,
+    streaming: Annotated[bool | None, option("streaming", "--streaming")] = None,
+    workers: Annotated[int | None, option("workers")] = None,
+    activation_memory: Annotated[float | None, option("activation_memory")] = None,
+    trust_remote_code: Annotated[bool | None, option("trust_remote_code", "--trust-remote-code")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a model, measure what it cost, and write the checkpoint.
+
+    Without arguments it runs on the demo: a small ViT and Fashion-MNIST pictures that ship with the package.
+
+    [bold]oats-vision compress --model dinov2_vitl14 --data imagenet/train --rate 0.5 --out dinov2_l_50/[/bold]
+    """
+    flags = {name: value for name, value in locals().items() if name in RunConfig.model_fields}
+    run = load_run_config(config, flags)
+    start = time.perf_counter()
+    checkpoint.check_target(run.out, run.overwrite)
+    target = choose_device(run.device)
+    if run.data is None and run.model != "demo":
+        raise ConfigError("--data must be given for a model that is not the demo: a folder of pictures or hf:name")
+    dense, transform = load_model(
+        run.model,
+        pretrained=run.pretrained,
+        image_size=run.image_size,
+        dtype=getattr(torch, run.dtype),
+        device=target,
+        trust_remote_code=run.trust_remote_code,
+    )
+    transform = need_transform(transform, run.model)
+    source = source_of(dense)
+    settings = run.settings().model_copy(update={"storage_dtype": run.storage_dtype or source.dtype})
+    loading: dict[str, Any] = {"batch_size": run.batch_size, "streaming": run.streaming, "workers": run.workers}
+    pictures = load_pictures(
+        run.data or "demo", transform, samples=run.samples, seed=run.seed, split=run.split, **loading
+    )
+    eval_source = run.eval_data or ("demo" if run.model == "demo" else None)
+    test = None
+    if eval_source:
+        options: dict[str, Any] = {
+            "samples": run.eval_samples,
+            "seed": run.seed,
+            "split": run.eval_split,
+            "labelled": True,
+        }
+        test = load_pictures(eval_source, transform, **options, **loading)
+
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    before = top1(dense, test, "dense") if test else None
+    with report.compression_progress(notes) as progress:
+        done = compress_model(
+            dense, pictures, settings=settings, activation_memory=run.activation_memory, progress=progress
+        )
+    compressed = dense  # the same module: its linears were replaced
+    checkpoint.save(compressed, run.out, overwrite=run.overwrite)
+    storage = getattr(torch, str(settings.storage_dtype))
+    sizes = checkpoint.measure(compressed.state_dict().values(), done, storage)
+    after = top1(compressed, test, "compressed") if test else None
+    kept = parameters - done.dense_parameters + done.parameters
+    files = {file.name: file.stat().st_size for file in run.out.iterdir()}
+    result: dict[str, Any] = {
+        "run": run.model_dump(mode="json"),
+        "settings": settings.model_dump(),
+        "samples": done.samples,
+        "skipped_pictures": pictures.skipped,
+        "parameters": {"dense": parameters, "compressed": kept},
+        "bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio, "files": files},
+        "top1": {"dense": before.to_dict(), "compressed": after.to_dict()} if before and after else None,
+        "seconds": {**done.seconds, "command": time.perf_counter() - start},
+        "peak_memory": peak_memory(target),
+        "machine": machine(target),
+        "out": str(run.out),
+    }
+    checkpoint.write_json(run.out / checkpoint.REPORT, result)
+    if run.merge:
+        save_plain(merge_model(compressed), source, storage, run.out / "merged")
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    console = results()
+    rate_used, rank_ratio_used, _ = settings.terms
+    title = f"{run.model}: rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, pattern {settings.pattern}"
+    scores = (before, after) if before and after else None
+    console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
+    errors = [layer.error for layer in done.layers]
+    written = ", ".join(f"{name} {report.megabytes(size)}" for name, size in sorted(files.items()))
+    console.print(
+        f"{len(errors)} layers compressed with {done.samples} pictures ({pictures.skipped} unreadable ones skipped) in "
+        f"{done.seconds['total']:.1f} s: {done.seconds['calibration']:.1f} s calibration, "
+        f"{done.seconds['solver']:.1f} s solver; {result['seconds']['command']:.1f} s with the evaluation. "
+        f"Peak memory {peak_memory(target) / 1e9:.2f} GB.\n"
+        f"Relative error of a layer: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}.\n"
+        f"Written to {run.out} ({written})"
+        f"{', and the dense merge to ' + str(run.out / 'merged') if run.merge else ''}.",
+        soft_wrap=True,
+    )
+    if not scores:
+        console.print(f"Accuracy was not measured: oats-vision eval top1 {run.out} --data LABELLED_PICTURES")
