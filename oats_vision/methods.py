@@ -1,5 +1,7 @@
 """What each method needs to know of a linear's inputs, and the call that decomposes its weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,12 +9,13 @@ from oats_vision.calibration import SCALES, Gram, MeanAndVariance, SecondMoment,
 from oats_vision.config import CompressionSettings
 from oats_vision.core.baselines import dsnot, magnitude, sparsegpt, svd, wanda
 from oats_vision.core.budget import Budget
-from oats_vision.core.oats import Factors, oats
+from oats_vision.core.oats import Factors, column_scale, oats
+from oats_vision.core.refit import refit
 
 
 def statistic_of(settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
     """An empty statistic of the kind that the method needs."""
-    if settings.method == "sparsegpt":
+    if settings.method == "sparsegpt" or settings.refit:
         return Gram(in_features, device)
     if settings.method == "dsnot":
         return MeanAndVariance(in_features, device)
@@ -27,8 +30,12 @@ def decompose(weight: Tensor, statistic: Statistic, budget: Budget, settings: Co
     Raises:
         ValueError: the statistic has seen no token, or is not finite.
     """
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("solver", "iterations", "tolerance")}
     if isinstance(statistic, Gram):
-        return sparsegpt(weight, statistic.compute(), budget)
+        gram = statistic.compute()
+        if settings.method == "sparsegpt":
+            return sparsegpt(weight, gram, budget)
+        return refit(weight, oats(weight, column_scale(gram.diagonal()), budget, **options), gram)
     scale = statistic.scale()
     if isinstance(statistic, MeanAndVariance):
         return dsnot(weight, scale, *statistic.mean_and_variance(), budget)
@@ -38,5 +45,4 @@ def decompose(weight: Tensor, statistic: Statistic, budget: Budget, settings: Co
         return wanda(weight, scale, budget)
     if settings.method == "svd":
         return svd(weight, scale, budget)
-    options = {"solver": settings.solver, "iterations": settings.iterations, "tolerance": settings.tolerance}
-    return oats(weight, scale, budget, **options)  # type: ignore[arg-type]  # options are of mixed types
+    return oats(weight, scale, budget, **options)

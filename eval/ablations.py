@@ -1,0 +1,34 @@
+"""What each part of OATS is worth: the scaling, where thresholds apply, and how a fused qkv is decomposed.
+
+    python eval/ablations.py
+    python eval/ablations.py --config configs/paper/vit_base.yaml --data imagenet/train --eval-data imagenet/val
+
+Writes ablations.csv, .png and .md; run it again to go on where it stopped.
+"""
+
+from study import collect, parser, run, show
+
+VARIANTS = {
+    "OATS (second moment, row, split qkv)": {},
+    "scaling: none": {"scaling": "none"},
+    "scaling: median": {"scaling": "median"},
+    "thresholds: layer": {"pattern": "layer"},
+    "thresholds: layer, scaling: none": {"pattern": "layer", "scaling": "none"},
+    "qkv: joint": {"fused_qkv": "joint"},
+}
+
+
+def main() -> None:
+    flags = parser(__doc__, "results/ablations")
+    flags.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.6, 0.7])
+    args = flags.parse_args()
+    defaults = {"scaling": "second_moment", "pattern": "row", "fused_qkv": "split"}
+    names = {tuple((defaults | changes).values()): name for name, changes in VARIANTS.items()}
+    cells = [{"rate": rate, **changes} for rate in args.rates for changes in VARIANTS.values()]
+    rows = run(args, "ablations", cells)
+    values = collect(rows, lambda row: names[row["scaling"], row["pattern"], row["fused_qkv"]], "rate")
+    show(rows, values, f"{rows[0]['model']}, ablations", "rate", args.out / "ablations")
+
+
+if __name__ == "__main__":
+    main()
