@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+import oats_vision as ov
+from oats_vision.data import load_pictures
+from oats_vision.errors import DataError
+from oats_vision.evaluation.features import Features, extract_features
+from oats_vision.evaluation.knn import knn
+from oats_vision.evaluation.linear_probe import linear_probe, quick_probe
+
+
+def _features(count: int, seed: int, classes: int = 4, names: list[str] | None = None, noise: float = 2.5) -> Features:
+    """Clusters around the same centres, whatever the seed."""
+    centres = np.random.default_rng(0).standard_normal((classes, 4, 24))
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.arange(count) % classes)
+    tokens = torch.from_numpy(centres[labels] + noise * generator.standard_normal((count, 4, 24))).half()
+    return Features(tokens, tokens[:, -1] * 0.5, torch.from_numpy(labels), names)
+
+
+def test_knn_is_scikit_learns_with_the_same_weights():
+    train, val = _features(400, 1), _features(150, 2)
+    ours = knn(train, val, neighbours=(1, 10, 60))
+    x, y = train.select(1, False).numpy(), train.labels.numpy()
+    for k, correct in ours.items():
+        reference = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        ).fit(x, y)
+        expected = reference.predict(val.select(1, False).numpy()) == val.labels.numpy()
+        assert (correct.numpy() == expected).mean() > 0.99  # ties of float32 cosines
+
+
+def test_knn_leaves_out_impossible_k():
+    assert list(knn(_features(30, 1), _features(10, 2))) == [10, 20]
+    with pytest.raises(DataError, match="at most the number of training pictures, 8"):
+        knn(_features(8, 1), _features(10, 2))
+
+
+def test_probes_find_the_information_wherever_it_is():
+    train, val = _features(600, 1), _features(400, 2)
+    one = quick_probe(train, val)
+    full = linear_probe(train, val, iterations=300, batch_size=128)
+    assert full.top1 > one.top1 + 3  # four blocks know more than the last one here
+    assert "last 4 blocks" in full.best
+    assert len(full.held_out) == 13 * 4
+    assert max(full.held_out.values()) == full.held_out[full.best]
+
+
+def test_the_probe_learns_nothing_from_labels_that_mean_nothing():
+    train, val = _features(600, 1), _features(400, 2)
+    shuffled = train.labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    chance = Features(train.class_tokens, train.patch_mean, shuffled, None)
+    assert linear_probe(chance, val, iterations=200, batch_size=128).top1 < 40
+    assert quick_probe(chance, val).top1 < 40
+
+
+def test_the_same_seed_gives_the_same_probe():
+    train, val = _features(200, 1), _features(100, 2)
+    a, b = (linear_probe(train, val, iterations=20, batch_size=64, seed=3) for _ in range(2))
+    assert a.held_out == b.held_out
+    assert torch.equal(a.correct, b.correct)
+
+
+def test_quick_and_full_probe_agree_within_a_point_on_the_demo():
+    model, transform = ov.load_model("demo")
+    loading = {"batch_size": 100, "labelled": True}
+    train = extract_features(model, load_pictures("demo", transform, split="train", **loading))
+    val = extract_features(model, load_pictures("demo", transform, split="test", samples=2000, **loading))
+    full = linear_probe(train, val, iterations=1000, batch_size=256)
+    quick = quick_probe(train, val)
+    assert full.top1 > 88
+    assert abs(full.top1 - quick.top1) <= 1.0
+
+
+@pytest.mark.parametrize("protocol", [knn, quick_probe, lambda *splits: linear_probe(*splits, iterations=2)])
+def test_splits_that_do_not_go_together_are_errors(protocol):
+    names = ["a", "b", "c", "d"]
+    train = _features(60, 1, names=names)
+    with pytest.raises(DataError, match="differ: e is in one of them only"):
+        protocol(train, _features(20, 2, names=["a", "b", "c", "d", "e"], classes=5))
+    with pytest.raises(DataError, match="another order"):
+        protocol(train, _features(20, 2, names=["b", "a", "c", "d"]))
+    with pytest.raises(DataError, match="outside the 4 classes"):
+        protocol(_features(60, 1), _features(20, 2, classes=6))
+
+
+def test_too_few_pictures_are_an_error():
+    with pytest.raises(DataError, match="too few pictures"):
+        quick_probe(_features(2, 1, classes=2), _features(20, 2, classes=2))
