@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from oats_vision.adapters import adapters, remember_adapter
 from oats_vision.errors import CheckpointError
+from oats_vision.files import replacing, umask
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.models import ModelSource, rebuild, remember_source, source_of
 from oats_vision.pipeline import CompressionReport
@@ -195,15 +196,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file, all of it or nothing."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as problem:
-        raise CheckpointError(f"{file} cannot be written: {problem}") from problem
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(json.dumps(content, indent=2) + "\n")
-        Path(temporary).replace(file)
-    except OSError as problem:
-        Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be written: {problem}") from problem
 
 
@@ -269,7 +264,7 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
         for file in target.iterdir():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
-        target.chmod(0o777 & ~_umask())
+        target.chmod(0o777 & ~umask())
         if overwrite and path.exists():
             old = target.with_name(target.name + "-old")
             path.rename(old)
@@ -281,12 +276,6 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"{path} cannot be written: {problem}") from problem
     finally:
         shutil.rmtree(target, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def layer_specs(config: dict[str, Any]) -> dict[str, LayerSpec]:

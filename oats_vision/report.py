@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from oats_vision.checkpoint import Sizes
+from oats_vision.evaluation.compare import paired_difference
 from oats_vision.evaluation.top1 import Top1
 from oats_vision.pipeline import CompressionReport, Step
 
@@ -72,11 +73,12 @@ def run_table(title: str, parameters: tuple[int, int], sizes: Sizes, scores: tup
     """
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("dense", "OATS", "change"):
+    for heading in ("dense", "compressed", "change [95% interval]"):
         table.add_column(heading, justify="right")
     if scores:
         dense, ours = scores
-        table.add_row("top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", f"{ours.top1 - dense.top1:+.2f} points")
+        difference = paired_difference(dense.correct, ours.correct)
+        table.add_row("top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", str(difference))
         table.add_row("top-5", f"{dense.top5:.2f}%", f"{ours.top5:.2f}%", f"{ours.top5 - dense.top5:+.2f} points")
         speeds = [score.pictures / score.seconds for score in scores]
         table.add_row("pictures/s", *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f} x")

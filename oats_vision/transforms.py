@@ -52,3 +52,12 @@ def build_transform(config: TransformConfig) -> Transform:
         raise ValueError(f"transform kind must be 'timm' or 'huggingface', got {kind!r}")
     fields["input_size"] = tuple(fields["input_size"])
     return timm.data.create_transform(**fields, is_training=False)
+
+
+def as_seen(picture: Image.Image, transform: Transform) -> Image.Image:
+    """The picture as the model sees it: resized and cropped, with its normalisation undone."""
+    # whatever normalises does it per channel: what becomes of black and of white shows how
+    values = transform(picture)
+    black, white = (transform(Image.new("RGB", picture.size, colour)) for colour in ("black", "white"))
+    whole = ((values - black) / (white - black) * 255).round().clamp(0, 255).byte()
+    return Image.fromarray(whole.permute(1, 2, 0).numpy())

@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(compress.compress)
 app.command()(show.inspect)
+app.command()(show.rollout)
 app.command()(show.models)
 evaluations = typer.Typer(help="Measure what compression cost, dense against compressed.", no_args_is_help=True)
 evaluations.command("top1")(evaluate.top1)

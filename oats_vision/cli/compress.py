@@ -24,6 +24,8 @@ from oats_vision.cli.common import (
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import load_pictures
 from oats_vision.errors import ConfigError
+from oats_vision.evaluation.compare import paired_difference
+from oats_vision.evaluation.top1 import Top1
 from oats_vision.layers import merge as merge_model
 from oats_vision.models import load_model, save_plain, source_of
 from oats_vision.pipeline import compress as compress_model
@@ -49,6 +51,7 @@ def compress(
     solver: Annotated[str | None, option("solver")] = None,
     tolerance: Annotated[float | None, option("tolerance")] = None,
     scaling: Annotated[str | None, option("scaling")] = None,
+    refit: Annotated[bool | None, option("refit", "--refit/--no-refit")] = None,
     fused_qkv: Annotated[str | None, option("fused_qkv")] = None,
     device: Annotated[str | None, option("device")] = None,
     dtype: Annotated[str | None, option("dtype")] = None,
@@ -73,6 +76,8 @@ def compress(
     run = load_run_config(config, flags)
     start = time.perf_counter()
     checkpoint.check_target(run.out, run.overwrite)
+    if run.merge and run.method == "slicegpt":
+        raise ConfigError("--merge is for methods that keep the layers' shapes, and slicegpt makes them smaller")
     target = choose_device(run.device)
     if run.data is None and run.model != "demo":
         raise ConfigError("--data must be given for a model that is not the demo: a folder of pictures or hf:name")
@@ -122,7 +127,7 @@ def compress(
         "skipped_pictures": pictures.skipped,
         "parameters": {"dense": parameters, "compressed": kept},
         "bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio, "files": files},
-        "top1": {"dense": before.to_dict(), "compressed": after.to_dict()} if before and after else None,
+        "top1": _compared(before, after),
         "seconds": {**done.seconds, "command": time.perf_counter() - start},
         "peak_memory": peak_memory(target),
         "machine": machine(target),
@@ -136,20 +141,37 @@ def compress(
         return
     console = results()
     rate_used, rank_ratio_used, _ = settings.terms
-    title = f"{run.model}: rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, pattern {settings.pattern}"
+    method = settings.method + " + refit" * settings.refit
+    title = f"{run.model}: {method}, rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, {settings.pattern}"
     scores = (before, after) if before and after else None
     console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
     errors = [layer.error for layer in done.layers]
+    quality = (
+        f"Relative error of a layer: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
+        if errors
+        else f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
+        if done.slicing
+        else ""
+    )
+    what = f"{len(errors)} layers" if errors else "all blocks"
     written = ", ".join(f"{name} {report.megabytes(size)}" for name, size in sorted(files.items()))
     console.print(
-        f"{len(errors)} layers compressed with {done.samples} pictures ({pictures.skipped} unreadable ones skipped) in "
+        f"{what} compressed with {done.samples} pictures ({pictures.skipped} unreadable ones skipped) in "
         f"{done.seconds['total']:.1f} s: {done.seconds['calibration']:.1f} s calibration, "
         f"{done.seconds['solver']:.1f} s solver; {result['seconds']['command']:.1f} s with the evaluation. "
         f"Peak memory {peak_memory(target) / 1e9:.2f} GB.\n"
-        f"Relative error of a layer: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}.\n"
+        f"{quality}\n"
         f"Written to {run.out} ({written})"
         f"{', and the dense merge to ' + str(run.out / 'merged') if run.merge else ''}.",
         soft_wrap=True,
     )
     if not scores:
         console.print(f"Accuracy was not measured: oats-vision eval top1 {run.out} --data LABELLED_PICTURES")
+
+
+def _compared(dense: Top1 | None, compressed: Top1 | None) -> dict[str, Any] | None:
+    """Both scores, and the difference of top-1 with its interval."""
+    if dense is None or compressed is None:
+        return None
+    difference = paired_difference(dense.correct, compressed.correct)
+    return {"dense": dense.to_dict(), "compressed": compressed.to_dict(), "difference": difference.to_dict()}

@@ -8,22 +8,37 @@ from typing import Annotated
 import timm
 import torch
 import typer
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from oats_vision import checkpoint, report
 from oats_vision.adapters import adapters
-from oats_vision.cli.common import Json, results
+from oats_vision.cli.common import Json, choose_device, need_transform, notes, results
+from oats_vision.data import UNREADABLE
+from oats_vision.errors import ConfigError, DataError
+from oats_vision.html_report import write_html
 from oats_vision.models import ALIASES
+from oats_vision.rollout import draw, rollouts
+from oats_vision.transforms import as_seen
 
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="a compressed checkpoint")],
+    html: Annotated[Path | None, typer.Option(help="also write a self-contained page, such as report.html")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint: its settings, sizes, and each layer's budget and error."""
+    """Show a checkpoint: its settings, sizes, and each layer's budget and error.
+
+    With --html one page that works offline: accuracy as far as it was evaluated, errors by block, the budget, the
+    spectrum of each layer, and a table of layers that sorts.
+    """
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     done = checkpoint.CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
+    if html:
+        with report.counting_progress(notes, "spectra", "layers", len(done.layers)) as progress:
+            write_html(directory, html, progress)
     if as_json:
         typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
         return
@@ -31,6 +46,11 @@ def inspect(
         "model": f"{config['source']['kind']} {config['source']['name']} (adapter {config['adapter']})",
         **{name: value for name, value in done.settings.model_dump().items() if value is not None},
         "calibration": f"{done.samples} pictures",
+        **(
+            {"residual stream": f"{done.slicing.sliced_width} of {done.slicing.width} dimensions"}
+            if done.slicing
+            else {}
+        ),
         "parameters of the layers": f"{done.parameters:,} of {done.dense_parameters:,} "
         f"({done.parameters / done.dense_parameters:.1%})",
         "bytes of the layers": f"{report.megabytes(sizes.layers)} of {report.megabytes(sizes.dense_layers)} "
@@ -39,7 +59,63 @@ def inspect(
     }
     console = results()
     console.print(report.key_values(str(directory), rows))
-    console.print(report.layer_table(done))
+    if done.layers:
+        console.print(report.layer_table(done))
+    if html:
+        console.print(f"Written to {html}.", soft_wrap=True)
+
+
+def rollout(
+    directory: Annotated[Path, typer.Argument(help="a checkpoint compressed by method oats")],
+    images: Annotated[list[Path], typer.Option(help="a picture or a folder of pictures; may be repeated")],
+    out: Annotated[Path, typer.Option(help="folder to write one PNG a picture to")] = Path("rollouts"),
+    limit: Annotated[int, typer.Option(min=1, help="pictures of a folder at most")] = 16,
+    device: Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")] = False,
+) -> None:
+    """Show what the whole model, its sparse term alone and its low-rank term alone look at.
+
+    Attention rollout (Abnar & Zuidema, 2020): heads averaged, the lowest 40% dropped, all blocks multiplied.
+    """
+    pictures = _pictures(images, limit)
+    transform = need_transform(checkpoint.load_transform(directory), str(directory))
+    model = checkpoint.load(directory, device=choose_device(device), trust_remote_code=trust_remote_code)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--out {out} cannot be made: {problem}") from None
+    written: list[Path] = []
+    with report.counting_progress(notes, "rollout", "pictures", len(pictures)) as progress:
+        for done, path in enumerate(pictures, 1):
+            try:
+                picture = Image.open(path).convert("RGB")
+            except UNREADABLE as problem:
+                notes.print(f"{path} is no picture and is skipped: {problem}")
+                continue
+            maps = rollouts(model, transform(picture)[None])
+            target = out / f"{path.parent.name}_{path.stem}.png"
+            draw(as_seen(picture, transform), {view: grid[0] for view, grid in maps.items()}, target)
+            written.append(target)
+            progress(done)
+    if not written:
+        raise DataError(f"--images: none of {len(pictures)} files could be read as a picture")
+    results().print(f"{len(written)} pictures written to {out}.", soft_wrap=True)
+
+
+def _pictures(images: list[Path], limit: int) -> list[Path]:
+    """The files that are meant."""
+    found: list[Path] = []
+    for path in images:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            if not inside:
+                raise DataError(f"--images {path} has no picture (looked for {', '.join(IMG_EXTENSIONS)})")
+            found += inside[:limit]
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"--images {path} does not exist")
+    return found
 
 
 def models(

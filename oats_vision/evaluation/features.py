@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from oats_vision.block_calls import first_output
 from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.top1 import autocast
+from oats_vision.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -182,13 +181,10 @@ def _content(features: Features) -> str:
 def _write(file: Path, key: str, features: Features) -> None:
     about = {"key": key, "content": _content(features), "classes": features.classes, "skipped": features.skipped}
     tensors = {name: getattr(features, name) for name in ("class_tokens", "patch_mean", "labels")}
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"oats_vision_features": json.dumps(about)})
-        Path(temporary).replace(file)
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, metadata={"oats_vision_features": json.dumps(about)})
     except (OSError, SafetensorError) as problem:  # the features are there: a full disk must not lose them
-        Path(temporary).unlink(missing_ok=True)
         log.warning("features were not cached in %s: %s", file.parent, problem)
 
 

@@ -1,0 +1,223 @@
+"""One self-contained page about a checkpoint: `oats-vision inspect DIR --html report.html`."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+from torch import Tensor
+
+from oats_vision import checkpoint
+from oats_vision.errors import CheckpointError
+from oats_vision.files import replacing
+from oats_vision.layers import LayerSpec, SparseLowRankLinear
+from oats_vision.pipeline import CompressionReport
+
+POINTS = 80  # of a spectrum that are drawn
+HEADINGS = ["layer", "part", "shape", "rank", "non-zeros", "kept", "error", "rounds"]
+
+
+def write_html(directory: Path, file: Path, progress: Callable[[int], None] = lambda layers: None) -> None:
+    """Write the page, all of it or nothing.
+
+    Args:
+        directory: a checkpoint.
+        file: to write; replaced if it exists.
+        progress: called with the number of layers whose spectrum is done.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the file cannot be written.
+    """
+    page = html_report(directory, progress)
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    except OSError as problem:
+        raise CheckpointError(f"{file} cannot be written: {problem}") from None
+
+
+def html_report(directory: Path, progress: Callable[[int], None] = lambda layers: None) -> str:
+    """The page as text: summary, accuracy, errors, budget, spectra, and a table of layers that sorts."""
+    config = checkpoint.read_config(directory)
+    tensors = checkpoint.read_weights(directory, config)
+    report = CompressionReport.from_dict(config)
+    sizes = checkpoint.measure(tensors.values(), report, getattr(torch, config["storage_dtype"]))
+    settings = report.settings
+    rate, rank_ratio, pattern = settings.terms
+    name = config["source"]["name"]
+    cards = [
+        (f"{report.parameters / report.dense_parameters:.1%}", "of the blocks' parameters kept"),
+        (f"{sizes.layer_ratio:.3f}", f"bytes of the blocks, to dense {config['storage_dtype']}"),
+        (f"{sizes.total / 1e6:.1f} MB", f"whole model; dense {sizes.dense_total / 1e6:.1f} MB"),
+        (f"{report.samples:,}", "calibration pictures"),
+        (f"{report.seconds.get('total', 0):.0f} s", "to compress"),
+    ]
+    if report.layers:
+        errors = [layer.error for layer in report.layers]
+        cards.append((f"{sum(errors) / len(errors):.4f}", "mean relative error of a layer"))
+    spectra = {}
+    for i, layer in enumerate(report.layers):
+        spectra[layer.name] = spectrum(layer.name, layer.spec, tensors)
+        progress(i + 1)
+    environment = Environment(loader=PackageLoader("oats_vision"), autoescape=select_autoescape())
+    return environment.get_template("report.html").render(
+        title=f"{name}, {settings.method} at rate {rate:.3g}",
+        subtitle=f"{directory.name}: {config['source']['kind']} {name}, adapter {config['adapter']}, "
+        f"rank ratio {rank_ratio:.3g}, pattern {pattern}, written by {config['written_by']}",
+        directory=directory.name,
+        cards=cards,
+        accuracy=_accuracy(directory),
+        plots=[Markup(plot) for plot in _plots(report, sizes)],
+        layers=report.layers,
+        headings=HEADINGS,
+        rows=_rows(report),
+        spectra=spectra,
+        settings=[(key, str(value)) for key, value in settings.model_dump().items() if value is not None],
+    )
+
+
+def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Singular values of a stored layer and of its two terms, at up to `POINTS` ranks.
+
+    Returns:
+        `rank`, from 1, and `values` of `whole`, `sparse` and `low_rank` at these.
+    """
+    layer = SparseLowRankLinear.empty(spec, torch.float32)
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    layer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    whole, sparse = layer.dense_weight(), layer.sparse.dense()
+    count = min(whole.shape)
+    ranks = sorted({round(1 + i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
+    values = {}
+    for term, matrix in {"whole": whole, "sparse": sparse, "low_rank": whole - sparse}.items():
+        small = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+        singular = torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
+        floor = 1e-6 * float(singular[0])  # what lies below is rounding
+        chosen = singular[[rank - 1 for rank in ranks]].tolist()
+        values[term] = [float(f"{value:.4g}") if value > floor else 0.0 for value in chosen]
+    return {"rank": ranks, "values": values}
+
+
+def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
+    """The table of layers: what is shown and what is sorted by, for each cell."""
+    rows = []
+    for order, layer in enumerate(report.layers):
+        for part in layer.spec.parts:
+            size = part.out_features * layer.spec.in_features
+            kept = (part.nonzeros + part.rank * (part.out_features + layer.spec.in_features)) / size
+            rows.append(
+                [
+                    (layer.name, str(order)),
+                    (part.name, part.name),
+                    (f"{part.out_features} x {layer.spec.in_features}", str(size)),
+                    (str(part.rank), str(part.rank)),
+                    (f"{part.nonzeros:,}", str(part.nonzeros)),
+                    (f"{kept:.1%}", f"{kept:.6f}"),
+                    (f"{layer.errors[part.name]:.4f}", f"{layer.errors[part.name]:.8f}"),
+                    (str(layer.rounds[part.name]), str(layer.rounds[part.name])),
+                ]
+            )
+    return rows
+
+
+def _accuracy(directory: Path) -> list[list[str]]:
+    """What was measured: by `compress` with --eval-data, and by `oats-vision eval`."""
+    try:
+        content = json.loads((directory / checkpoint.REPORT).read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{directory / checkpoint.REPORT} is damaged: {problem}") from None
+    rows = []
+    first = content.get("top1")
+    if first:
+        data = content["run"].get("eval_data") or content["run"]["model"]
+        dense, ours = first["dense"]["top1"], first["compressed"]["top1"]
+        interval = first.get("difference")
+        change = _interval(interval) if interval else f"{ours - dense:+.2f} points"
+        rows.append(["top1, when compressed", data, "top-1", f"{dense:.2f}%", f"{ours:.2f}%", change])
+    for result in content.get("evaluations", []):
+        data = result.get("data") or f"{result['train']} → {result['val']}"
+        scores = {what: _metrics(result[what]) for what in ("dense", "compressed") if what in result}
+        for metric in scores["compressed"]:
+            values = [f"{scores[what][metric]:.2f}%" if what in scores else "" for what in ("dense", "compressed")]
+            difference = result["difference"].get(metric)
+            rows.append([result["protocol"], data, metric, *values, _interval(difference) if difference else ""])
+    return rows
+
+
+def _metrics(score: dict[str, Any]) -> dict[str, float]:
+    top1 = score["top1"]
+    return {f"k = {k}": value for k, value in top1.items()} if isinstance(top1, dict) else {"top-1": top1}
+
+
+def _interval(difference: dict[str, float]) -> str:
+    return f"{difference['points']:+.2f} points [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+
+
+def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[str]:
+    """Error of each linear by block, and where the bytes go; of a sliced model the signal kept by block."""
+    if report.slicing:
+        attention, mlp = report.slicing.kept[::2], report.slicing.kept[1::2]
+        lines = {"attention": list(attention), "MLP": list(mlp)}
+        width = f"{report.slicing.sliced_width} of {report.slicing.width} dimensions"
+        return [_line_plot(lines, "share of the second moment kept", f"{width}, by block")]
+    by_kind: dict[str, list[float]] = {}
+    for layer in report.layers:
+        path = layer.name.split(".")
+        block = max(i for i, part in enumerate(path) if part.isdigit()) if any(map(str.isdigit, path)) else -1
+        by_kind.setdefault(".".join(path[block + 1 :]), []).append(layer.error)
+    storage = sizes.dense_layers / max(report.dense_parameters, 1)
+    low_rank = sum(layer.spec.parameters - layer.spec.nonzeros for layer in report.layers)
+    budget = {
+        "S, values": report.layers and sum(layer.spec.nonzeros for layer in report.layers) * storage,
+        "S, positions": sizes.positions,
+        "U and V": low_rank * storage,
+        "saved": sizes.dense_layers - sizes.layers,
+    }
+    return [_line_plot(by_kind, "relative error", "Error of each linear, by block"), _budget_plot(budget)]
+
+
+def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=name)
+    axes.set(xlabel="block", ylabel=label, title=title)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_ylim(bottom=0 if label == "relative error" else None)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _budget_plot(budget: dict[str, Any]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1.9), layout="constrained")
+    axes = figure.subplots()
+    left, whole = 0.0, sum(budget.values())
+    for (name, size), colour in zip(budget.items(), ("#2f6fde", "#9dbcf2", "#d9480f", "#e6e9ef"), strict=True):
+        axes.barh([0], [size / 1e6], left=left, color=colour, label=f"{name}: {size / whole:.1%}")
+        left += size / 1e6
+    axes.set(xlabel="MB", title="Bytes of the compressed layers, of those they had", yticks=[])
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    """Inline SVG: no XML header, text as text."""
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oats_vision"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
