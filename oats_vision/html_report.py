@@ -105,14 +105,14 @@ def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str
 
 def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
     """The table of layers: what is shown and what is sorted by, for each cell."""
-    rows = []
-    for order, layer in enumerate(report.layers):
+    rows: list[list[tuple[str, str]]] = []
+    for layer in report.layers:
         for part in layer.spec.parts:
             size = part.out_features * layer.spec.in_features
             kept = (part.nonzeros + part.rank * (part.out_features + layer.spec.in_features)) / size
             rows.append(
                 [
-                    (layer.name, str(order)),
+                    (layer.name, str(len(rows))),  # the model's order
                     (part.name, part.name),
                     (f"{part.out_features} x {layer.spec.in_features}", str(size)),
                     (str(part.rank), str(part.rank)),
@@ -201,14 +201,14 @@ def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> str:
 def _budget_plot(budget: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 1.9), layout="constrained")
+    figure = Figure(figsize=(6, 2.4), layout="constrained")
     axes = figure.subplots()
     left, whole = 0.0, sum(budget.values())
     for (name, size), colour in zip(budget.items(), ("#2f6fde", "#9dbcf2", "#d9480f", "#e6e9ef"), strict=True):
         axes.barh([0], [size / 1e6], left=left, color=colour, label=f"{name}: {size / whole:.1%}")
         left += size / 1e6
     axes.set(xlabel="MB", title="Bytes of the compressed layers, of those they had", yticks=[])
-    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
+    figure.legend(fontsize=9, ncols=2, loc="outside lower center", frameon=False)
     return _svg(figure)
 
 

@@ -148,4 +148,4 @@ def draw(picture: Image.Image, maps: dict[str, Tensor], file: Path) -> None:
             axis.imshow(maps[name], extent=extent, cmap="jet", alpha=0.5, interpolation="bilinear", vmin=0, vmax=1)
         axis.set_title(VIEWS.get(name, name), fontsize=11)
         axis.set_axis_off()
-    figure.savefig(file, dpi=110, format="png")
+    figure.savefig(file, dpi=110, format="png", bbox_inches="tight")

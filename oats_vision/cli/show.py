@@ -93,7 +93,9 @@ def rollout(
                 notes.print(f"{path} is no picture and is skipped: {problem}")
                 continue
             maps = rollouts(model, transform(picture)[None])
-            target = out / f"{path.parent.name}_{path.stem}.png"
+            target = out / f"{path.stem}.png"
+            if target in written:  # of another folder
+                target = out / f"{path.resolve().parent.name}_{path.stem}_{done}.png"
             draw(as_seen(picture, transform), {view: grid[0] for view, grid in maps.items()}, target)
             written.append(target)
             progress(done)
