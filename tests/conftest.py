@@ -1,6 +1,10 @@
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 torch.set_num_threads(2)
@@ -20,3 +24,17 @@ def pictures() -> list[torch.Tensor]:
     """Two batches of random pictures."""
     generator = torch.Generator().manual_seed(1)
     return list(torch.randn(8, 3, 32, 32, generator=generator).split(4))
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory) -> Path:
+    """A tiny ViT with random weights in timm's directory format, fp16."""
+    directory = tmp_path_factory.mktemp("model")
+    args = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args)
+    save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
+    cfg = {"input_size": [3, 28, 28], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "num_classes": 10}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": args, "pretrained_cfg": cfg}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

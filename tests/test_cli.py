@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 
 import oats_vision as ov
 from oats_vision.config import load_run_config
@@ -22,22 +20,6 @@ from oats_vision.evaluation.top1 import evaluate_top1
 def _run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "oats_vision", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or Path(__file__).parent, check=False)
-
-
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory) -> Path:
-    """A tiny ViT with random weights in timm's directory format, fp16."""
-    import timm
-
-    directory = tmp_path_factory.mktemp("model")
-    args = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **args)
-    save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, directory / "model.safetensors")
-    cfg = {"input_size": [3, 28, 28], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "num_classes": 10}
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": args, "pretrained_cfg": cfg}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 from torch import Tensor
 
 RESAMPLES = 10_000
@@ -41,6 +40,8 @@ def paired_difference(dense: Tensor, compressed: Tensor, seed: int = 0) -> Diffe
     Raises:
         ValueError: they are not of the same pictures.
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     if dense.shape != compressed.shape or not len(dense):
         raise ValueError(f"the same pictures are needed, got {len(dense)} and {len(compressed)}")
     lost = int((dense & ~compressed).sum())

@@ -7,12 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from oats_vision.errors import DataError
@@ -123,6 +117,12 @@ def quick_probe(train: Features, val: Features, *, held_out: float = 0.1, seed: 
     Raises:
         DataError: the splits do not go together, or there are too few pictures.
     """
+    from sklearn.exceptions import ConvergenceWarning  # scikit-learn takes a second to import
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     check_pair(train, val)
     kept, chosen = _hold_out(train.labels, held_out, seed)
     results: dict[str, float] = {}
@@ -159,6 +159,8 @@ def _describe(blocks: int, patch_mean: bool) -> str:
 
 def _hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the pictures to train on, and of those held out: of each class alike where there are enough."""
+    from sklearn.model_selection import train_test_split
+
     counts = labels.bincount()
     stratify = labels.numpy() if int(counts[counts > 0].min()) >= 2 and share * len(labels) >= len(counts) else None
     try:

@@ -1,0 +1,73 @@
+"""The studies in eval/ as a user runs them: on a tiny model, stopped and started again."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EVAL = Path(__file__).parents[1] / "eval"
+STUDIES = ["method_table", "rank_ratio_sweep", "iterations_sweep", "ablations"]
+FEW = {
+    "method_table": ["--methods", "wanda", "sparsegpt", "slicegpt", "oats+refit", "--rates", "0.4", "0.5"],
+    "rank_ratio_sweep": ["--rates", "0.5", "--rank-ratios", "0", "0.3"],
+    "iterations_sweep": ["--iterations", "1", "4"],
+    "ablations": ["--rates", "0.5"],
+}
+
+
+def _study(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EVAL / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_writes_table_and_plot_and_resumes(name, model_directory, tmp_path):
+    arguments = ["--model", model_directory, "--samples", 20, "--eval-samples", 50, "--seeds", 0, 1, "--out", tmp_path]
+    done = _study(name, *arguments, *FEW[name])
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / f"{name}.csv"
+    rows = _rows(file)
+    assert len(rows) >= 4
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    assert all(0 <= float(row["top1"]) <= 100 and float(row["parameters"]) < 1 for row in rows)
+    with Image.open(tmp_path / f"{name}.png") as plot:
+        assert plot.size[0] > 500
+    assert (tmp_path / f"{name}.md").read_text().count("|") > 10
+    assert "±" in done.stdout
+
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-2]) + lines[-2][:40])  # stopped while it wrote
+    again = _study(name, *arguments, *FEW[name])
+    assert again.returncode == 0, again.stderr
+    assert "2/2" in again.stderr
+    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    resumed = [{k: v for k, v in row.items() if k != "seconds"} for row in _rows(file) if row["seconds"]]
+    assert sorted(map(json.dumps, resumed)) == sorted(map(json.dumps, timeless))
+    assert again.stdout == done.stdout
+
+
+def test_a_file_of_another_study_is_left_alone(model_directory, tmp_path):
+    (tmp_path / "ablations.csv").write_text("a,b\n1,2\n")
+    done = _study("ablations", "--model", model_directory, "--out", tmp_path)
+    assert done.returncode != 0
+    assert "is of another study or release" in done.stderr
+    assert (tmp_path / "ablations.csv").read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("config", sorted((EVAL.parent / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_valid(config):
+    from oats_vision.config import load_run_config
+
+    run = load_run_config(config, {})
+    assert run.settings().rate
+    if config.parent.name == "paper":
+        assert (run.solver, run.iterations, run.refit, run.rank_ratio) == ("exact", 80, False, 0.2)
