@@ -124,9 +124,11 @@ def _call(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dty
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
+    # a cache of keys and values would grow with each run of a block
+    options = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
     if isinstance(batch, Mapping):
-        return model(**{name: placed(value) for name, value in batch.items() if name != "labels"})
-    return model(placed(batch[0] if isinstance(batch, (list, tuple)) else batch))
+        return model(**{name: placed(value) for name, value in batch.items() if name != "labels"}, **options)
+    return model(placed(batch[0] if isinstance(batch, (list, tuple)) else batch), **options)
 
 
 def _padding_mask(batch: Batch) -> Tensor | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -60,9 +60,8 @@ def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch
     compressed = report.parameters * storage.itemsize
     positions = sum(layer.spec.out_features * layer.spec.row_bytes for layer in report.layers)
     dense = report.dense_parameters * storage.itemsize
-    stored = sum(
-        tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors
-    )
+    once = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors}.values()  # tied weights are stored once
+    stored = sum(tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in once)
     return Sizes(stored, stored - compressed - positions + dense, compressed + positions, dense, positions)
 
 
@@ -84,6 +83,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None
     check_target(path, overwrite)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     storage = getattr(torch, report.settings.storage_dtype) if report.settings.storage_dtype else dtype
+    state = model.state_dict()
+    tied = _tied(state)
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -91,20 +92,25 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None
         "source": source_of(model).to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "storage_dtype": str(storage).removeprefix("torch."),
+        "tied": tied,
         **report.to_dict(),
     }
     tensors = {
         name: (tensor.to(storage) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
+        if name not in tied
     }
-    shared: dict[int, str] = {}
-    for name, tensor in tensors.items():  # safetensors wants no two names for one piece of memory
-        if shared.setdefault(tensor.data_ptr(), name) != name:
-            tensors[name] = tensor.clone()
     with new_directory(path, overwrite) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         config["weights_sha256"] = _sha256(target / WEIGHTS)
         (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another one's memory, and that one's name (an embedding that is also the head)."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    owners = {name: first.setdefault((t.data_ptr(), t.shape), name) for name, t in state.items() if t.numel()}
+    return {name: owner for name, owner in owners.items() if owner != name}
 
 
 def load(
@@ -145,8 +151,10 @@ def load(
         for name, spec in layer_specs(config).items():
             model.set_submodule(name, SparseLowRankLinear.empty(spec, dtype))
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        model.load_state_dict(cast, assign=True)
-    except (AttributeError, RuntimeError) as mismatch:
+        model.load_state_dict(cast | {name: cast[original] for name, original in config["tied"].items()}, assign=True)
+        if config["tied"] and hasattr(model, "tie_weights"):
+            model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
+    except (AttributeError, KeyError, RuntimeError) as mismatch:
         reason = " ".join(str(mismatch).split())[:400]
         raise CheckpointError(f"{path} does not fit {source.kind} model {source.name!r}: {reason}") from None
     remember_source(model, source)
@@ -188,6 +196,8 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(getattr(torch, config["dtype"]), torch.dtype):
             raise ValueError(f"unknown dtype {config['dtype']}")
         getattr(torch, config["storage_dtype"]).itemsize, config["adapter"], config["weights_sha256"]
+        if not isinstance(config["tied"], dict):
+            raise ValueError("tied must be a mapping of names")
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise CheckpointError(f"{file} is damaged: {type(problem).__name__}: {problem}") from None
     return config

@@ -168,6 +168,7 @@ def save_plain(model: nn.Module, source: ModelSource, dtype: torch.dtype, direct
     state dict as `model.safetensors`.
     """
     model = model.to(dtype)
+    find_adapter(model).restore(model)
     directory.mkdir(exist_ok=True)
     if source.kind == "timm":
         args = {name: value for name, value in source.args.items() if name != "num_classes"}

@@ -133,6 +133,9 @@ def compress(
     elif options:
         raise ConfigError(f"give either settings or single options, got settings and {', '.join(options)}")
     adapter = adapter or find_adapter(model)
+    remember_adapter(model, adapter)
+    model.eval()
+    adapter.prepare(model)
     blocks = adapter.named_blocks(model)
     if any(isinstance(block, SlicedBlock) for _, block in blocks):
         raise ModelError("the model is sliced already")
@@ -144,9 +147,6 @@ def compress(
         plan = {name: plan_block(adapter, name, block, settings) for name, block in blocks}
         if not any(plan.values()):
             raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
-    remember_adapter(model, adapter)
-    model.eval()
-    adapter.prepare(model)
     report = CompressionReport(adapter.name, settings, slicing=slicing)
     dtype = next(model.parameters()).dtype
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
@@ -220,16 +220,16 @@ def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: Co
     """
     plan: dict[str, Parts] = {}
     for name, linear in adapter.named_linears(block):
-        parts = adapter.fused.get(name, ()) if settings.fused_qkv == "split" else ()
-        names = parts or (name.rsplit(".", 1)[-1],)
-        if linear.out_features % len(names):
-            raise ModelError(f"{block_name}.{name}: {linear.out_features} rows do not divide into {len(names)} parts")
-        rows = linear.out_features // len(names)
         try:
-            budget = layer_budget(rows, linear.in_features, *settings.terms)
+            parts = adapter.parts(block, name, linear)
+        except ValueError as wrong:
+            raise ModelError(f"{block_name}.{name}: {wrong}") from None
+        if settings.fused_qkv == "joint":
+            parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
+        try:
+            plan[name] = [(part, rows, layer_budget(rows, linear.in_features, *settings.terms)) for part, rows in parts]
         except ValueError as impossible:
             raise ConfigError(f"{block_name}.{name}: {impossible}") from None
-        plan[name] = [(part, rows, budget) for part in names]
     return plan
 
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from oats_vision.adapters import dinov2_hub, hf_vit, timm_vit
+from oats_vision.adapters import causal_lm, dinov2_hub, hf_vit, timm_vit
 from oats_vision.adapters.base import Adapter, Residual
 from oats_vision.errors import ModelError
 
 __all__ = ["Adapter", "Residual", "adapters", "find_adapter", "register_adapter", "remember_adapter"]
 
-_adapters: list[Adapter] = [*timm_vit.ADAPTERS, *hf_vit.ADAPTERS, *dinov2_hub.ADAPTERS]
+_adapters: list[Adapter] = [*timm_vit.ADAPTERS, *hf_vit.ADAPTERS, *dinov2_hub.ADAPTERS, *causal_lm.ADAPTERS]
 
 
 def register_adapter(adapter: Adapter) -> Adapter:

@@ -1,6 +1,6 @@
 """What a model family must say to be compressed: where its blocks are, and which linears are fused."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -42,7 +42,9 @@ class Adapter:
         nn.Linear in them is compressed. `""` if the model is itself such a list.
     fused: linears that hold several matrices of equal size, top to bottom, by their name in the block:
         `{"attn.qkv": ("q", "k", "v")}`; each is decomposed by itself.
+    rows: heights of the matrices of a fused linear, from the block and its name there, where they differ.
     prepare: changes a model, without changing what it computes, so that each linear is called as a module.
+    restore: undoes `prepare` on a merged model, so that its checkpoint is of the original architecture.
     residual: how a block of the family uses its residual stream; SliceGPT needs it.
     final_norm: path of the norm after the last block, `""` if there is none, for features.
     prefix_tokens: tokens before the patches (class token, registers); with 0 there is no class token.
@@ -53,7 +55,9 @@ class Adapter:
     matches: Callable[[nn.Module], bool]
     blocks: Callable[[nn.Module], str]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: Callable[[nn.Module, str], Sequence[int] | None] = lambda block, linear: None
     prepare: Callable[[nn.Module], None] = _nothing
+    restore: Callable[[nn.Module], None] = _nothing
     residual: Residual | None = None
     final_norm: Callable[[nn.Module], str] = lambda model: ""
     prefix_tokens: Callable[[nn.Module], int] = lambda model: 1
@@ -67,3 +71,31 @@ class Adapter:
     def named_linears(self, block: nn.Module) -> list[tuple[str, nn.Linear]]:
         """The linears of a block to compress, by their name in the block."""
         return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+    def parts(self, block: nn.Module, name: str, linear: nn.Linear) -> list[tuple[str, int]]:
+        """The matrices that a linear holds, top to bottom, each with its rows; a plain linear is one.
+
+        Raises:
+            ValueError: its rows do not divide.
+        """
+        names = self.fused.get(name, ())
+        if not names:
+            return [(name.rsplit(".", 1)[-1], linear.out_features)]
+        heights = self.rows(block, name) or [linear.out_features // len(names)] * len(names)
+        if sum(heights) != linear.out_features:
+            raise ValueError(f"{linear.out_features} rows do not divide into {len(names)} parts")
+        return list(zip(names, heights, strict=True))
+
+
+def blocks_of_class(model: nn.Module, block_class: str, outside: str = "") -> str | None:
+    """Path of the first ModuleList of transformers blocks of that class, None if there is none.
+
+    Args:
+        outside: a part of the path that is passed over, such as a text tower.
+    """
+    for path, module in model.named_modules():
+        if outside and outside in path.split("."):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ == block_class:
+            return path if type(module[0]).__module__.startswith("transformers.") else None
+    return None

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from oats_vision.adapters.base import Adapter, Residual
+from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
 
 # class of a block in transformers -> adapter; the text tower of CLIP and SigLIP has the same class of block
 FAMILIES = {
@@ -27,13 +27,7 @@ RESIDUAL = {
 
 
 def _vision_blocks(model: nn.Module, block_class: str) -> str | None:
-    """Path of the ModuleList whose members are of the class, outside text towers."""
-    for path, module in model.named_modules():
-        if "text_model" in path.split("."):
-            continue
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ == block_class:
-            return path if type(module[0]).__module__.startswith("transformers.") else None
-    return None
+    return blocks_of_class(model, block_class, outside="text_model")
 
 
 def _final_norm(model: nn.Module, blocks: str) -> str:

@@ -1,0 +1,200 @@
+"""Causal language models by the same core: every family, tiny and randomly initialised, of its real class."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import oats_vision as ov
+from oats_vision.activations import ActivationStore
+from oats_vision.adapters import find_adapter
+from oats_vision.block_calls import capture_block_calls
+from oats_vision.cli.compress import save_plain
+from oats_vision.errors import ModelError
+from oats_vision.models import source_of
+from oats_vision.slicing import plan_slicing, slice_blocks
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+GPT2 = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+OPT = SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 48}
+CASES = {
+    "llama": ("lm_llama", hf.LlamaForCausalLM, hf.LlamaConfig, GROUPED | {"attention_bias": True}),
+    "llama tied": ("lm_llama", hf.LlamaForCausalLM, hf.LlamaConfig, GROUPED | {"tie_word_embeddings": True}),
+    "mistral": ("lm_mistral", hf.MistralForCausalLM, hf.MistralConfig, GROUPED | {"sliding_window": 6}),
+    "qwen2": ("lm_qwen2", hf.Qwen2ForCausalLM, hf.Qwen2Config, GROUPED),
+    "qwen3": ("lm_qwen3", hf.Qwen3ForCausalLM, hf.Qwen3Config, GROUPED | {"head_dim": 16}),
+    "phi3": ("lm_phi3", hf.Phi3ForCausalLM, hf.Phi3Config, GROUPED),
+    "gemma": ("lm_gemma", hf.GemmaForCausalLM, hf.GemmaConfig, GROUPED | {"head_dim": 16}),
+    "opt": ("lm_opt", hf.OPTForCausalLM, hf.OPTConfig, OPT),
+    "gpt2": ("lm_gpt2", hf.GPT2LMHeadModel, hf.GPT2Config, GPT2),
+    "pythia": ("lm_gpt_neox", hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, SIZES),
+}
+SLICED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"]
+
+
+def _build(case: str) -> nn.Module:
+    _, kind, config, args = CASES[case]
+    torch.manual_seed(0)
+    model = kind(config(**args)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # not at the zeros of an untrained model
+            nn.init.normal_(parameter, std=0.3)
+        elif "norm" in name or "ln_" in name:
+            nn.init.normal_(parameter, mean=1.0, std=0.2)
+    return model
+
+
+@pytest.fixture
+def texts() -> list[torch.Tensor]:
+    """Two batches of token ids."""
+    return list(torch.randint(3, 101, (8, 12), generator=torch.Generator().manual_seed(1)).split(4))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapter_finds_all_linears_of_the_blocks_and_none_else(case):
+    model = _build(case)
+    adapter = find_adapter(model)
+    assert adapter.name == CASES[case][0]
+    adapter.prepare(model)
+    blocks = adapter.named_blocks(model)
+    found = {f"{path}.{name}" for path, block in blocks for name, _ in adapter.named_linears(block)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert len(blocks) == 2
+    assert linears - found == {"lm_head"}
+    parts = {
+        name: dict(adapter.parts(blocks[0][1], name, linear)) for name, linear in adapter.named_linears(blocks[0][1])
+    }
+    if case == "phi3":
+        assert parts["self_attn.qkv_proj"] == {"q": 48, "k": 24, "v": 24}
+        assert parts["mlp.gate_up_proj"] == {"gate": 96, "up": 96}
+    if case == "gpt2":
+        assert parts["attn.c_attn"] == {"q": 48, "k": 48, "v": 48}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_block_by_block_run_is_the_models_own_forward(case, texts):
+    model = _build(case)
+    padding = torch.ones_like(texts[1])
+    padding[:2, :3] = 0
+    batches = [texts[0], {"input_ids": texts[1], "attention_mask": padding}]
+    with torch.no_grad():
+        expected = [
+            model(texts[0], output_hidden_states=True).hidden_states,
+            model(**batches[1], output_hidden_states=True).hidden_states,
+        ]
+    adapter = find_adapter(model)
+    adapter.prepare(model)
+    blocks = adapter.named_blocks(model)
+    with ActivationStore(1e9) as hidden:
+        calls = capture_block_calls(model, blocks, batches, hidden)
+        for b, states in enumerate(expected):
+            torch.testing.assert_close(hidden[b], states[0], rtol=1e-5, atol=1e-5)
+            x = calls.run(blocks[0][1], 0, b, hidden[b])
+            torch.testing.assert_close(x, states[1], rtol=1e-5, atol=1e-5)
+            x = calls.run(blocks[1][1], 1, b, x)
+            logits = model.lm_head(_final_norm(model)(x))
+            reference = model(texts[0]).logits if b == 0 else model(**batches[1]).logits
+            torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
+        assert torch.equal(calls.masks[1], padding.bool())
+
+
+def _final_norm(model: nn.Module) -> nn.Module:
+    names = ("model.norm", "model.decoder.final_layer_norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
+    modules = dict(model.named_modules())
+    return next(modules[name] for name in names if name in modules)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_generation_with_cache_and_merge(case, texts, tmp_path):
+    model = _build(case)
+    names = set(model.state_dict())
+    report = ov.compress(model, texts, rate=0.5, iterations=5, storage_dtype="float16")
+    assert 0.4 < report.parameters / report.dense_parameters <= 0.5
+    expected = model(texts[0]).logits
+    ov.save(model, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out")
+    assert torch.equal(loaded(texts[0]).logits, expected)
+    if "tied" in case or loaded.config.tie_word_embeddings:
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with_cache = loaded.generate(texts[0], use_cache=True, **options)
+    without = loaded.generate(texts[0], use_cache=False, **options)
+    assert with_cache.shape == (4, 20)
+    assert torch.equal(with_cache, without)
+
+    source = source_of(loaded)
+    save_plain(ov.merge(loaded), source, torch.float32, tmp_path / "merged")
+    plain = CASES[case][1].from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert set(plain.state_dict()) == names
+    torch.testing.assert_close(plain(texts[0]).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_hardly_any_compression_leaves_the_outputs(case, texts):
+    model = _build(case)
+    expected = model(texts[0]).logits
+    ov.compress(model, texts, rate=1e-6, rank_ratio=0, pattern="layer", iterations=1)
+    torch.testing.assert_close(model(texts[0]).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", SLICED)
+def test_rotated_unsliced_model_computes_the_same(case, texts):
+    """SliceGPT, Theorem 1: without a cut the rotations change nothing."""
+    model = _build(case).double()
+    expected = model(texts[0]).logits
+    adapter = find_adapter(model)
+    adapter.prepare(model)
+    with ActivationStore(1e9) as hidden:
+        blocks = adapter.named_blocks(model)
+        calls = capture_block_calls(model, blocks, texts, hidden)
+        slice_blocks(model, adapter, plan_slicing(blocks, adapter, None), hidden, calls)
+    # the norms of transformers compute in float32, whatever the model's dtype
+    torch.testing.assert_close(model(texts[0]).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_sliced_language_model_is_smaller_and_generates(texts, tmp_path):
+    model = _build("llama")
+    report = ov.compress(model, texts, rate=0.3, method="slicegpt")
+    assert report.parameters <= 0.7 * report.dense_parameters
+    ov.save(model, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out")
+    assert torch.equal(loaded(texts[0]).logits, model(texts[0]).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = loaded.generate(texts[0], use_cache=True, **options)
+    assert torch.equal(cached, loaded.generate(texts[0], use_cache=False, **options))
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - set(SLICED) - {"llama tied"}))
+def test_families_that_slicegpt_cannot_take_say_so(case, texts):
+    with pytest.raises(ModelError, match="does not describe"):
+        ov.compress(_build(case), texts, rate=0.3, method="slicegpt")
+
+
+def test_models_that_are_no_causal_decoders_are_refused(texts):
+    args = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    for model in (hf.T5ForConditionalGeneration(hf.T5Config(**args)), hf.LlamaModel(hf.LlamaConfig(**GROUPED))):
+        with pytest.raises(ModelError, match="no adapter knows"):
+            ov.compress(model, texts)
+    compressed = copy.deepcopy(_build("llama"))
+    ov.compress(compressed, texts, rate=0.5, iterations=2)
+    with pytest.raises(ModelError, match="compressed already"):
+        ov.compress(compressed, texts)
