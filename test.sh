@@ -2,6 +2,12 @@
 # Set up a fresh environment (in VENV, .venv-test by default), check style and types, run the tests.
 set -euo pipefail
 cd "$(dirname "$0")"
+# the report's page is tested in a browser
+if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null; then
+  as_root=$([ "$(id -u)" = 0 ] || echo sudo)
+  $as_root apt-get update -qq
+  $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null
+fi
 venv=${VENV:-.venv-test}
 python3 -m venv --clear "$venv"
 "$venv/bin/pip" install -q ".[test]"

@@ -26,8 +26,7 @@ import oats_vision as ov
 from oats_vision.cli.common import choose_device, machine
 from oats_vision.config import CompressionSettings, RunConfig, load_run_config, validated
 from oats_vision.data import Batches, load_pictures
-from oats_vision.evaluation.compare import paired_difference
-from oats_vision.evaluation.top1 import Top1, evaluate_top1
+from oats_vision.evaluation import Top1, evaluate_top1, paired_difference
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,25 +1,17 @@
 """The command line as a user runs it: a process of its own, its output, its exit status and its files."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from command import run
 from PIL import Image
 
 import oats_vision as ov
-from oats_vision.config import load_run_config
 from oats_vision.data import load_pictures
 from oats_vision.errors import ModelError
-from oats_vision.evaluation.top1 import evaluate_top1
-
-
-def _run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "oats_vision", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or Path(__file__).parent, check=False)
+from oats_vision.evaluation import evaluate_top1
 
 
 @pytest.fixture
@@ -30,7 +22,7 @@ def quick(model_directory) -> list[object]:
 
 def test_demo_at_rate_half_is_within_a_point_of_dense_and_small(tmp_path):
     """The README's main job, whole: bare `compress` on the demo."""
-    done = _run("compress", "--json", cwd=tmp_path)
+    done = run("compress", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["settings"]["rate"] == 0.5
@@ -45,32 +37,33 @@ def test_demo_at_rate_half_is_within_a_point_of_dense_and_small(tmp_path):
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors", "report.json"]
     assert json.loads((out / "report.json").read_text())["top1"] == result["top1"]
 
-    again = _run("eval", "top1", out, "--data", "demo", "--json")
-    assert json.loads(again.stdout)["top1"] == pytest.approx(ours["top1"])
+    again = run("eval", "top1", out, "--data", "demo", "--json")
+    assert json.loads(again.stdout)["compressed"]["top1"] == pytest.approx(ours["top1"])
+    assert json.loads(again.stdout)["dense"]["top1"] == pytest.approx(dense["top1"])
 
 
 def test_table_inspect_eval_and_merge(quick, tmp_path):
     out = tmp_path / "out"
-    done = _run(*quick, "--out", out, "--merge")
+    done = run(*quick, "--out", out, "--merge")
     assert done.returncode == 0, done.stderr
     for words in ("top-1", "parameters", "bytes on disk", "compressed layers", "solver", "Written to"):
         assert words in done.stdout
     config = json.loads((out / "config.json").read_text())
     assert config["storage_dtype"] == "float16"  # the checkpoint's own
-    shown = _run("inspect", out)
+    shown = run("inspect", out)
     assert "blocks.1.mlp.fc2" in shown.stdout
     assert "rank_ratio" in shown.stdout
-    assert json.loads(_run("inspect", out, "--json").stdout)["bytes"]["layer_ratio"] < 0.6
+    assert json.loads(run("inspect", out, "--json").stdout)["bytes"]["layer_ratio"] < 0.6
     scores = [
-        json.loads(_run("eval", "top1", model, "--data", "demo", "--samples", 300, "--json").stdout)["top1"]
-        for model in (out, out / "merged")
+        json.loads(run("eval", "top1", model, "--data", "demo", "--samples", 300, "--json").stdout)[which]["top1"]
+        for model, which in ((out, "compressed"), (out / "merged", "dense"))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1.0)  # the merge is rounded to fp16 once more
 
 
 def test_config_file_and_flags_that_override_it(quick, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rate": 0.3, "seed": 7, "out": str(tmp_path / "out")}))
-    done = _run(*quick, "--config", tmp_path / "run.yaml", "--rate", 0.4, "--json")
+    done = run(*quick, "--config", tmp_path / "run.yaml", "--rate", 0.4, "--json")
     result = json.loads(done.stdout)
     assert result["run"]["rate"] == 0.4
     assert result["run"]["seed"] == 7
@@ -79,31 +72,26 @@ def test_config_file_and_flags_that_override_it(quick, tmp_path):
 
 def test_seed_decides_the_result(quick, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert _run(*quick, "--seed", seed, "--out", tmp_path / name).returncode == 0
+        assert run(*quick, "--seed", seed, "--out", tmp_path / name).returncode == 0
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
 
 
-def test_shipped_configs_are_valid():
-    configs = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
-    assert configs
-    for path in configs:
-        load_run_config(path, {})
-
-
-@pytest.mark.parametrize("command", [[], ["compress"], ["eval"], ["eval", "top1"], ["inspect"], ["models"]])
+@pytest.mark.parametrize(
+    "command", [[], ["compress"], ["eval"], ["eval", "top1"], ["eval", "knn"], ["inspect"], ["rollout"], ["models"]]
+)
 def test_help_teaches(command):
-    done = _run(*command, "--help")
+    done = run(*command, "--help")
     assert done.returncode == 0
     assert len(done.stdout) > 200
 
 
 def test_models_lists_families_and_aliases():
-    listed = json.loads(_run("models", "--json").stdout)
+    listed = json.loads(run("models", "--json").stdout)
     assert {"timm_vit", "timm_eva", "hf_clip", "dinov2_hub"} <= set(listed["families"])
     assert listed["aliases"]["dinov2_vitl14"] == "vit_large_patch14_dinov2.lvd142m"
-    assert "vit_base_patch14_dinov2.lvd142m" in _run("models", "--search", "dinov2").stdout
+    assert "vit_base_patch14_dinov2.lvd142m" in run("models", "--search", "dinov2").stdout
 
 
 BAD = {
@@ -116,6 +104,11 @@ BAD = {
     "rank 0": (["--rank-ratio", 0.0001], "leaves rank 0"),
     "no non-zeros": (["--rank-ratio", 0.9999], "leaves no non-zeros"),
     "pattern": (["--pattern", "4:2"], "pattern must be"),
+    "method": (["--method", "magic"], "method: Input should be 'oats', 'magnitude'"),
+    "rank ratio of a baseline": (["--method", "wanda", "--rank-ratio", 0.3], "rank_ratio must be 0 (or left out)"),
+    "pattern of slicegpt": (["--method", "slicegpt", "--pattern", "2:4"], "pattern must be left out"),
+    "merge of slicegpt": (["--method", "slicegpt", "--merge"], "--merge is for methods that keep"),
+    "refit of a baseline": (["--method", "wanda", "--refit"], "refit is for method oats"),
     "unknown model": (["--model", "vit_none"], "unknown model 'vit_none'"),
     "unsupported model": (["--model", "resnet18", "--no-pretrained"], "no adapter knows"),
     "missing data": (["--data", "no/such/folder"], "does not exist"),
@@ -129,7 +122,7 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(quick, tmp_path, arguments, message):
-    done = _run(*quick, "--out", "out", *arguments, cwd=tmp_path)
+    done = run(*quick, "--out", "out", *arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -150,7 +143,7 @@ def test_bad_folders_bad_config_and_existing_output(quick, tmp_path):
         (["--config", "run.yaml", "--out", "out"], ["run.yaml", "rate: ", "speed: is no setting"]),
         (["--out", "taken"], ["taken exists", "--overwrite"]),
     ):
-        done = _run(*quick, *arguments, cwd=tmp_path)
+        done = run(*quick, *arguments, cwd=tmp_path)
         assert done.returncode == 1
         assert all(message in done.stderr for message in messages), done.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["broken", "empty", "run.yaml", "taken"]
@@ -160,7 +153,7 @@ def test_labels_that_do_not_fit_the_head(model_directory, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "set" / name / "x.png")
-    done = _run("eval", "top1", model_directory, "--data", tmp_path / "set")
+    done = run("eval", "top1", model_directory, "--data", tmp_path / "set")
     assert done.returncode == 1
     assert "the data has 2 classes and the model's head has 10" in done.stderr
 
@@ -176,11 +169,11 @@ def test_a_backbone_has_no_top1(tmp_path, pictures):
 
 
 def test_damaged_checkpoint_is_one_line(quick, tmp_path):
-    assert _run(*quick, "--out", tmp_path / "out").returncode == 0
+    assert run(*quick, "--out", tmp_path / "out").returncode == 0
     weights = tmp_path / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     for command in (["inspect", tmp_path / "out"], ["eval", "top1", tmp_path / "out", "--data", "demo"]):
-        done = _run(*command)
+        done = run(*command)
         assert done.returncode == 1
         assert "is damaged" in done.stderr
         assert "Traceback" not in done.stderr

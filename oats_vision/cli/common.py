@@ -12,7 +12,7 @@ from oats_vision import report
 from oats_vision.config import RunConfig
 from oats_vision.data import Batches
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.evaluation.top1 import Top1, evaluate_top1
+from oats_vision.evaluation import Top1, evaluate_top1
 from oats_vision.transforms import Transform
 
 notes = Console(stderr=True)  # progress and warnings; results go to standard output

@@ -24,8 +24,7 @@ from oats_vision.cli.common import (
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import load_pictures
 from oats_vision.errors import ConfigError
-from oats_vision.evaluation.compare import paired_difference
-from oats_vision.evaluation.top1 import Top1
+from oats_vision.evaluation import Top1, paired_difference
 from oats_vision.layers import merge as merge_model
 from oats_vision.models import load_model, save_plain, source_of
 from oats_vision.pipeline import compress as compress_model

@@ -13,10 +13,10 @@ from oats_vision.cli.common import Json, choose_device, dtype_of, machine, need_
 from oats_vision.cli.common import top1 as classify_all
 from oats_vision.data import Batches, load_pictures
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.evaluation import knn as neighbours
-from oats_vision.evaluation import linear_probe as probes
-from oats_vision.evaluation.compare import Difference, paired_difference
-from oats_vision.evaluation.features import Features, cached_features
+from oats_vision.evaluation import Difference, Features, cached_features, paired_difference, quick_probe
+from oats_vision.evaluation import knn as knn_protocol
+from oats_vision.evaluation import linear_probe as linear_probe_protocol
+from oats_vision.evaluation.knn import NEIGHBOURS, TEMPERATURE
 from oats_vision.models import ModelSource, load_model, source_of
 from oats_vision.transforms import Transform
 
@@ -137,10 +137,10 @@ def linear_probe(
         features = extract(module, what)
         if quick:
             with notes.status(f"logistic regression, {what}"):
-                probe = probes.quick_probe(*features, seed=seed)
+                probe = quick_probe(*features, seed=seed)
         else:
             with report.counting_progress(notes, f"linear probe, {what}", "steps", iterations) as progress:
-                probe = probes.linear_probe(
+                probe = linear_probe_protocol(
                     *features,
                     iterations=iterations,
                     batch_size=probe_batch,
@@ -161,7 +161,7 @@ def knn(
     train: Train,
     val: Val,
     k: Annotated[list[int] | None, typer.Option(help="neighbours; may be repeated [default: 10 20 100 200]")] = None,
-    temperature: Annotated[float, typer.Option(help="of the votes")] = neighbours.TEMPERATURE,
+    temperature: Annotated[float, typer.Option(help="of the votes")] = TEMPERATURE,
     train_split: TrainSplit = "train",
     val_split: ValSplit = "validation",
     train_samples: TrainSamples = None,
@@ -190,7 +190,7 @@ def knn(
 
     def protocol(module: nn.Module, what: str) -> Score:
         features = extract(module, what)
-        correct = neighbours.knn(*features, neighbours=k or neighbours.NEIGHBOURS, temperature=temperature)
+        correct = knn_protocol(*features, neighbours=k or NEIGHBOURS, temperature=temperature)
         accuracy = {str(count): 100 * float(right.float().mean()) for count, right in correct.items()}
         return {"top1": accuracy, **_about(features)}, {f"k = {count}": right for count, right in correct.items()}
 
@@ -217,7 +217,7 @@ class _Models:
             if dense:
                 raise ConfigError(f"--dense is for a compressed checkpoint, and {model} is none")
             module, transform = load_model(model, **self.options)
-            self.loaders[model] = lambda: module
+            self.loaders["dense"] = lambda: module
         else:
             source = ModelSource(**checkpoint.read_config(self.directory)["source"])
             transform = checkpoint.load_transform(self.directory)
