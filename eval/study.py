@@ -77,7 +77,9 @@ def run(args: argparse.Namespace, name: str, cells: Sequence[dict[str, Any]]) ->
     logging.basicConfig(format="%(message)s")
     given = ("model", "data", "eval_data", "samples", "eval_samples", "batch_size", "device", "workers")
     config = load_run_config(args.config, {field: getattr(args, field) for field in given})
-    config = config.model_copy(update={"data": config.data or "demo", "eval_data": config.eval_data or "demo"})
+    config = config.completed("pictures").model_copy(
+        update={"data": config.data or "demo", "eval_data": config.eval_data or "demo"}
+    )
     common = {
         "model": config.model,
         "data": config.data,

@@ -5,8 +5,9 @@ from oats_vision.checkpoint import load, load_transform, save
 from oats_vision.data import load_pictures
 from oats_vision.errors import OatsVisionError
 from oats_vision.layers import SparseLowRankLinear, merge
-from oats_vision.models import load_model
+from oats_vision.models import load_model, load_tokenizer
 from oats_vision.pipeline import CompressionReport, compress
+from oats_vision.text import load_sequences, load_tokens
 
 __all__ = [
     "Adapter",
@@ -17,6 +18,9 @@ __all__ = [
     "load",
     "load_model",
     "load_pictures",
+    "load_sequences",
+    "load_tokenizer",
+    "load_tokens",
     "load_transform",
     "merge",
     "register_adapter",

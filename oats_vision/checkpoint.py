@@ -22,7 +22,7 @@ from oats_vision.adapters import adapters, remember_adapter
 from oats_vision.errors import CheckpointError
 from oats_vision.files import replacing, umask
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
-from oats_vision.models import ModelSource, rebuild, remember_source, source_of
+from oats_vision.models import TOKENIZER, ModelSource, rebuild, remember_source, source_of
 from oats_vision.pipeline import CompressionReport
 from oats_vision.slicing import empty_sliced_blocks
 from oats_vision.transforms import Transform, build_transform
@@ -65,13 +65,14 @@ def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch
     return Sizes(stored, stored - compressed - positions + dense, compressed + positions, dense, positions)
 
 
-def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None:
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, tokenizer: Any = None) -> None:
     """Write a compressed model to a directory, all of it or nothing.
 
     Args:
         model: compressed by `compress` (or loaded by `load`).
         path: directory to make; its parent must exist.
         overwrite: replace a checkpoint of ours that is there. Any other directory is left alone.
+        tokenizer: of a language model, written beside its weights for `load_tokenizer`.
 
     Raises:
         CheckpointError: not compressed, the path is taken, or the files cannot be written.
@@ -104,6 +105,8 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         config["weights_sha256"] = _sha256(target / WEIGHTS)
         (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target / TOKENIZER)
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -271,7 +274,7 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(f"{path} cannot be written: {problem}") from problem
     try:
         yield target
-        for file in target.iterdir():
+        for file in filter(Path.is_file, target.rglob("*")):
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
         target.chmod(0o777 & ~umask())

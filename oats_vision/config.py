@@ -83,26 +83,51 @@ class CompressionSettings(BaseModel):
 class RunConfig(CompressionSettings):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
-    model: str = Field("demo", description="alias, timm name, hf:org/name, hub:entry or a local directory")
+    model: str = Field(
+        "demo", description="alias, timm name, hf:org/name, hub:entry, a local directory or a .gguf file"
+    )
     pretrained: bool = Field(True, description="load the trained weights; without, random ones (to try a run)")
     image_size: int | None = Field(None, ge=1, description="input size, if not the model's own (timm models)")
     trust_remote_code: bool = Field(False, description="run model code from a hub (hub: and some hf: models need it)")
-    data: str | None = Field(None, description="calibration pictures: a folder, hf:name[:config] or demo")
+    data: str | None = Field(
+        None,
+        description="calibration pictures: a folder, hf:name[:config] or demo; for language models a .txt or .jsonl "
+        "file, c4, wikitext, fineweb, hf:name[:config] or demo",
+    )
     split: str = Field("train", description="split of a Hugging Face dataset for calibration")
-    eval_data: str | None = Field(None, description="labelled pictures for top-1 before and after")
-    eval_split: str = Field("validation", description="split of a Hugging Face dataset for the evaluation")
-    eval_samples: int | None = Field(None, ge=1, description="evaluate on that many pictures only [default: all]")
+    eval_data: str | None = Field(
+        None, description="labelled pictures for top-1, or text for perplexity, before and after"
+    )
+    eval_split: str | None = Field(
+        None, description="split of a Hugging Face dataset for the evaluation [default: validation, of text test]"
+    )
+    eval_samples: int | None = Field(
+        None, ge=1, description="evaluate on that many pictures, or windows of text, only [default: all]"
+    )
     streaming: bool = Field(False, description="stream Hugging Face datasets in place of downloading them")
-    samples: int = Field(2048, ge=1, description="calibration pictures")
-    batch_size: int = Field(64, ge=1, description="pictures in a batch")
+    samples: int | None = Field(
+        None, ge=1, description="calibration pictures, or sequences of text [default: 2048, 128]"
+    )
+    batch_size: int | None = Field(None, ge=1, description="pictures, or sequences, in a batch [default: 64, 4]")
+    sequence_length: int = Field(2048, ge=2, description="tokens in a sequence (language models)")
     workers: int = Field(0, ge=0, description="processes that read pictures")
-    seed: int = Field(42, description="of the choice of calibration pictures")
+    seed: int = Field(42, description="of the choice of calibration data")
     device: str = Field("auto", description="auto (CUDA if it is there), cpu, cuda, cuda:1, ...")
     dtype: Dtype = Field("float32", description="precision that the model computes in")
     activation_memory: float = Field(8.0, gt=0, description="GB of activations kept in memory; the rest on disk")
     out: Path = Field(Path("oats_compressed"), description="directory to write")
     overwrite: bool = Field(False, description="replace an existing checkpoint in --out")
     merge: bool = Field(False, description="also write the dense S + U V as a plain checkpoint, in OUT/merged")
+
+    def completed(self, unit: Literal["pictures", "sequences"]) -> "RunConfig":
+        """With the defaults that depend on what the model reads."""
+        samples, batch_size, split = (2048, 64, "validation") if unit == "pictures" else (128, 4, "test")
+        changes = {
+            "samples": self.samples or samples,
+            "batch_size": self.batch_size or batch_size,
+            "eval_split": self.eval_split or split,
+        }
+        return self.model_copy(update=changes)
 
     def settings(self) -> CompressionSettings:
         """The part that decides the result."""

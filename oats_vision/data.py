@@ -77,7 +77,7 @@ def load_pictures(
     if source == "demo":
         examples, classes = _demo(calibration=split == "train")
     elif source.startswith("hf:") or _is_saved_dataset(Path(source)):
-        dataset = _huggingface(source, split, streaming)
+        dataset = open_dataset(source, split, streaming)
         if streaming:
             stream = dataset if samples is None else dataset.shuffle(seed=seed, buffer_size=max(1000, samples))
             examples_of = _StreamedPictures(stream, _columns(dataset, source, labelled), transform, samples)
@@ -235,8 +235,12 @@ def _is_saved_dataset(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def _huggingface(source: str, split: str, streaming: bool) -> Any:
-    """A dataset of the `datasets` library, one split."""
+def open_dataset(source: str, split: str, streaming: bool) -> Any:
+    """One split of a dataset of the `datasets` library: `hf:name[:config]`, or a directory that it wrote.
+
+    Raises:
+        DataError: it cannot be loaded, or has no such split.
+    """
     import datasets
 
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oats_vision import checkpoint
 from oats_vision.errors import CheckpointError
+from oats_vision.evaluation import Difference, Ratio
 from oats_vision.files import replacing
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.pipeline import CompressionReport
@@ -53,7 +54,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         (f"{report.parameters / report.dense_parameters:.1%}", "of the blocks' parameters kept"),
         (f"{sizes.layer_ratio:.3f}", f"bytes of the blocks, to dense {config['storage_dtype']}"),
         (f"{sizes.total / 1e6:.1f} MB", f"whole model; dense {sizes.dense_total / 1e6:.1f} MB"),
-        (f"{report.samples:,}", "calibration pictures"),
+        (f"{report.samples:,}", f"calibration {report.unit}"),
         (f"{report.seconds.get('total', 0):.0f} s", "to compress"),
     ]
     if report.layers:
@@ -68,9 +69,11 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         title=f"{name}, {settings.method} at rate {rate:.3g}",
         subtitle=f"{directory.name}: {config['source']['kind']} {name}, adapter {config['adapter']}, "
         f"rank ratio {rank_ratio:.3g}, pattern {pattern}, written by {config['written_by']}",
-        directory=directory.name,
         cards=cards,
         accuracy=_accuracy(directory),
+        protocol=f"top1 {directory.name} --data LABELLED_PICTURES"
+        if report.unit == "pictures"
+        else f"perplexity {directory.name} --data TEXT",
         plots=[Markup(plot) for plot in _plots(report, sizes)],
         layers=report.layers,
         headings=HEADINGS,
@@ -134,30 +137,42 @@ def _accuracy(directory: Path) -> list[list[str]]:
     except (OSError, ValueError) as problem:
         raise CheckpointError(f"{directory / checkpoint.REPORT} is damaged: {problem}") from None
     rows = []
-    first = content.get("top1")
-    if first:
-        data = content["run"].get("eval_data") or content["run"]["model"]
-        dense, ours = first["dense"]["top1"], first["compressed"]["top1"]
-        interval = first.get("difference")
-        change = _interval(interval) if interval else f"{ours - dense:+.2f} points"
-        rows.append(["top1, when compressed", data, "top-1", f"{dense:.2f}%", f"{ours:.2f}%", change])
+    for protocol, change in (("top1", "difference"), ("perplexity", "ratio")):
+        first = content.get(protocol)
+        if first:
+            data = content["run"].get("eval_data") or content["run"]["model"]
+            result = {**first, "difference": {_METRIC[protocol]: first[change]}}
+            rows += _accuracy_rows(f"{protocol}, when compressed", data, result)
     for result in content.get("evaluations", []):
         data = result.get("data") or f"{result['train']} → {result['val']}"
-        scores = {what: _metrics(result[what]) for what in ("dense", "compressed") if what in result}
-        for metric in scores["compressed"]:
-            values = [f"{scores[what][metric]:.2f}%" if what in scores else "" for what in ("dense", "compressed")]
-            difference = result["difference"].get(metric)
-            rows.append([result["protocol"], data, metric, *values, _interval(difference) if difference else ""])
+        rows += _accuracy_rows(result["protocol"], data, result)
     return rows
 
 
-def _metrics(score: dict[str, Any]) -> dict[str, float]:
+_METRIC = {"top1": "top-1", "perplexity": "perplexity"}
+
+
+def _accuracy_rows(protocol: str, data: str, result: dict[str, Any]) -> list[list[str]]:
+    """Protocol, data, metric, both values and the change, for each metric of an evaluation."""
+    rows = []
+    scores = {what: _metrics(result[what]) for what in ("dense", "compressed") if what in result}
+    for metric in scores["compressed"]:
+        values = [scores[what][metric] if what in scores else "" for what in ("dense", "compressed")]
+        difference = result["difference"].get(metric)
+        rows.append([protocol, data, metric, *values, _interval(difference) if difference else ""])
+    return rows
+
+
+def _metrics(score: dict[str, Any]) -> dict[str, str]:
+    if "perplexity" in score:
+        return {"perplexity": f"{score['perplexity']:.3f}"}
     top1 = score["top1"]
-    return {f"k = {k}": value for k, value in top1.items()} if isinstance(top1, dict) else {"top-1": top1}
+    values = {f"k = {k}": value for k, value in top1.items()} if isinstance(top1, dict) else {"top-1": top1}
+    return {metric: f"{value:.2f}%" for metric, value in values.items()}
 
 
-def _interval(difference: dict[str, float]) -> str:
-    return f"{difference['points']:+.2f} points [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+def _interval(change: dict[str, float]) -> str:
+    return str(Difference(**change) if "points" in change else Ratio(**change))
 
 
 def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[str]:

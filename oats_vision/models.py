@@ -18,6 +18,8 @@ from oats_vision.adapters import find_adapter
 from oats_vision.errors import ModelError
 from oats_vision.transforms import Transform, TransformConfig, build_transform, timm_transform_config
 
+TOKENIZER = "tokenizer"  # folder of a compressed language model's directory
+
 _DINOV2 = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 _DINOV3 = {
     "vits16": "small",
@@ -77,7 +79,7 @@ def load_model(
 
     Args:
         name: `demo`; an alias such as `dinov2_vitl14`; a timm name; `hf:org/name`; `hub:entry` or
-            `hub:repository_or_directory:entry`; a directory in timm's or Hugging Face's format.
+            `hub:repository_or_directory:entry`; a directory in timm's or Hugging Face's format; a .gguf file.
         pretrained: load the trained weights, or keep the random ones of the architecture.
         image_size: input size in pixels, if not the model's own (timm models).
         dtype: of the model's weights and arithmetic.
@@ -92,6 +94,8 @@ def load_model(
             model, source = _from_huggingface(name[3:], pretrained, trust_remote_code)
         elif name.startswith("hub:"):
             model, source = _from_torch_hub(name[4:], pretrained, trust_remote_code)
+        elif path.suffix == ".gguf":
+            model, source = _from_gguf(path, pretrained)
         elif path.is_dir():
             model, source = _from_directory(path, pretrained, image_size, trust_remote_code)
         elif timm.is_model(ALIASES.get(name, name)):
@@ -110,9 +114,28 @@ def load_model(
         raise ModelError(f"image_size {image_size} can be set for timm models only, and {name!r} is not one")
     find_adapter(model)
     model = model.to(device=device, dtype=dtype).eval()
-    place = str(path.resolve()) if path.is_dir() and name != "demo" else name
+    place = str(path.resolve()) if path.exists() and name != "demo" else name
     remember_source(model, replace(source, origin={"name": place, "image_size": image_size}))
     return model, build_transform(source.transform) if source.transform else None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a language model, by the name that `load_model` takes, or of a compressed one's directory.
+
+    Raises:
+        ModelError: there is none.
+    """
+    import transformers
+
+    path = Path(name)
+    place = path / TOKENIZER if (path / TOKENIZER).is_dir() else path
+    try:
+        if path.suffix == ".gguf":
+            return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return transformers.AutoTokenizer.from_pretrained(name[3:] if name.startswith("hf:") else str(place))
+    except Exception as problem:  # hub, network, file and parser errors
+        reason = " ".join(str(problem).split())[:300]
+        raise ModelError(f"{name} has no tokenizer that can be loaded: {reason}") from None
 
 
 def remember_source(model: nn.Module, source: ModelSource) -> None:
@@ -218,6 +241,21 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
     source = ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()), transform, dtype, names)
     return model, source
+
+
+def _from_gguf(path: Path, pretrained: bool):
+    """A language model in llama.cpp's format, dequantised by transformers."""
+    import transformers
+
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if pretrained:
+        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(**place))
+    # what was dequantised from 8 bits or fewer is stored in half precision without a loss that counts
+    return model, ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()), None, "float16")
 
 
 def _from_torch_hub(name: str, pretrained: bool, trust_remote_code: bool):

@@ -59,6 +59,7 @@ class CompressionReport:
     adapter: str
     settings: CompressionSettings
     samples: int = 0
+    unit: str = "pictures"  # that the samples are
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # calibration, solver, total
     slicing: Slicing | None = None  # of method slicegpt, which has no compressed layers
@@ -89,6 +90,7 @@ class CompressionReport:
             adapter=fields["adapter"],
             settings=CompressionSettings(**fields["settings"]),
             samples=fields["samples"],
+            unit=fields["unit"],
             layers=[
                 LayerReport(spec=LayerSpec.from_dict(layer["spec"]), **{name: layer[name] for name in names})
                 for layer in fields["layers"]
@@ -147,7 +149,7 @@ def compress(
         plan = {name: plan_block(adapter, name, block, settings) for name, block in blocks}
         if not any(plan.values()):
             raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
-    report = CompressionReport(adapter.name, settings, slicing=slicing)
+    report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=slicing)
     dtype = next(model.parameters()).dtype
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
     _round(model, dtype, storage)  # what is not compressed is stored rounded too, and must be calibrated so

@@ -9,8 +9,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from oats_vision.checkpoint import Sizes
-from oats_vision.evaluation.compare import paired_difference
-from oats_vision.evaluation.top1 import Top1
+from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
 from oats_vision.pipeline import CompressionReport, Step
 
 
@@ -64,7 +63,9 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def run_table(title: str, parameters: tuple[int, int], sizes: Sizes, scores: tuple[Top1, Top1] | None) -> Table:
+def run_table(
+    title: str, parameters: tuple[int, int], sizes: Sizes, scores: tuple[Top1 | Perplexity, Top1 | Perplexity] | None
+) -> Table:
     """Dense against compressed: accuracy, parameters, bytes.
 
     Args:
@@ -75,13 +76,8 @@ def run_table(title: str, parameters: tuple[int, int], sizes: Sizes, scores: tup
     table.add_column("")
     for heading in ("dense", "compressed", "change [95% interval]"):
         table.add_column(heading, justify="right")
-    if scores:
-        dense, ours = scores
-        difference = paired_difference(dense.correct, ours.correct)
-        table.add_row("top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", str(difference))
-        table.add_row("top-5", f"{dense.top5:.2f}%", f"{ours.top5:.2f}%", f"{ours.top5 - dense.top5:+.2f} points")
-        speeds = [score.pictures / score.seconds for score in scores]
-        table.add_row("pictures/s", *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f} x")
+    for row in _score_rows(*scores) if scores else []:
+        table.add_row(*row)
     table.add_row("parameters", *(f"{count / 1e6:.2f} M" for count in parameters), _ratio(*parameters))
     table.add_row(
         "bytes on disk", *map(megabytes, (sizes.dense_total, sizes.total)), _ratio(sizes.dense_total, sizes.total)
@@ -93,6 +89,26 @@ def run_table(title: str, parameters: tuple[int, int], sizes: Sizes, scores: tup
     )
     table.add_row("  of it positions of S", "", megabytes(sizes.positions), "")
     return table
+
+
+def _score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[str]]:
+    """Name, both values and the change, for each figure of an evaluation."""
+    if isinstance(dense, Perplexity) and isinstance(ours, Perplexity):
+        speeds = [int(score.tokens.sum()) / score.seconds for score in (dense, ours)]
+        values = [f"{dense.value:.3f}", f"{ours.value:.3f}", str(paired_ratio(dense, ours))]
+        return [["perplexity", *values], _speed_row("tokens/s", speeds)]
+    assert isinstance(dense, Top1)
+    assert isinstance(ours, Top1)
+    difference = paired_difference(dense.correct, ours.correct)
+    return [
+        ["top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", str(difference)],
+        ["top-5", f"{dense.top5:.2f}%", f"{ours.top5:.2f}%", f"{ours.top5 - dense.top5:+.2f} points"],
+        _speed_row("pictures/s", [score.pictures / score.seconds for score in (dense, ours)]),
+    ]
+
+
+def _speed_row(name: str, speeds: list[float]) -> list[str]:
+    return [name, *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f} x"]
 
 
 def layer_table(report: CompressionReport) -> Table:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -47,6 +48,7 @@ class Adapter:
     restore: undoes `prepare` on a merged model, so that its checkpoint is of the original architecture.
     residual: how a block of the family uses its residual stream; SliceGPT needs it.
     final_norm: path of the norm after the last block, `""` if there is none, for features.
+    unit: what calibration data are counted in, `pictures` or `sequences` (of text).
     prefix_tokens: tokens before the patches (class token, registers); with 0 there is no class token.
     """
 
@@ -59,6 +61,7 @@ class Adapter:
     prepare: Callable[[nn.Module], None] = _nothing
     restore: Callable[[nn.Module], None] = _nothing
     residual: Residual | None = None
+    unit: Literal["pictures", "sequences"] = "pictures"
     final_norm: Callable[[nn.Module], str] = lambda model: ""
     prefix_tokens: Callable[[nn.Module], int] = lambda model: 1
 

@@ -102,6 +102,7 @@ def _adapter(block_class: str, family: Family) -> Adapter:
         prepare=_linears if is_gpt2 else lambda model: None,
         restore=_transposed if is_gpt2 else lambda model: None,
         residual=family.residual,
+        unit="sequences",
     )
 
 

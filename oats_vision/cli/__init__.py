@@ -11,7 +11,7 @@ from oats_vision.cli.common import notes
 from oats_vision.errors import OatsVisionError
 
 app = typer.Typer(
-    help="Compress vision transformers with OATS: every linear of the blocks becomes sparse plus low-rank.",
+    help="Compress vision transformers and language models with OATS: each linear becomes sparse plus low-rank.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -25,6 +25,7 @@ evaluations = typer.Typer(help="Measure what compression cost, dense against com
 evaluations.command("top1")(evaluate.top1)
 evaluations.command("linear-probe")(evaluate.linear_probe)
 evaluations.command("knn")(evaluate.knn)
+evaluations.command("perplexity")(evaluate.perplexity)
 app.add_typer(evaluations, name="eval")
 
 

@@ -12,7 +12,8 @@ from oats_vision import report
 from oats_vision.config import RunConfig
 from oats_vision.data import Batches
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.evaluation import Top1, evaluate_top1
+from oats_vision.evaluation import Perplexity, Top1, evaluate_top1
+from oats_vision.evaluation import perplexity as perplexity_protocol
 from oats_vision.transforms import Transform
 
 notes = Console(stderr=True)  # progress and warnings; results go to standard output
@@ -72,6 +73,15 @@ def top1(model: torch.nn.Module, batches: Batches, what: str, mixed_precision: t
     """`evaluate_top1` with a progress bar."""
     with report.evaluation_progress(notes, f"top-1 {what}", batches.total) as progress:
         return evaluate_top1(model, batches, progress, mixed_precision=mixed_precision)
+
+
+def perplexity(
+    model: torch.nn.Module, ids: torch.Tensor, what: str, *, length: int, stride: int | None = None, batch_size: int = 1
+) -> Perplexity:
+    """`evaluation.perplexity` with a progress bar."""
+    windows = max(len(ids) - length, 0) // (stride or length) + 1
+    with report.counting_progress(notes, f"perplexity {what}", "windows", windows) as progress:
+        return perplexity_protocol(model, ids, length=length, stride=stride, batch_size=batch_size, progress=progress)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from oats_vision import checkpoint, report
+from oats_vision.adapters import find_adapter
 from oats_vision.cli.common import (
     Json,
     choose_device,
@@ -18,16 +20,19 @@ from oats_vision.cli.common import (
     notes,
     option,
     peak_memory,
+    perplexity,
     results,
     top1,
 )
 from oats_vision.config import RunConfig, load_run_config
-from oats_vision.data import load_pictures
+from oats_vision.data import Batches, load_pictures
 from oats_vision.errors import ConfigError
-from oats_vision.evaluation import Top1, paired_difference
+from oats_vision.evaluation import Difference, Perplexity, Ratio, Top1, paired_difference, paired_ratio
 from oats_vision.layers import merge as merge_model
-from oats_vision.models import load_model, save_plain, source_of
+from oats_vision.models import load_model, load_tokenizer, save_plain, source_of
 from oats_vision.pipeline import compress as compress_model
+from oats_vision.text import Sequences, load_sequences, load_tokens
+from oats_vision.transforms import Transform
 
 
 def compress(
@@ -46,6 +51,7 @@ def compress(
     seed: Annotated[int | None, option("seed")] = None,
     eval_data: Annotated[str | None, option("eval_data")] = None,
     eval_samples: Annotated[int | None, option("eval_samples")] = None,
+    sequence_length: Annotated[int | None, option("sequence_length")] = None,
     iterations: Annotated[int | None, option("iterations")] = None,
     solver: Annotated[str | None, option("solver")] = None,
     tolerance: Annotated[float | None, option("tolerance")] = None,
@@ -79,7 +85,9 @@ def compress(
         raise ConfigError("--merge is for methods that keep the layers' shapes, and slicegpt makes them smaller")
     target = choose_device(run.device)
     if run.data is None and run.model != "demo":
-        raise ConfigError("--data must be given for a model that is not the demo: a folder of pictures or hf:name")
+        raise ConfigError(
+            "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
+        )
     dense, transform = load_model(
         run.model,
         pretrained=run.pretrained,
@@ -88,45 +96,45 @@ def compress(
         device=target,
         trust_remote_code=run.trust_remote_code,
     )
-    transform = need_transform(transform, run.model)
+    unit = find_adapter(dense).unit
+    run = run.completed(unit)
     source = source_of(dense)
     settings = run.settings().model_copy(update={"storage_dtype": run.storage_dtype or source.dtype})
-    loading: dict[str, Any] = {"batch_size": run.batch_size, "streaming": run.streaming, "workers": run.workers}
-    pictures = load_pictures(
-        run.data or "demo", transform, samples=run.samples, seed=run.seed, split=run.split, **loading
-    )
-    eval_source = run.eval_data or ("demo" if run.model == "demo" else None)
-    test = None
-    if eval_source:
-        options: dict[str, Any] = {
-            "samples": run.eval_samples,
-            "seed": run.seed,
-            "split": run.eval_split,
-            "labelled": True,
-        }
-        test = load_pictures(eval_source, transform, **options, **loading)
+    tokenizer = load_tokenizer(run.model) if unit == "sequences" else None
+    calibration: Batches | Sequences
+    test: Batches | Tensor | None
+    if tokenizer is None:
+        calibration, test = _pictures(run, need_transform(transform, run.model))
+    else:
+        positions = getattr(dense.config, "max_position_embeddings", None)
+        if isinstance(positions, int) and run.sequence_length > positions:
+            raise ConfigError(
+                f"sequence_length must be at most the model's {positions} positions, got {run.sequence_length}"
+            )
+        calibration, test = _text(run, tokenizer)
 
     parameters = sum(parameter.numel() for parameter in dense.parameters())
-    before = top1(dense, test, "dense") if test else None
+    before = _score(dense, test, run, "dense")
     with report.compression_progress(notes) as progress:
         done = compress_model(
-            dense, pictures, settings=settings, activation_memory=run.activation_memory, progress=progress
+            dense, calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
         )
     compressed = dense  # the same module: its linears were replaced
-    checkpoint.save(compressed, run.out, overwrite=run.overwrite)
+    checkpoint.save(compressed, run.out, overwrite=run.overwrite, tokenizer=tokenizer)
     storage = getattr(torch, str(settings.storage_dtype))
     sizes = checkpoint.measure(compressed.state_dict().values(), done, storage)
-    after = top1(compressed, test, "compressed") if test else None
+    after = _score(compressed, test, run, "compressed")
+    skipped = calibration.skipped if isinstance(calibration, Batches) else 0
     kept = parameters - done.dense_parameters + done.parameters
-    files = {file.name: file.stat().st_size for file in run.out.iterdir()}
+    files = {file.name: file.stat().st_size for file in run.out.iterdir() if file.is_file()}
     result: dict[str, Any] = {
         "run": run.model_dump(mode="json"),
         "settings": settings.model_dump(),
         "samples": done.samples,
-        "skipped_pictures": pictures.skipped,
+        "skipped_pictures": skipped,
         "parameters": {"dense": parameters, "compressed": kept},
         "bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio, "files": files},
-        "top1": _compared(before, after),
+        **_compared(before, after),
         "seconds": {**done.seconds, "command": time.perf_counter() - start},
         "peak_memory": peak_memory(target),
         "machine": machine(target),
@@ -135,6 +143,8 @@ def compress(
     checkpoint.write_json(run.out / checkpoint.REPORT, result)
     if run.merge:
         save_plain(merge_model(compressed), source, storage, run.out / "merged")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(run.out / "merged")
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -155,7 +165,7 @@ def compress(
     what = f"{len(errors)} layers" if errors else "all blocks"
     written = ", ".join(f"{name} {report.megabytes(size)}" for name, size in sorted(files.items()))
     console.print(
-        f"{what} compressed with {done.samples} pictures ({pictures.skipped} unreadable ones skipped) in "
+        f"{what} compressed with {done.samples} {unit}{f' ({skipped} unreadable ones skipped)' * (skipped > 0)} in "
         f"{done.seconds['total']:.1f} s: {done.seconds['calibration']:.1f} s calibration, "
         f"{done.seconds['solver']:.1f} s solver; {result['seconds']['command']:.1f} s with the evaluation. "
         f"Peak memory {peak_memory(target) / 1e9:.2f} GB.\n"
@@ -165,12 +175,63 @@ def compress(
         soft_wrap=True,
     )
     if not scores:
-        console.print(f"Accuracy was not measured: oats-vision eval top1 {run.out} --data LABELLED_PICTURES")
+        how = "top1 {} --data LABELLED_PICTURES" if tokenizer is None else "perplexity {} --data TEXT"
+        console.print(f"What it cost was not measured: oats-vision eval {how.format(run.out)}")
 
 
-def _compared(dense: Top1 | None, compressed: Top1 | None) -> dict[str, Any] | None:
-    """Both scores, and the difference of top-1 with its interval."""
-    if dense is None or compressed is None:
+def _pictures(run: RunConfig, transform: Transform) -> tuple[Batches, Batches | None]:
+    """Calibration pictures, and labelled ones for the evaluation if there are any."""
+    loading: dict[str, Any] = {
+        "batch_size": run.batch_size,
+        "seed": run.seed,
+        "streaming": run.streaming,
+        "workers": run.workers,
+    }
+    calibration = load_pictures(run.data or "demo", transform, samples=run.samples, split=run.split, **loading)
+    source = run.eval_data or ("demo" if run.model == "demo" else None)
+    if source is None:
+        return calibration, None
+    options: dict[str, Any] = {"samples": run.eval_samples, "split": run.eval_split, "labelled": True}
+    return calibration, load_pictures(source, transform, **options, **loading)
+
+
+def _text(run: RunConfig, tokenizer: Any) -> tuple[Sequences, Tensor | None]:
+    """Calibration sequences, and the evaluation's text as token ids if there is one."""
+    calibration = load_sequences(
+        str(run.data),
+        tokenizer,
+        samples=run.samples or 0,
+        length=run.sequence_length,
+        batch_size=run.batch_size or 1,
+        seed=run.seed,
+        split=run.split,
+        streaming=run.streaming,
+    )
+    if run.eval_data is None:
+        return calibration, None
+    ids = load_tokens(run.eval_data, tokenizer, split=str(run.eval_split), streaming=run.streaming)
+    return calibration, ids[: run.eval_samples * run.sequence_length] if run.eval_samples else ids
+
+
+def _score(
+    model: torch.nn.Module, test: Batches | Tensor | None, run: RunConfig, what: str
+) -> Top1 | Perplexity | None:
+    """Top-1 on pictures, perplexity on text."""
+    if test is None:
         return None
-    difference = paired_difference(dense.correct, compressed.correct)
-    return {"dense": dense.to_dict(), "compressed": compressed.to_dict(), "difference": difference.to_dict()}
+    if isinstance(test, Batches):
+        return top1(model, test, what)
+    return perplexity(model, test, what, length=run.sequence_length, batch_size=run.batch_size or 1)
+
+
+def _compared(dense: Top1 | Perplexity | None, compressed: Top1 | Perplexity | None) -> dict[str, Any]:
+    """Both scores under the name of the protocol, and the difference of top-1 (ratio of perplexities)."""
+    if isinstance(dense, Top1) and isinstance(compressed, Top1):
+        change: Difference | Ratio = paired_difference(dense.correct, compressed.correct)
+        scores = {"dense": dense.to_dict(), "compressed": compressed.to_dict()}
+        return {"top1": {**scores, "difference": change.to_dict()}}
+    if isinstance(dense, Perplexity) and isinstance(compressed, Perplexity):
+        change = paired_ratio(dense, compressed)
+        scores = {"dense": dense.to_dict(), "compressed": compressed.to_dict()}
+        return {"perplexity": {**scores, "ratio": change.to_dict()}}
+    return {}

@@ -10,14 +10,25 @@ from torch import Tensor, nn
 
 from oats_vision import checkpoint, report
 from oats_vision.cli.common import Json, choose_device, dtype_of, machine, need_transform, notes, results
+from oats_vision.cli.common import perplexity as score_text
 from oats_vision.cli.common import top1 as classify_all
 from oats_vision.data import Batches, load_pictures
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.evaluation import Difference, Features, cached_features, paired_difference, quick_probe
+from oats_vision.evaluation import (
+    Difference,
+    Features,
+    Perplexity,
+    Ratio,
+    cached_features,
+    paired_difference,
+    paired_ratio,
+    quick_probe,
+)
 from oats_vision.evaluation import knn as knn_protocol
 from oats_vision.evaluation import linear_probe as linear_probe_protocol
 from oats_vision.evaluation.knn import NEIGHBOURS, TEMPERATURE
-from oats_vision.models import ModelSource, load_model, source_of
+from oats_vision.models import ModelSource, load_model, load_tokenizer, source_of
+from oats_vision.text import load_tokens
 from oats_vision.transforms import Transform
 
 Model = Annotated[str, typer.Argument(help="a compressed checkpoint, or any model that `compress` takes")]
@@ -45,7 +56,8 @@ Cache = Annotated[Path, typer.Option(help="folder that features are kept in, und
 NoCache = Annotated[bool, typer.Option("--no-cache", help="neither read nor write cached features")]
 CACHE = Path("~/.cache/oats_vision")
 
-Score = tuple[dict[str, Any], dict[str, Tensor]]  # what to report; which pictures are right, for each metric
+# what to report; for each metric which pictures are right, or the perplexity
+Score = tuple[dict[str, Any], dict[str, Tensor | Perplexity]]
 
 
 def top1(
@@ -199,6 +211,47 @@ def knn(
     _show(models, f"k-NN of {model}: {train} -> {val}", about, scores, _extraction_rows(scores), as_json)
 
 
+def perplexity(
+    model: Model,
+    data: Annotated[str, typer.Option(help="text: a .txt or .jsonl file, wikitext, c4, fineweb, hf:name or demo")],
+    split: Annotated[str, typer.Option(help="split of a dataset")] = "test",
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
+    stride: Annotated[
+        int | None, typer.Option(help="tokens that windows move by [default: --sequence-length, no overlap]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="the first windows only [default: all]")] = None,
+    dense: Dense = None,
+    no_dense: NoDense = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows in a batch")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    streaming: Streaming = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a language model.
+
+    By default the convention of published WikiText-2 figures: the documents joined by empty lines, windows of 2,048
+    tokens that do not overlap, an incomplete last one left out. The ratio's interval is over windows.
+    """
+    models = _Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    ids = load_tokens(data, load_tokenizer(model), split=split, streaming=streaming)
+    if samples:
+        ids = ids[: sequence_length + (samples - 1) * (stride or sequence_length)]
+
+    def protocol(module: nn.Module, what: str) -> Score:
+        score = score_text(module, ids, what, length=sequence_length, stride=stride, batch_size=batch_size)
+        return score.to_dict(), {"perplexity": score}
+
+    scores = models.run(protocol)
+    rows = {
+        "tokens/s": [f"{about['tokens_per_second']:.0f}" for about, _ in scores.values()],
+        "windows": [f"{about['windows']} of {sequence_length} tokens" for about, _ in scores.values()],
+    }
+    about = {"protocol": "perplexity", "data": data, "sequence_length": sequence_length, "stride": stride}
+    _show(models, f"perplexity of {model} on {data}", about, scores, rows, as_json)
+
+
 class _Models:
     """The compressed model and the dense one that it came from; one of them is in memory at a time."""
 
@@ -224,7 +277,12 @@ class _Models:
             if not no_dense:
                 self.loaders["dense"] = lambda: self._dense(source, dense)
             self.loaders["compressed"] = lambda: checkpoint.load(Path(model), **self.options)
-        self.transform = need_transform(transform, model)
+        self.name, self._transform = model, transform
+
+    @property
+    def transform(self) -> Transform:
+        """The models' preprocessing of pictures. Raises ModelError if it is not known."""
+        return need_transform(self._transform, self.name)
 
     def _dense(self, source: ModelSource, name: str | None) -> nn.Module:
         origin = source.origin or {}
@@ -301,17 +359,17 @@ def _show(
     as_json: bool,
 ) -> None:
     """Print the scores and their differences, and add them to the checkpoint's report."""
-    differences: dict[str, Difference] = {}
-    accuracy: dict[str, list[str]] = {}
+    differences: dict[str, Difference | Ratio] = {}
+    values: dict[str, list[str]] = {}
     for metric in next(iter(scores.values()))[1]:
-        right = [correct[metric] for _, correct in scores.values() if metric in correct]
-        accuracy[metric] = [f"{100 * float(hits.float().mean()):.2f}%" for hits in right]
-        if len(right) == 2:
-            differences[metric] = paired_difference(right[0], right[1])
+        measured = [score[metric] for _, score in scores.values() if metric in score]
+        values[metric] = [_text(score) for score in measured]
+        if len(measured) == 2:
+            differences[metric] = _difference(*measured)
     result = {
         **about,
         "model": str(models.directory or ""),
-        **{what: values for what, (values, _) in scores.items()},
+        **{what: details for what, (details, _) in scores.items()},
         "difference": {metric: difference.to_dict() for metric, difference in differences.items()},
         "machine": machine(models.device),
     }
@@ -321,4 +379,16 @@ def _show(
         typer.echo(json.dumps(result))
         return
     shown = {metric: str(difference) for metric, difference in differences.items()}
-    results().print(report.comparison_table(title, list(scores), accuracy | rows, shown))
+    results().print(report.comparison_table(title, list(scores), values | rows, shown))
+
+
+def _text(score: Tensor | Perplexity) -> str:
+    return f"{score.value:.3f}" if isinstance(score, Perplexity) else f"{100 * float(score.float().mean()):.2f}%"
+
+
+def _difference(dense: Tensor | Perplexity, compressed: Tensor | Perplexity) -> Difference | Ratio:
+    if isinstance(dense, Perplexity) and isinstance(compressed, Perplexity):
+        return paired_ratio(dense, compressed)
+    assert isinstance(dense, Tensor)
+    assert isinstance(compressed, Tensor)
+    return paired_difference(dense, compressed)

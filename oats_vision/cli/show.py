@@ -45,7 +45,7 @@ def inspect(
     rows = {
         "model": f"{config['source']['kind']} {config['source']['name']} (adapter {config['adapter']})",
         **{name: value for name, value in done.settings.model_dump().items() if value is not None},
-        "calibration": f"{done.samples} pictures",
+        "calibration": f"{done.samples} {done.unit}",
         **(
             {"residual stream": f"{done.slicing.sliced_width} of {done.slicing.width} dimensions"}
             if done.slicing

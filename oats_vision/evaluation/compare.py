@@ -4,7 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from oats_vision.evaluation.perplexity import Perplexity
 
 RESAMPLES = 10_000
 
@@ -26,6 +29,40 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Compressed perplexity as a multiple of the dense one, with a 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} x [{self.low:.4f}, {self.high:.4f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def paired_ratio(dense: Perplexity, compressed: Perplexity, seed: int = 0) -> Ratio:
+    """The ratio of two perplexities of the same text; the interval is the paired bootstrap's over its windows.
+
+    Raises:
+        ValueError: they are not of the same windows.
+    """
+    if not torch.equal(dense.tokens, compressed.tokens):
+        raise ValueError("the same windows are needed")
+    weight = dense.tokens.double().numpy()
+    change = (compressed.losses - dense.losses).numpy() * weight
+    generator, n = np.random.default_rng(seed), len(weight)
+    ratios: list[float] = []
+    for _ in range(RESAMPLES // 10):
+        draw = generator.integers(n, size=n)
+        ratios.append(float(np.exp(change[draw].sum() / weight[draw].sum())))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Ratio(float(np.exp(change.sum() / weight.sum())), float(low), float(high))
 
 
 def paired_difference(dense: Tensor, compressed: Tensor, seed: int = 0) -> Difference:

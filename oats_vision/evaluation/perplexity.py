@@ -1,0 +1,92 @@
+"""Perplexity of a causal language model on a text."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oats_vision.errors import ConfigError, DataError, ModelError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a token.
+
+    losses: mean negative log-likelihood of each window, float64 (windows,); tokens: scored in each, (windows,).
+    """
+
+    value: float
+    seconds: float
+    losses: Tensor = field(repr=False, compare=False)
+    tokens: Tensor = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        count = int(self.tokens.sum())
+        return {
+            "perplexity": self.value,
+            "windows": len(self.tokens),
+            "tokens": count,
+            "seconds": self.seconds,
+            "tokens_per_second": count / self.seconds,
+        }
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    length: int = 2048,
+    stride: int | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Perplexity:
+    """Score a text window by window.
+
+    Windows that do not overlap are the convention of published WikiText-2 figures: each is scored by itself but for
+    its first token, and an incomplete last window is left out. With a stride each window after the first scores
+    only its last `stride` tokens, so that every one has at least `length - stride` tokens before it.
+
+    Args:
+        model: token ids (batch, length) -> an output with `.logits` (batch, length, vocabulary).
+        ids: the text, (tokens,), int64.
+        length: tokens in a window.
+        stride: tokens that windows move by, in [1, length]; `length` (no overlap) if None.
+        progress: called with the number of windows done.
+
+    Raises:
+        DataError: the text is shorter than a window.
+        ConfigError: the stride is out of range, or the window does not fit the model's positions.
+        ModelError: the loss is not finite.
+    """
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length or length < 2:
+        raise ConfigError(f"stride must be in [1, {length}] and the sequence length at least 2, got {stride}")
+    if len(ids) < length:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {length}: use a shorter one")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(f"the sequence length must be at most the model's {positions} positions, got {length}")
+    windows = ids.unfold(0, length, stride)  # (windows, length)
+    scored = torch.full((len(windows),), length - 1 if stride == length else stride)
+    scored[0] = length - 1
+    device = next(model.parameters()).device
+    losses: list[Tensor] = []
+    start = time.perf_counter()
+    model.eval()
+    for batch, counts in zip(windows.split(batch_size), scored.split(batch_size), strict=True):
+        batch = batch.to(device)
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")  # (batch, length - 1)
+        kept = torch.arange(length - 1, device=device) >= length - 1 - counts[:, None].to(device)
+        losses.append(((loss * kept).sum(1, dtype=torch.float64) / counts.to(device)).cpu())
+        progress(sum(map(len, losses)))
+    nll = torch.cat(losses)
+    if not nll.isfinite().all():
+        raise ModelError("the model's loss is not finite on this text: it diverges, or --dtype is too narrow")
+    value = float(torch.exp((nll * scored).sum() / scored.sum()))
+    return Perplexity(value, time.perf_counter() - start, nll, scored)

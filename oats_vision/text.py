@@ -1,0 +1,149 @@
+"""Text for calibration and evaluation: files, Hugging Face datasets, the embedded demo text, as token ids."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oats_vision.data import open_dataset
+from oats_vision.errors import DataError
+from oats_vision.models import demo_directory
+
+log = logging.getLogger(__name__)
+
+# name -> dataset, configuration, and whether it is so large that it is streamed
+DATASETS = {
+    "c4": ("allenai/c4", "en", True),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", True),
+}
+BUFFER = 10_000  # documents of a stream that are shuffled at a time
+
+
+@dataclass
+class Sequences:
+    """Token ids in rows of equal length, without padding: (sequences, length), int64; iterates over batches."""
+
+    ids: Tensor
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.ids.split(self.batch_size)
+
+
+def load_sequences(
+    source: str,
+    tokenizer: Any,
+    *,
+    samples: int = 128,
+    length: int = 2048,
+    batch_size: int = 8,
+    seed: int = 42,
+    split: str = "train",
+    streaming: bool = False,
+) -> Sequences:
+    """Calibration text: documents in an order chosen by the seed, joined by the end-of-text token, cut into rows.
+
+    Args:
+        source: a text file (one document), a .jsonl file (a document a line, in its `text`), `c4`, `wikitext`,
+            `fineweb`, `hf:name[:config]`, a directory written by `datasets`, or `demo`.
+        tokenizer: of the model, see `oats_vision.load_tokenizer`.
+        samples: rows to take; fewer, with a warning, if the text is too short.
+        length: tokens in a row.
+        split: of a dataset.
+        streaming: a dataset; `c4` and `fineweb` always are.
+
+    Raises:
+        DataError: missing, without text, or shorter than one row.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    wanted, ids = samples * length, list[int]()
+    documents = _documents(source, split, streaming, seed)
+    single = _is_single(source)
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(ids) >= wanted and not single:
+            break
+    rows = len(ids) // length
+    if not rows:
+        raise DataError(
+            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}: give more text or a smaller "
+            "--sequence-length"
+        )
+    if rows < samples:
+        log.warning("%s has %d sequences of %d tokens, fewer than the %d asked for", source, rows, length, samples)
+    table = torch.tensor(ids[: rows * length]).view(rows, length)
+    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:samples]
+    return Sequences(table[chosen], batch_size)
+
+
+def load_tokens(source: str, tokenizer: Any, *, split: str = "test", streaming: bool = False) -> Tensor:
+    """A whole text as one sequence of token ids, (tokens,), int64, for perplexity.
+
+    Documents are joined by two line ends and tokenised as one text, with the special tokens that the tokenizer
+    puts around a text: the convention of published WikiText-2 figures.
+
+    Raises:
+        DataError: missing or without text.
+    """
+    text = "\n\n".join(_documents(source, split, streaming, None))
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _is_single(source: str) -> bool:
+    """Whether a source is one long document, whose rows are all candidates."""
+    return source == "demo" or (Path(source).is_file() and Path(source).suffix != ".jsonl")
+
+
+def _documents(source: str, split: str, streaming: bool, seed: int | None) -> Iterable[str]:
+    """The documents of a source, shuffled if there is a seed.
+
+    Raises:
+        DataError: missing, not text, or empty.
+    """
+    name, config, large = DATASETS.get(source, (None, "", False))
+    path = demo_directory() / "alice.txt" if source == "demo" else Path(source)
+    if name is None and not source.startswith("hf:") and not path.is_dir():
+        documents = _read(path, source)
+        if seed is not None:
+            order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+            documents = [documents[i] for i in order.tolist()]
+        return documents
+    streaming = streaming or large
+    dataset = open_dataset(f"hf:{name}:{config}" if name else source, split, streaming)
+    column = next((column for column in ("text", "content") if column in (dataset.features or {})), None)
+    if column is None:
+        raise DataError(f"{source} has no column of text, only {', '.join(dataset.features or {}) or 'unknown ones'}")
+    if seed is not None:
+        dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER) if streaming else dataset.shuffle(seed=seed)
+    return (row[column] for row in dataset)
+
+
+def _read(path: Path, source: str) -> list[str]:
+    """Documents of a file: one, or one a line of a .jsonl file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"{source} does not exist: give a text or .jsonl file, {', '.join(DATASETS)}, hf:name or demo"
+        ) from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{source} cannot be read as UTF-8 text: {problem}") from None
+    if path.suffix != ".jsonl":
+        documents = [text]
+    else:
+        try:
+            documents = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+        except (ValueError, KeyError, TypeError) as problem:
+            raise DataError(f"{source} must have a JSON object with a field `text` in each line: {problem!r}") from None
+    if not any(map(str.strip, documents)):
+        raise DataError(f"{source} is empty")
+    return documents

@@ -1,0 +1,82 @@
+"""The command line on a language model: compress, evaluate, merge, and what a user can get wrong."""
+
+import json
+
+import pytest
+import transformers
+from command import run
+
+import oats_vision as ov
+
+
+@pytest.fixture
+def quick(language_directory) -> list[object]:
+    options = ["--data", "demo", "--samples", 8, "--sequence-length", 64, "--iterations", 5]
+    return ["compress", "--model", language_directory, *options]
+
+
+def test_compress_evaluate_merge_and_generate(quick, tmp_path):
+    out = tmp_path / "out"
+    done = run(*quick, "--eval-data", "demo", "--eval-samples", 3, "--out", out, "--merge")
+    assert done.returncode == 0, done.stderr
+    for words in ("perplexity", "tokens/s", "8 sequences", "bytes on disk"):
+        assert words in done.stdout
+    report = json.loads((out / "report.json").read_text())["perplexity"]
+    assert report["dense"]["windows"] == 3
+    assert report["ratio"]["low"] <= report["compressed"]["perplexity"] / report["dense"]["perplexity"]
+
+    again = run("eval", "perplexity", out, "--data", "demo", "--sequence-length", 64, "--samples", 3, "--json")
+    result = json.loads(again.stdout)
+    for which in ("dense", "compressed"):
+        assert result[which]["perplexity"] == pytest.approx(report[which]["perplexity"], rel=1e-4)
+    assert run("inspect", out, "--html", tmp_path / "report.html").returncode == 0
+    assert "perplexity, when compressed" in (tmp_path / "report.html").read_text()
+
+    model, tokenizer = ov.load(out), ov.load_tokenizer(str(out))
+    prompt = tokenizer("the cat", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = model.generate(prompt, **options)
+    assert tokenizer.decode(generated[0]).startswith("the cat")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert transformers.AutoTokenizer.from_pretrained(out / "merged").vocab_size == tokenizer.vocab_size
+    assert plain.generate(prompt, **options).shape == generated.shape
+
+
+def test_evaluation_table(quick, tmp_path):
+    out = tmp_path / "out"
+    done = run(*quick, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "eval perplexity" in done.stdout
+    shown = run("eval", "perplexity", out, "--data", "demo", "--sequence-length", 64, "--stride", 32, "--samples", 3)
+    for words in ("dense", "compressed", "95% interval", " x [", "3 of 64 tokens"):
+        assert words in shown.stdout
+
+
+BAD = {
+    "text too short": (["--sequence-length", 128, "--data", "short.txt"], "fewer than one sequence of 128"),
+    "missing text": (["--data", "none.txt"], "none.txt does not exist"),
+    "sequence too long": (["--sequence-length", 4096], "sequence_length must be at most the model's 128 positions, got 4096"),
+    "tokenizer without a model": (["--model", "tokenizer_only"], "has no config.json"),
+    "encoder and decoder": (["--model", "t5"], "no adapter knows"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line(quick, tmp_path, arguments, message):
+    (tmp_path / "short.txt").write_text("the cat")
+    ov.load_tokenizer(str(quick[2])).save_pretrained(tmp_path / "tokenizer_only")
+    sizes = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    done = run(*quick, "--out", "out", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_model_is_not_compressed_again(quick, tmp_path):
+    assert run(*quick, "--out", tmp_path / "out").returncode == 0
+    done = run(*quick, "--model", tmp_path / "out", "--out", tmp_path / "again")
+    assert done.returncode == 1
+    assert "is compressed already" in done.stderr
