@@ -22,6 +22,7 @@ from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing, slice_blocks
 
 log = logging.getLogger(__name__)
 
+FEW_TOKENS = 256  # a second moment of that many is known to about 10%
 Parts = list[tuple[str, int, Budget]]  # name, out_features, budget
 
 
@@ -38,13 +39,14 @@ class Step:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one linear: its shapes and parts, and each part's relative error and rounds."""
+    """What became of one linear: its shapes and parts, each part's relative error and rounds, tokens seen."""
 
     name: str
     spec: LayerSpec
     errors: dict[str, float]
     rounds: dict[str, int]
     seconds: float
+    tokens: int
 
     @property
     def error(self) -> float:
@@ -85,7 +87,7 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; other fields are ignored. Raises KeyError, TypeError or ValueError."""
-        names = ("name", "errors", "rounds", "seconds")
+        names = ("name", "errors", "rounds", "seconds", "tokens")
         return cls(
             adapter=fields["adapter"],
             settings=CompressionSettings(**fields["settings"]),
@@ -200,11 +202,14 @@ def _decompose_blocks(
             progress(Step(done, block_number + 1, len(blocks), activity, error))
 
         tick = time.perf_counter()
-        statistics = collect_statistics(block, plan[name], report.settings, hidden, calls, i, tell)
+        statistics, tokens = collect_statistics(block, plan[name], report.settings, hidden, calls, i, tell)
+        _check_tokens(name, block, statistics, tokens)
         tock = time.perf_counter()
         for j, (linear_name, parts) in enumerate(plan[name].items()):
             tell(0.3 + 0.5 * j / len(plan[name]), linear_name, report.layers[-1].error if report.layers else None)
-            layer = _compress_linear(block, name, linear_name, parts, statistics[linear_name], report.settings, storage)
+            layer = _compress_linear(
+                block, name, linear_name, parts, statistics[linear_name], tokens[linear_name], report.settings, storage
+            )
             report.layers.append(layer)
         report.seconds["solver"] += time.perf_counter() - tock
         if i + 1 < len(blocks):
@@ -241,6 +246,7 @@ def _compress_linear(
     name: str,
     parts: Parts,
     statistic: Statistic,
+    tokens: int,
     settings: CompressionSettings,
     storage: torch.dtype,
 ) -> LayerReport:
@@ -264,6 +270,7 @@ def _compress_linear(
         errors={part: f.error for part, f in factors},
         rounds={part: f.rounds for part, f in factors},
         seconds=time.perf_counter() - start,
+        tokens=tokens,
     )
 
 
@@ -275,9 +282,14 @@ def collect_statistics(
     calls: BlockCalls,
     index: int,
     tell: Callable[[float, str], None],
-) -> dict[str, Statistic]:
-    """Run all batches through the block and gather each linear's input statistics."""
+) -> tuple[dict[str, Statistic], dict[str, int]]:
+    """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
+
+    Raises:
+        DataError: batches are padded, and a linear sees a part of the tokens only.
+    """
     statistics: dict[str, Statistic] = {}
+    tokens: dict[str, int] = dict.fromkeys(linears, 0)
     handles = []
     mask: Tensor | None = None  # of the batch that is running
 
@@ -287,9 +299,17 @@ def collect_statistics(
         statistic = statistic_of(settings, linear.in_features, linear.weight.device)
         statistics[name] = statistic
 
-        def update(_: nn.Module, args: tuple[Any, ...], statistic: Statistic = statistic) -> None:
-            x = args[0]
-            statistic.update(x, mask.to(x.device).view(x.shape[:-1]) if mask is not None else None)
+        def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:
+            x: Tensor = args[0]
+            count = x.shape[:-1].numel()
+            if mask is None:
+                statistic.update(x)
+                tokens[name] += count
+                return
+            if mask.numel() != count:
+                raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
+            statistic.update(x, mask.to(x.device).view(x.shape[:-1]))
+            tokens[name] += int(mask.sum())
 
         handles.append(linear.register_forward_pre_hook(update))
     try:
@@ -300,4 +320,30 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    return statistics
+    return statistics, tokens
+
+
+def _check_tokens(
+    block_name: str, block: nn.Module, statistics: Mapping[str, Statistic], tokens: Mapping[str, int]
+) -> None:
+    """Say which linears (experts) saw few tokens; one that saw none counts every input feature alike."""
+    if not any(tokens.values()):
+        return  # decomposing says so
+    few = {name: count for name, count in tokens.items() if count < min(FEW_TOKENS, max(tokens.values()))}
+    for name, count in few.items():
+        if not count:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            statistics[name].update(torch.eye(linear.in_features, device=linear.weight.device))
+    if few:
+        least = min(few, key=few.__getitem__)
+        log.warning(
+            "%s: %d of %d linears saw fewer than %d tokens (%s saw %d), too few to tell what they read: "
+            "calibrate with more text",
+            block_name,
+            len(few),
+            len(tokens),
+            FEW_TOKENS,
+            least,
+            few[least],
+        )

@@ -13,7 +13,7 @@ from oats_vision.activations import ActivationStore
 from oats_vision.adapters import find_adapter
 from oats_vision.block_calls import capture_block_calls
 from oats_vision.cli.compress import save_plain
-from oats_vision.errors import ModelError
+from oats_vision.errors import DataError, ModelError
 from oats_vision.models import source_of
 from oats_vision.slicing import plan_slicing, slice_blocks
 
@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {
 }
 GROUPED = SIZES | {"num_key_value_heads": 2}
 GPT2 = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OPT = SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 48}
 CASES = {
     "llama": ("lm_llama", hf.LlamaForCausalLM, hf.LlamaConfig, GROUPED | {"attention_bias": True}),
@@ -40,6 +41,9 @@ CASES = {
     "gemma": ("lm_gemma", hf.GemmaForCausalLM, hf.GemmaConfig, GROUPED | {"head_dim": 16}),
     "opt": ("lm_opt", hf.OPTForCausalLM, hf.OPTConfig, OPT),
     "gpt2": ("lm_gpt2", hf.GPT2LMHeadModel, hf.GPT2Config, GPT2),
+    "mixtral": ("lm_mixtral", hf.MixtralForCausalLM, hf.MixtralConfig, GROUPED | {"num_local_experts": 4}),
+    "qwen3 moe": ("lm_qwen3_moe", hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig, EXPERTS),
+    "olmoe": ("lm_olmoe", hf.OlmoeForCausalLM, hf.OlmoeConfig, GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "pythia": ("lm_gpt_neox", hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, SIZES),
 }
 SLICED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"]
@@ -80,6 +84,9 @@ def test_adapter_finds_all_linears_of_the_blocks_and_none_else(case):
     if case == "phi3":
         assert parts["self_attn.qkv_proj"] == {"q": 48, "k": 24, "v": 24}
         assert parts["mlp.gate_up_proj"] == {"gate": 96, "up": 96}
+    if case == "mixtral":
+        assert parts["mlp.experts.3.gate_up_proj"] == {"gate": 96, "up": 96}
+        assert parts["mlp.experts.3.down_proj"] == {"down_proj": 48}
     if case == "gpt2":
         assert parts["attn.c_attn"] == {"q": 48, "k": 48, "v": 48}
 
@@ -198,3 +205,47 @@ def test_models_that_are_no_causal_decoders_are_refused(texts):
     ov.compress(compressed, texts, rate=0.5, iterations=2)
     with pytest.raises(ModelError, match="compressed already"):
         ov.compress(compressed, texts)
+
+
+@torch.no_grad()
+def test_experts_have_statistics_of_their_own(texts):
+    """Only the tokens that are routed to an expert count for it, as its own inputs show."""
+    model = _build("mixtral")
+    seen: list[torch.Tensor] = []
+    reference = copy.deepcopy(model)
+    adapter = find_adapter(reference)
+    adapter.prepare(reference)
+    expert = reference.model.layers[0].mlp.experts[1]["gate_up_proj"]
+    expert.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in texts:
+        reference(batch)
+    report = ov.compress(model, texts, rate=0.5, iterations=3)
+    layers = {layer.name: layer for layer in report.layers}
+    name = "model.layers.0.mlp.experts.1.gate_up_proj"
+    assert layers[name].tokens == sum(map(len, seen))
+    moment = torch.cat(seen).square().mean(0)
+    W, compressed = expert.weight, model.get_submodule(name).dense_weight()
+    for part, rows in {"gate": slice(0, 96), "up": slice(96, 192)}.items():
+        difference = ((W - compressed)[rows].square() * moment).sum().sqrt() / (W[rows].square() * moment).sum().sqrt()
+        assert layers[name].errors[part] == pytest.approx(float(difference), rel=1e-3)
+    per_block = [layers[f"model.layers.0.mlp.experts.{e}.down_proj"].tokens for e in range(4)]
+    assert sum(per_block) == 2 * 8 * 12  # two experts for each token
+
+
+@torch.no_grad()
+def test_an_expert_that_no_token_goes_to_is_said_and_still_compressed(texts, caplog):
+    model = _build("mixtral")
+    model.model.layers[0].mlp.gate.weight.zero_()  # all experts alike: the first two are taken
+    report = ov.compress(model, texts, rate=0.5, iterations=3)
+    tokens = {layer.name: layer.tokens for layer in report.layers}
+    unseen = [e for e in range(4) if not tokens[f"model.layers.0.mlp.experts.{e}.down_proj"]]
+    assert len(unseen) == 2
+    assert "model.layers.0: 4 of 12 linears saw fewer than 256 tokens" in caplog.text
+    assert model(texts[0]).logits.isfinite().all()
+
+
+def test_padding_is_refused_where_experts_see_a_part_of_the_tokens(texts):
+    padding = torch.ones_like(texts[0])
+    padding[0, :3] = 0
+    with pytest.raises(DataError, match="give batches without padding"):
+        ov.compress(_build("mixtral"), [{"input_ids": texts[0], "attention_mask": padding}], rate=0.5, iterations=2)

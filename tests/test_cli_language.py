@@ -55,7 +55,10 @@ def test_evaluation_table(quick, tmp_path):
 BAD = {
     "text too short": (["--sequence-length", 128, "--data", "short.txt"], "fewer than one sequence of 128"),
     "missing text": (["--data", "none.txt"], "none.txt does not exist"),
-    "sequence too long": (["--sequence-length", 4096], "sequence_length must be at most the model's 128 positions, got 4096"),
+    "sequence too long": (
+        ["--sequence-length", 4096],
+        "sequence_length must be at most the model's 128 positions, got 4096",
+    ),
     "tokenizer without a model": (["--model", "tokenizer_only"], "has no config.json"),
     "encoder and decoder": (["--model", "t5"], "no adapter knows"),
 }

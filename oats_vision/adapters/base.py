@@ -42,7 +42,8 @@ class Adapter:
     blocks: the path of the ModuleList of the transformer's blocks, which run one after the other; every
         nn.Linear in them is compressed. `""` if the model is itself such a list.
     fused: linears that hold several matrices of equal size, top to bottom, by their name in the block:
-        `{"attn.qkv": ("q", "k", "v")}`; each is decomposed by itself.
+        `{"attn.qkv": ("q", "k", "v")}`; each is decomposed by itself. Numbers in the name are left out
+        (`experts.gate_up` is that of every expert).
     rows: heights of the matrices of a fused linear, from the block and its name there, where they differ.
     prepare: changes a model, without changing what it computes, so that each linear is called as a module.
     restore: undoes `prepare` on a merged model, so that its checkpoint is of the original architecture.
@@ -81,7 +82,7 @@ class Adapter:
         Raises:
             ValueError: its rows do not divide.
         """
-        names = self.fused.get(name, ())
+        names = self.fused.get(".".join(part for part in name.split(".") if not part.isdigit()), ())
         if not names:
             return [(name.rsplit(".", 1)[-1], linear.out_features)]
         heights = self.rows(block, name) or [linear.out_features // len(names)] * len(names)

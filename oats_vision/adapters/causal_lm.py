@@ -1,6 +1,6 @@
-"""Causal language models of Hugging Face: Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma, OPT, GPT-2, GPT-NeoX."""
+"""Causal language models of Hugging Face: decoders and mixtures of experts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
+from oats_vision.adapters.experts import fuse_experts, separate_experts
 
 LLAMA = Residual(
     "input_layernorm", "self_attn", ("self_attn.o_proj",), "post_attention_layernorm", "mlp", ("mlp.down_proj",)
@@ -21,6 +22,7 @@ class Family:
 
     residual: for SliceGPT; None where its algebra does not hold (Gemma's norms add 1 to their weights, GPT-NeoX
         runs attention and MLP side by side, OPT's MLP is no module of its own).
+    prepare, restore: as in `Adapter`.
     fused: as in `Adapter`. GPT-NeoX's query_key_value is not here: its q, k and v alternate head by head.
     """
 
@@ -28,24 +30,8 @@ class Family:
     serves: str
     residual: Residual | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-FAMILIES = {
-    "LlamaDecoderLayer": Family("lm_llama", "Llama, SmolLM and others of class Llama*", LLAMA),
-    "MistralDecoderLayer": Family("lm_mistral", "Mistral", LLAMA),
-    "Qwen2DecoderLayer": Family("lm_qwen2", "Qwen2 and Qwen2.5", LLAMA),
-    "Qwen3DecoderLayer": Family("lm_qwen3", "Qwen3", LLAMA),
-    "Phi3DecoderLayer": Family(
-        "lm_phi3",
-        "Phi-3 and Phi-4",
-        LLAMA,
-        {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
-    ),
-    "GemmaDecoderLayer": Family("lm_gemma", "Gemma"),
-    "OPTDecoderLayer": Family("lm_opt", "OPT"),
-    "GPT2Block": Family("lm_gpt2", "GPT-2", GPT2, {"attn.c_attn": ("q", "k", "v")}),
-    "GPTNeoXLayer": Family("lm_gpt_neox", "GPT-NeoX and Pythia"),
-}
+    prepare: Callable[[nn.Module], None] = lambda model: None
+    restore: Callable[[nn.Module], None] = lambda model: None
 
 
 def _qkv_rows(block: nn.Module, linear: str) -> tuple[int, ...] | None:
@@ -90,8 +76,34 @@ def _path(model: nn.Module, block_class: str) -> str:
     return blocks_of_class(model, block_class) or ""
 
 
+def _mixture(name: str, serves: str) -> Family:
+    """A family whose MLPs are experts that share two parameters."""
+    fused = {"mlp.experts.gate_up_proj": ("gate", "up")}
+    return Family(name, serves, None, fused, separate_experts, fuse_experts)
+
+
+FAMILIES = {
+    "LlamaDecoderLayer": Family("lm_llama", "Llama, SmolLM and others of class Llama*", LLAMA),
+    "MistralDecoderLayer": Family("lm_mistral", "Mistral", LLAMA),
+    "Qwen2DecoderLayer": Family("lm_qwen2", "Qwen2 and Qwen2.5", LLAMA),
+    "Qwen3DecoderLayer": Family("lm_qwen3", "Qwen3", LLAMA),
+    "Phi3DecoderLayer": Family(
+        "lm_phi3",
+        "Phi-3 and Phi-4",
+        LLAMA,
+        {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
+    ),
+    "GemmaDecoderLayer": Family("lm_gemma", "Gemma"),
+    "OPTDecoderLayer": Family("lm_opt", "OPT"),
+    "GPT2Block": Family("lm_gpt2", "GPT-2", GPT2, {"attn.c_attn": ("q", "k", "v")}, _linears, _transposed),
+    "GPTNeoXLayer": Family("lm_gpt_neox", "GPT-NeoX and Pythia"),
+    "MixtralDecoderLayer": _mixture("lm_mixtral", "Mixtral"),
+    "Qwen3MoeDecoderLayer": _mixture("lm_qwen3_moe", "Qwen3 mixtures of experts"),
+    "OlmoeDecoderLayer": _mixture("lm_olmoe", "OLMoE"),
+}
+
+
 def _adapter(block_class: str, family: Family) -> Adapter:
-    is_gpt2 = block_class == "GPT2Block"
     return Adapter(
         name=family.name,
         serves=f"Hugging Face causal language models: {family.serves}",
@@ -99,8 +111,8 @@ def _adapter(block_class: str, family: Family) -> Adapter:
         blocks=lambda model: _path(model, block_class),
         fused=family.fused,
         rows=_qkv_rows if block_class == "Phi3DecoderLayer" else lambda block, linear: None,
-        prepare=_linears if is_gpt2 else lambda model: None,
-        restore=_transposed if is_gpt2 else lambda model: None,
+        prepare=family.prepare,
+        restore=family.restore,
         residual=family.residual,
         unit="sequences",
     )
