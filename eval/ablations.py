@@ -6,7 +6,7 @@
 Writes ablations.csv, .png and .md; run it again to go on where it stopped.
 """
 
-from study import collect, parser, run, show
+from study import Pictures, collect, picture_parser, run, show
 
 VARIANTS = {
     "OATS (second moment, row, split qkv)": {},
@@ -19,13 +19,13 @@ VARIANTS = {
 
 
 def main() -> None:
-    flags = parser(__doc__, "results/ablations")
+    flags = picture_parser(__doc__, "results/ablations")
     flags.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     args = flags.parse_args()
     defaults = {"scaling": "second_moment", "pattern": "row", "fused_qkv": "split"}
     names = {tuple((defaults | changes).values()): name for name, changes in VARIANTS.items()}
     cells = [{"rate": rate, **changes} for rate in args.rates for changes in VARIANTS.values()]
-    rows = run(args, "ablations", cells)
+    rows = run(Pictures(args), args, "ablations", cells)
     values = collect(rows, lambda row: names[row["scaling"], row["pattern"], row["fused_qkv"]], "rate")
     show(rows, values, f"{rows[0]['model']}, ablations", "rate", args.out / "ablations")
 

@@ -7,11 +7,11 @@ The early stop is off, so that each run does the rounds it was asked for. Writes
 .md, and the errors as iterations_sweep_error.png and .md; run it again to go on where it stopped.
 """
 
-from study import collect, parser, run, show, show_values
+from study import Pictures, collect, picture_parser, run, show, show_values
 
 
 def main() -> None:
-    flags = parser(__doc__, "results/iterations_sweep")
+    flags = picture_parser(__doc__, "results/iterations_sweep")
     flags.add_argument("--rate", type=float, default=0.6)
     flags.add_argument("--iterations", type=int, nargs="+", default=[1, 2, 5, 10, 20, 40, 80])
     flags.add_argument("--solvers", nargs="+", default=["fast", "exact"])
@@ -21,7 +21,7 @@ def main() -> None:
         for solver in args.solvers
         for count in args.iterations
     ]
-    rows = run(args, "iterations_sweep", cells)
+    rows = run(Pictures(args), args, "iterations_sweep", cells)
     title = f"{rows[0]['model']}, OATS at rate {args.rate}"
     out = args.out / "iterations_sweep"
     show(rows, collect(rows, lambda row: row["solver"], "iterations"), title, "iterations", out, log_x=True)

@@ -167,7 +167,11 @@ def _metrics(score: dict[str, Any]) -> dict[str, str]:
     if "perplexity" in score:
         return {"perplexity": f"{score['perplexity']:.3f}"}
     top1 = score["top1"]
-    values = {f"k = {k}": value for k, value in top1.items()} if isinstance(top1, dict) else {"top-1": top1}
+    values = (
+        {f"k = {k}" if k.isdigit() else k: value for k, value in top1.items()}
+        if isinstance(top1, dict)
+        else {"top-1": top1}
+    )
     return {metric: f"{value:.2f}%" for metric, value in values.items()}
 
 

@@ -1,6 +1,7 @@
 """The command line on a language model: compress, evaluate, merge, and what a user can get wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import transformers
@@ -83,3 +84,43 @@ def test_a_compressed_model_is_not_compressed_again(quick, tmp_path):
     done = run(*quick, "--model", tmp_path / "out", "--out", tmp_path / "again")
     assert done.returncode == 1
     assert "is compressed already" in done.stderr
+
+
+@pytest.fixture
+def task(tmp_path) -> Path:
+    """A multiple-choice task in the harness's own format, with its documents in a file."""
+    documents = [{"q": f"the cat sat {i}", "a": "on the mat", "b": "zzz qqq"} for i in range(12)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "cats.yaml").write_text(
+        f"""task: cats
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path}/docs.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["on the mat", "zzz qqq"]
+doc_to_target: 0
+metric_list:
+  - metric: acc
+"""
+    )
+    return tmp_path
+
+
+def test_harness_tasks_run_on_both_models(quick, task, tmp_path):
+    out = tmp_path / "out"
+    assert run(*quick, "--out", out).returncode == 0
+    command = ["eval", "lm", out, "--tasks", "cats", "--task-folder", task]
+    done = run(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    for which in ("dense", "compressed"):
+        assert result[which]["top1"]["cats"] == result[which]["mean"]
+        assert result[which]["top1"]["cats"] * 12 / 100 == pytest.approx(
+            round(result[which]["top1"]["cats"] * 12 / 100)
+        )
+    assert result["difference"]["cats"]["low"] <= result["difference"]["cats"]["points"]
+    unknown = run("eval", "lm", out, "--tasks", "no_such_task", "--no-dense")
+    assert unknown.returncode == 1
+    assert "the harness has no task no_such_task" in unknown.stderr

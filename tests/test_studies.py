@@ -70,4 +70,5 @@ def test_configs_are_valid(config):
     run = load_run_config(config, {})
     assert run.settings().rate
     if config.parent.name == "paper":
-        assert (run.solver, run.iterations, run.refit, run.rank_ratio) == ("exact", 80, False, 0.2)
+        assert (run.solver, run.iterations, run.refit, run.tolerance) == ("exact", 80, False, 0.0)
+        assert run.rank_ratio == {"llama3_8b": 0.3, "phi3_mini": 0.25, "phi3_medium": 0.25}.get(config.stem, 0.2)

@@ -26,6 +26,7 @@ evaluations.command("top1")(evaluate.top1)
 evaluations.command("linear-probe")(evaluate.linear_probe)
 evaluations.command("knn")(evaluate.knn)
 evaluations.command("perplexity")(evaluate.perplexity)
+evaluations.command("lm")(evaluate.lm)
 app.add_typer(evaluations, name="eval")
 
 

@@ -26,6 +26,7 @@ from oats_vision.evaluation import (
 )
 from oats_vision.evaluation import knn as knn_protocol
 from oats_vision.evaluation import linear_probe as linear_probe_protocol
+from oats_vision.evaluation.harness import ZERO_SHOT, run_tasks
 from oats_vision.evaluation.knn import NEIGHBOURS, TEMPERATURE
 from oats_vision.models import ModelSource, load_model, load_tokenizer, source_of
 from oats_vision.text import load_tokens
@@ -250,6 +251,53 @@ def perplexity(
     }
     about = {"protocol": "perplexity", "data": data, "sequence_length": sequence_length, "stride": stride}
     _show(models, f"perplexity of {model} on {data}", about, scores, rows, as_json)
+
+
+def lm(
+    model: Model,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="of the LM evaluation harness; may be repeated [default: the eight of the OATS paper]"),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="examples in the prompt [default: the task's own]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task at most [default: all]")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="folder of task definitions of your own")] = None,
+    dense: Dense = None,
+    no_dense: NoDense = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="documents in a batch")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on tasks of the LM evaluation harness (needs the extra `llm`).
+
+    [bold]oats-vision eval lm smollm_40/ --tasks piqa --tasks arc_easy[/bold]
+
+    MMLU as in the paper: --tasks mmlu --shots 5
+    """
+    models = _Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    tokenizer = load_tokenizer(model)
+
+    def protocol(module: nn.Module, what: str) -> Score:
+        with notes.status(f"tasks, {what}"):
+            scores = run_tasks(
+                module,
+                tokenizer,
+                tasks or ZERO_SHOT,
+                shots=shots,
+                limit=limit,
+                batch_size=batch_size,
+                folder=task_folder,
+            )
+        accuracy = {task: score.accuracy for task, score in scores.items()}
+        mean = sum(accuracy.values()) / len(accuracy)
+        return {"top1": accuracy, "mean": mean}, {task: score.correct for task, score in scores.items()}
+
+    scores = models.run(protocol)
+    rows = {"mean of the tasks": [f"{about['mean']:.2f}%" for about, _ in scores.values()]}
+    about = {"protocol": "lm-eval", "data": " ".join(tasks or ZERO_SHOT), "shots": shots, "limit": limit}
+    _show(models, f"tasks, {model}", about, scores, rows, as_json)
 
 
 class _Models:

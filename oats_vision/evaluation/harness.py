@@ -1,0 +1,81 @@
+"""Tasks of the LM evaluation harness (EleutherAI's lm-eval) on dense and compressed language models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.errors import ConfigError, DataError
+
+# the zero-shot tasks of the OATS paper
+ZERO_SHOT = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "rte", "openbookqa", "boolq")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy of one task in percent; `correct`: whether each document was answered right, bool (documents,)."""
+
+    accuracy: float
+    correct: Tensor = field(repr=False, compare=False)
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    folder: Path | None = None,
+) -> dict[str, TaskScore]:
+    """Accuracy (`acc`) of each task, the members of a group (such as `mmlu`) one by one.
+
+    Args:
+        model: a causal language model of transformers, dense or compressed.
+        tasks: names of the harness.
+        shots: examples in the prompt; each task's own number if None.
+        limit: documents of each task at most.
+        folder: of task definitions of your own.
+
+    Raises:
+        ConfigError: the harness is not installed, or does not know a task.
+        DataError: a task's data cannot be loaded, or it has no accuracy.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as missing:
+        raise ConfigError(f"tasks need lm-eval: pip install oats_vision[llm] ({missing})") from None
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ConfigError(f"--tasks: the harness has no task {', '.join(unknown)}")
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        with torch.inference_mode():
+            found = lm_eval.simple_evaluate(
+                adapter,
+                tasks=list(tasks),
+                num_fewshot=shots,
+                limit=limit,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+            )
+    except Exception as problem:  # hub, network and data errors of the harness and of `datasets`
+        reason = " ".join(str(problem).split())[:300]
+        raise DataError(f"--tasks {' '.join(tasks)} cannot be run: {reason}") from problem
+    scores = {}
+    for task, documents in found["samples"].items():
+        if any("acc" not in document for document in documents):
+            raise DataError(f"--tasks: {task} is not scored by accuracy")
+        by_document = {document["doc_id"]: bool(document["acc"]) for document in documents}
+        correct = torch.tensor([by_document[i] for i in sorted(by_document)])
+        scores[task] = TaskScore(100 * float(correct.float().mean()), correct)
+    return scores
