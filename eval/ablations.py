@@ -6,7 +6,8 @@
 Writes ablations.csv, .png and .md; run it again to go on where it stopped.
 """
 
-from study import Pictures, collect, picture_parser, run, show
+from benches import Pictures
+from study import collect, picture_parser, run, show
 
 VARIANTS = {
     "OATS (second moment, row, split qkv)": {},

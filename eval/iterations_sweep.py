@@ -7,7 +7,8 @@ The early stop is off, so that each run does the rounds it was asked for. Writes
 .md, and the errors as iterations_sweep_error.png and .md; run it again to go on where it stopped.
 """
 
-from study import Pictures, collect, picture_parser, run, show, show_values
+from benches import Pictures
+from study import collect, picture_parser, run, show, show_values
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ Each method runs in its own paper's pattern (`oats-vision compress --help` names
 .png and .md; run it again to go on where it stopped.
 """
 
-from study import Pictures, collect, method_cells, method_line, picture_parser, run, show
+from benches import Pictures
+from study import collect, method_cells, method_line, picture_parser, run, show
 
 METHODS = ["magnitude", "svd", "slicegpt", "wanda", "dsnot", "sparsegpt", "oats", "oats+refit"]
 

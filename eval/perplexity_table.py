@@ -8,7 +8,8 @@ Writes perplexity_table.csv, and for each text a plot and a table; run it again 
 
 from pathlib import Path
 
-from study import Texts, collect, method_cells, method_line, parser, run, show_values
+from benches import Texts
+from study import collect, method_cells, method_line, parser, run, show_values
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "oats"]
 

@@ -6,7 +6,8 @@
 Writes rank_ratio_sweep.csv, .png and .md; run it again to go on where it stopped.
 """
 
-from study import Pictures, collect, picture_parser, run, show
+from benches import Pictures
+from study import collect, picture_parser, run, show
 
 
 def main() -> None:

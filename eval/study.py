@@ -1,6 +1,7 @@
 """What the studies share: a grid of compressions, each evaluated and written down before the next one starts.
 
-A row of the CSV file is one compression. A study that is started again does what is missing from its file.
+A row of the CSV file is one compression measured on one set of data. A study that is started again does what is
+missing from its file.
 """
 
 import argparse
@@ -12,22 +13,17 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import matplotlib
-import torch
+from benches import Bench, Row, console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
 
 import oats_vision as ov
-from oats_vision.cli.common import choose_device, machine
-from oats_vision.config import CompressionSettings, RunConfig, load_run_config, validated
-from oats_vision.data import Batches, load_pictures
-from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
+from oats_vision.config import CompressionSettings, validated
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,8 +40,6 @@ SETTINGS = [
     "refit",
     "fused_qkv",
 ]
-Row = dict[str, str]
-KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
 
 
 def parser(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -72,133 +66,7 @@ def picture_parser(description: str | None, out: str) -> argparse.ArgumentParser
     return flags
 
 
-class Pictures:
-    """What a study on pictures measures: top-1, against the dense model on the same pictures."""
-
-    KEYS: ClassVar = ["model", "data", "samples", "seed", "eval_data", "eval_samples", "precision"]
-    RESULTS: ClassVar = ["dense_top1", "top1", "top5", "difference", "low", "high"]
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        config = run_config(args, "pictures", eval_data=args.eval_data)
-        self.config = config.model_copy(update={"data": config.data or "demo", "eval_data": config.eval_data or "demo"})
-        self.targets = [str(self.config.eval_data)]
-        self.mixed = getattr(torch, args.mixed_precision) if args.mixed_precision else None
-        self.about = {
-            "model": self.config.model,
-            "data": self.config.data,
-            "samples": self.config.samples,
-            "eval_samples": self.config.eval_samples or "all",
-            "precision": args.mixed_precision or self.config.dtype,
-        }
-
-    def load(self) -> nn.Module:
-        """The dense model, after it was evaluated."""
-        model, transform = load_dense(self.config)
-        if transform is None:
-            raise SystemExit(f"{self.config.model} says nothing about its preprocessing")
-        self.transform = transform
-        test = self._pictures(self.targets[0], self.config.eval_samples, self.config.seed, self.config.eval_split, True)
-        self.test = _in_memory(test)
-        self.before = evaluate_top1(model, self.test, mixed_precision=self.mixed)
-        console.print(f"{self.config.model}: dense top-1 {self.before.top1:.2f}% on {self.before.pictures} pictures")
-        return model
-
-    def calibration(self, seed: int) -> Batches:
-        return self._pictures(str(self.config.data), self.config.samples, seed, self.config.split, False)
-
-    def measure(self, model: nn.Module, target: str) -> Row:
-        after = evaluate_top1(model, self.test, mixed_precision=self.mixed)
-        difference = paired_difference(self.before.correct, after.correct)
-        values = [self.before.top1, after.top1, after.top5, difference.points, difference.low, difference.high]
-        return {name: f"{value:.3f}" for name, value in zip(self.RESULTS, values, strict=True)}
-
-    def _pictures(self, source: str, samples: int | None, seed: int, split: str | None, labelled: bool) -> Batches:
-        return load_pictures(
-            source,
-            self.transform,
-            samples=samples,
-            seed=seed,
-            labelled=labelled,
-            split=str(split),
-            batch_size=self.config.batch_size or 1,
-            workers=self.config.workers,
-        )
-
-
-class Texts:
-    """What a study on text measures: perplexity, against the dense model on the same windows of each text."""
-
-    KEYS: ClassVar = ["model", "data", "samples", "sequence_length", "seed", "eval_data", "eval_samples", "precision"]
-    RESULTS: ClassVar = ["dense_perplexity", "perplexity", "ratio", "low", "high"]
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.config = run_config(args, "sequences", sequence_length=args.sequence_length)
-        if self.config.data is None or self.config.model == "demo":
-            raise SystemExit("--model and --data must be given: a language model, and a text to calibrate with")
-        self.targets = args.eval_data
-        self.about = {
-            "model": self.config.model,
-            "data": self.config.data,
-            "samples": self.config.samples,
-            "sequence_length": self.config.sequence_length,
-            "eval_samples": self.config.eval_samples or "all",
-            "precision": self.config.dtype,
-        }
-
-    def load(self) -> nn.Module:
-        """The dense model, after it was evaluated."""
-        model, _ = load_dense(self.config)
-        self.tokenizer = ov.load_tokenizer(self.config.model)
-        self.ids, self.before = {}, {}
-        for text in self.targets:
-            ids = ov.load_tokens(text, self.tokenizer, split=str(self.config.eval_split))
-            if self.config.eval_samples:
-                ids = ids[: self.config.eval_samples * self.config.sequence_length]
-            self.ids[text] = ids
-            self.before[text] = self._perplexity(model, text)
-            score = self.before[text]
-            console.print(
-                f"{self.config.model}: dense perplexity {score.value:.3f} on {len(score.tokens)} windows of {text}"
-            )
-        return model
-
-    def calibration(self, seed: int) -> ov.text.Sequences:
-        return ov.load_sequences(
-            str(self.config.data),
-            self.tokenizer,
-            samples=self.config.samples or 1,
-            length=self.config.sequence_length,
-            batch_size=self.config.batch_size or 1,
-            seed=seed,
-            split=self.config.split,
-        )
-
-    def measure(self, model: nn.Module, target: str) -> Row:
-        after = self._perplexity(model, target)
-        ratio = paired_ratio(self.before[target], after)
-        values = [self.before[target].value, after.value, ratio.value, ratio.low, ratio.high]
-        return {name: f"{value:.4f}" for name, value in zip(self.RESULTS, values, strict=True)}
-
-    def _perplexity(self, model: nn.Module, text: str) -> Perplexity:
-        length, batch_size = self.config.sequence_length, self.config.batch_size or 1
-        return perplexity(model, self.ids[text], length=length, batch_size=batch_size)
-
-
-Bench = Pictures | Texts
 LAYERS = ["parameters", "error", "rounds", "seconds"]
-console = Console(stderr=True)
-
-
-def run_config(args: argparse.Namespace, unit: Literal["pictures", "sequences"], **flags: Any) -> RunConfig:
-    """The settings of the file, overridden by the flags."""
-    given = ("model", "data", "samples", "eval_samples", "batch_size", "device", "workers")
-    return load_run_config(args.config, {field: getattr(args, field) for field in given} | flags).completed(unit)
-
-
-def load_dense(config: RunConfig) -> tuple[nn.Module, Any]:
-    device, dtype = choose_device(config.device), getattr(torch, config.dtype)
-    console.print(machine(device))
-    return ov.load_model(config.model, dtype=dtype, device=device, image_size=config.image_size)
 
 
 def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[str, Any]]) -> list[Row]:
@@ -290,16 +158,6 @@ def _append(file: Path, row: Row, columns: list[str]) -> None:
         writer.writerow(row)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _in_memory(batches: Batches) -> Batches:
-    """The same batches, read once, if they are not too many."""
-    if not batches.total:
-        return batches
-    picture = next(iter(batches))[0][0]
-    if batches.total * picture.numel() * picture.element_size() > KEEP_IN_MEMORY:
-        return batches
-    return replace(batches, loader=list(batches.loader))  # type: ignore[arg-type]  # any iterable of batches will do
 
 
 def method_cells(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.logging import RichHandler
 
-from oats_vision.cli import compress, evaluate, show
+from oats_vision.cli import compress, evaluate, evaluate_text, show
 from oats_vision.cli.common import notes
 from oats_vision.errors import OatsVisionError
 
@@ -25,8 +25,8 @@ evaluations = typer.Typer(help="Measure what compression cost, dense against com
 evaluations.command("top1")(evaluate.top1)
 evaluations.command("linear-probe")(evaluate.linear_probe)
 evaluations.command("knn")(evaluate.knn)
-evaluations.command("perplexity")(evaluate.perplexity)
-evaluations.command("lm")(evaluate.lm)
+evaluations.command("perplexity")(evaluate_text.perplexity)
+evaluations.command("lm")(evaluate_text.lm)
 app.add_typer(evaluations, name="eval")
 
 

