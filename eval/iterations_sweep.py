@@ -18,7 +18,7 @@ def main() -> None:
     flags.add_argument("--solvers", nargs="+", default=["fast", "exact"])
     args = flags.parse_args()
     cells = [
-        {"rate": args.rate, "iterations": count, "solver": solver, "tolerance": 0.0}
+        {"rate": args.rate, "iterations": count, "solver": solver, "tolerance": 0.0, "refit": False}
         for solver in args.solvers
         for count in args.iterations
     ]

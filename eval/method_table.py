@@ -10,7 +10,7 @@ Each method runs in its own paper's pattern (`oats-vision compress --help` names
 from benches import Pictures
 from study import collect, method_cells, method_line, picture_parser, run, show
 
-METHODS = ["magnitude", "svd", "slicegpt", "wanda", "dsnot", "sparsegpt", "oats", "oats+refit"]
+METHODS = ["magnitude", "svd", "slicegpt", "wanda", "dsnot", "sparsegpt", "oats-plain", "oats"]
 
 
 def main() -> None:

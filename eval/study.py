@@ -24,6 +24,7 @@ from rich.table import Table
 
 import oats_vision as ov
 from oats_vision.config import CompressionSettings, validated
+from oats_vision.files import replacing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,7 +67,7 @@ def picture_parser(description: str | None, out: str) -> argparse.ArgumentParser
     return flags
 
 
-LAYERS = ["parameters", "error", "rounds", "seconds"]
+LAYERS = ["parameters", "error", "output_error", "rounds", "seconds"]
 
 
 def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[str, Any]]) -> list[Row]:
@@ -125,11 +126,13 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
 
 
 def _layers(report: ov.CompressionReport, seconds: float) -> Row:
-    errors = [layer.error for layer in report.layers]
+    errors = [max(layer.errors.values()) for layer in report.layers]
+    of_output = [max(layer.output_errors.values()) for layer in report.layers if layer.output_errors]
     rounds = [max(layer.rounds.values()) for layer in report.layers]
     return {
         "parameters": f"{report.parameters / report.dense_parameters:.4f}",
         "error": f"{statistics.mean(errors):.5f}" if errors else "",
+        "output_error": f"{statistics.mean(of_output):.5f}" if of_output else "",
         "rounds": f"{statistics.mean(rounds):.1f}" if rounds else "",
         "seconds": f"{seconds:.2f}",
     }
@@ -142,11 +145,15 @@ def _described(settings: CompressionSettings) -> dict[str, Any]:
 def _read(file: Path, columns: list[str]) -> list[Row]:
     if not file.exists():
         return []
+    text = file.read_text()
+    if not text.endswith("\n"):  # a line that was being written when the study stopped
+        with replacing(file) as temporary:
+            temporary.write_text(text[: text.rfind("\n") + 1])
     with file.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     if rows and list(rows[0]) != columns:
         raise SystemExit(f"{file} is of another study or release: move it away, or give another --out")
-    return [row for row in rows if None not in row.values()]  # a line that was being written when the study stopped
+    return rows
 
 
 def _append(file: Path, row: Row, columns: list[str]) -> None:
@@ -161,9 +168,9 @@ def _append(file: Path, row: Row, columns: list[str]) -> None:
 
 
 def method_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Settings for each method of `--methods` at each of `--rates`; `oats` for each of `--rank-ratio`."""
+    """Settings for each of `--methods` (`oats-plain`: no refit) and `--rates`; OATS for each `--rank-ratio`."""
     return [
-        {"method": method.removesuffix("+refit"), "refit": "+" in method, "rate": rate, "rank_ratio": ratio}
+        {"method": method.removesuffix("-plain"), "refit": method == "oats", "rate": rate, "rank_ratio": ratio}
         for rate in args.rates
         for method in args.methods
         for ratio in (args.rank_ratio if "oats" in method else [None])
@@ -172,8 +179,9 @@ def method_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def method_line(row: Row) -> str:
     """A method's name in tables."""
-    name = row["method"] + " + refit" * (row["refit"] == "True")
-    return f"{name}, rank ratio {row['rank_ratio']}" if row["method"] == "oats" else name
+    if row["method"] != "oats":
+        return row["method"]
+    return f"oats{' without refit' * (row['refit'] == 'False')}, rank ratio {row['rank_ratio']}"
 
 
 Cells = dict[tuple[str, str], list[float]]

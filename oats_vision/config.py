@@ -47,8 +47,10 @@ class CompressionSettings(BaseModel):
         1e-3, ge=0, lt=1, description="fast stops when ten rounds lower the error by less than this share; 0: never"
     )
     scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")
-    refit: bool = Field(
-        False, description="after OATS, fit S's values, U and V to the inputs' full second moments (least squares)"
+    refit: bool | None = Field(
+        None,
+        description="after OATS, fit S's values, U and V to the inputs' full second moments by least squares "
+        "[default: yes for oats with scaling second_moment]",
     )
     fused_qkv: Literal["split", "joint"] = Field("split", description="decompose a fused qkv as three matrices or one")
     storage_dtype: Dtype | None = Field(
@@ -64,6 +66,8 @@ class CompressionSettings(BaseModel):
             raise ValueError(f"pattern must be left out with method {self.method}: it keeps no sparse matrix")
         if self.refit and (self.method != "oats" or self.scaling != "second_moment"):
             raise ValueError("refit is for method oats with scaling second_moment")
+        if self.refit is None:
+            object.__setattr__(self, "refit", self.method == "oats" and self.scaling == "second_moment")
         object.__setattr__(self, "pattern", self.pattern or pattern)
         parsed = Pattern.parse(str(self.pattern))
         rate, rank_ratio = split_rate(self.rate, self.rank_ratio if fixed is None else fixed, parsed)

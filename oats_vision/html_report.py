@@ -19,7 +19,7 @@ from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.pipeline import CompressionReport
 
 POINTS = 80  # of a spectrum that are drawn
-HEADINGS = ["layer", "part", "shape", "rank", "non-zeros", "kept", "error", "rounds"]
+HEADINGS = ["layer", "part", "shape", "rank", "non-zeros", "kept", "error", "output error", "rounds"]
 
 
 def write_html(directory: Path, file: Path, progress: Callable[[int], None] = lambda layers: None) -> None:
@@ -59,7 +59,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     ]
     if report.layers:
         errors = [layer.error for layer in report.layers]
-        cards.append((f"{sum(errors) / len(errors):.4f}", "mean relative error of a layer"))
+        cards.append((f"{sum(errors) / len(errors):.4f}", f"mean {_error_name(report)}"))
     spectra = {}
     for i, layer in enumerate(report.layers):
         spectra[layer.name] = spectrum(layer.name, layer.spec, tensors)
@@ -121,11 +121,17 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (str(part.rank), str(part.rank)),
                     (f"{part.nonzeros:,}", str(part.nonzeros)),
                     (f"{kept:.1%}", f"{kept:.6f}"),
-                    (f"{layer.errors[part.name]:.4f}", f"{layer.errors[part.name]:.8f}"),
+                    _number(layer.errors[part.name]),
+                    _number(layer.output_errors.get(part.name)),
                     (str(layer.rounds[part.name]), str(layer.rounds[part.name])),
                 ]
             )
     return rows
+
+
+def _number(value: float | None) -> tuple[str, str]:
+    """What is shown and what is sorted by; a value that is not known comes first."""
+    return ("", "-1") if value is None else (f"{value:.4f}", f"{value:.8f}")
 
 
 def _accuracy(directory: Path) -> list[list[str]]:
@@ -199,7 +205,12 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[str]:
         "U and V": low_rank * storage,
         "saved": sizes.dense_layers - sizes.layers,
     }
-    return [_line_plot(by_kind, "relative error", "Error of each linear, by block"), _budget_plot(budget)]
+    return [_line_plot(by_kind, _error_name(report), "Error of each linear, by block"), _budget_plot(budget)]
+
+
+def _error_name(report: CompressionReport) -> str:
+    known = any(layer.output_errors for layer in report.layers)
+    return "relative error of a layer's output" if known else "relative error of a layer"
 
 
 def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> str:
@@ -211,7 +222,7 @@ def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> str:
         axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=name)
     axes.set(xlabel="block", ylabel=label, title=title)
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylim(bottom=0 if label == "relative error" else None)
+    axes.set_ylim(bottom=0 if "error" in label else None)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return _svg(figure)

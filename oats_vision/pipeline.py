@@ -39,19 +39,24 @@ class Step:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one linear: its shapes and parts, each part's relative error and rounds, tokens seen."""
+    """What became of one linear.
+
+    errors: of each part, |(W - S - U V) D| / |W D|. output_errors: of each part's output, |(W - S - U V) X| / |W X|, if
+    the method knows it. rounds: of each part. tokens: that the linear saw.
+    """
 
     name: str
     spec: LayerSpec
     errors: dict[str, float]
+    output_errors: dict[str, float]
     rounds: dict[str, int]
     seconds: float
     tokens: int
 
     @property
     def error(self) -> float:
-        """The largest relative error of a part, |(W - S - U V) D| / |W D|."""
-        return max(self.errors.values())
+        """The largest relative error of a part: of its output if that is known, else weighted by D."""
+        return max((self.output_errors or self.errors).values())
 
 
 @dataclass
@@ -87,7 +92,7 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; other fields are ignored. Raises KeyError, TypeError or ValueError."""
-        names = ("name", "errors", "rounds", "seconds", "tokens")
+        names = ("name", "errors", "output_errors", "rounds", "seconds", "tokens")
         return cls(
             adapter=fields["adapter"],
             settings=CompressionSettings(**fields["settings"]),
@@ -268,6 +273,7 @@ def _compress_linear(
         name=f"{block_name}.{name}",
         spec=layer.spec,
         errors={part: f.error for part, f in factors},
+        output_errors={part: f.output_error for part, f in factors if f.output_error is not None},
         rounds={part: f.rounds for part, f in factors},
         seconds=time.perf_counter() - start,
         tokens=tokens,

@@ -114,7 +114,7 @@ def _speed_row(name: str, speeds: list[float]) -> list[str]:
 def layer_table(report: CompressionReport) -> Table:
     """One row for each compressed layer."""
     table = Table(title="compressed layers", title_justify="left")
-    for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "rounds"):
+    for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "output error", "rounds"):
         table.add_column(heading, justify="left" if heading in ("layer", "part") else "right")
     for layer in report.layers:
         for i, part in enumerate(layer.spec.parts):
@@ -128,6 +128,7 @@ def layer_table(report: CompressionReport) -> Table:
                 f"{part.nonzeros:,}",
                 f"{kept / size:.1%}",
                 f"{layer.errors[part.name]:.4f}",
+                f"{layer.output_errors[part.name]:.4f}" if layer.output_errors else "",
                 str(layer.rounds[part.name]),
             )
     return table

@@ -150,13 +150,14 @@ def compress(
         return
     console = results()
     rate_used, rank_ratio_used, _ = settings.terms
-    method = settings.method + " + refit" * settings.refit
+    method = settings.method + " + refit" * bool(settings.refit)
     title = f"{run.model}: {method}, rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, {settings.pattern}"
     scores = (before, after) if before and after else None
     console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
     errors = [layer.error for layer in done.layers]
+    what_errs = "a layer's output" if any(layer.output_errors for layer in done.layers) else "a layer"
     quality = (
-        f"Relative error of a layer: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
+        f"Relative error of {what_errs}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
         if errors
         else f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
         if done.slicing

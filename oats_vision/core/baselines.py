@@ -4,12 +4,14 @@ All but `svd` keep a sparse matrix only, `svd` a low-rank one only. `Factors.err
 |(W - S - U V) D| / |W D| with D the root mean square of the inputs, so that methods can be compared by it.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from oats_vision.core.budget import Budget
 from oats_vision.core.lowrank import exact_low_rank
-from oats_vision.core.oats import Factors, arithmetic, relative_error
+from oats_vision.core.oats import Factors, arithmetic, output_error, relative_error
 from oats_vision.core.threshold import keep_largest
 
 
@@ -128,7 +130,8 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
             block[:, j:] -= errors[:, j, None] * C_block[j, j:]
             block[:, j].masked_fill_(~mask[:, j], 0.0)
         W[:, end:] -= errors @ C[start:end, end:]
-    return _sparse(original, W, D)
+    factors = _sparse(original, W, D)
+    return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram.to(W)))
 
 
 def _share(budget: Budget, rows: int, columns: int, start: int, end: int) -> Budget:

@@ -25,6 +25,8 @@ class Factors:
     U: (out_features, rank); V: (rank, in_features).
     error: relative error |(W - S - U V) D| / |W D|, Frobenius norms.
     rounds: rounds of alternating thresholding that were run.
+    output_error: relative error of the layer's output, |(W - S - U V) X| / |W X|, if the method knows the inputs'
+        full second moments.
     """
 
     S: Tensor
@@ -32,6 +34,7 @@ class Factors:
     V: Tensor
     error: float
     rounds: int
+    output_error: float | None = None
 
     def dense(self) -> Tensor:
         """S + U V, (out_features, in_features)."""
@@ -82,6 +85,13 @@ def relative_error(W: Tensor, S: Tensor, U: Tensor, V: Tensor, D: Tensor) -> flo
     """|(W - S - U V) D| / |W D|, Frobenius norms; 0 for a zero weight."""
     norm = torch.linalg.matrix_norm(W * D)
     return float(torch.linalg.matrix_norm(torch.addmm(W - S, U, V, alpha=-1).mul_(D)) / norm) if norm > 0 else 0.0
+
+
+def output_error(W: Tensor, S: Tensor, U: Tensor, V: Tensor, H: Tensor) -> float:
+    """|(W - S - U V) X| / |W X| from H, the mean of x x^T over the inputs; 0 for a zero output."""
+    E = torch.addmm(W - S, U, V, alpha=-1)
+    lost, whole = (float(((M @ H) * M).sum().clamp_min(0)) for M in (E, W))
+    return (lost / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -8,11 +8,11 @@ the layer's output error over the calibration inputs, trace((W - S - U V) H (W -
 import torch
 from torch import Tensor
 
-from oats_vision.core.oats import Factors, arithmetic, relative_error
+from oats_vision.core.oats import Factors, arithmetic, output_error, relative_error
 
 
 def refit(
-    weight: Tensor, factors: Factors, gram: Tensor, *, rounds: int = 5, steps: int = 10, damping: float = 0.01
+    weight: Tensor, factors: Factors, gram: Tensor, *, rounds: int = 3, steps: int = 5, damping: float = 0.01
 ) -> Factors:
     """Fit the values of S, and U and V, to all second moments of the inputs; positions and rank stay.
 
@@ -44,7 +44,8 @@ def refit(
             U = rest @ VH.T @ torch.linalg.pinv(VH @ V.T, hermitian=True)
             V = torch.linalg.pinv(U.T @ U, hermitian=True) @ (U.T @ rest)
         S = fit_values(W - U @ V, H, S, mask, steps)
-    return Factors(S, U, V, relative_error(W, S, U, V, D), factors.rounds)
+    error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram.to(W))
+    return Factors(S, U, V, error, factors.rounds, of_output)
 
 
 def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:

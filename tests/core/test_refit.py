@@ -43,6 +43,8 @@ def test_the_output_error_falls_and_positions_and_rank_stay(problem, pattern, ra
         E = W - dense.double()
         return float(torch.trace(E @ H @ E.T))
 
+    relative = (output_error(after.dense()) / float(torch.trace(W @ H @ W.T))) ** 0.5
+    assert after.output_error == pytest.approx(relative, rel=1e-3)
     assert output_error(after.dense()) < 0.7 * output_error(before.dense())
     assert not after.S[before.S == 0].any()
     assert after.U.shape == before.U.shape
