@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.cli.common import choose_device, machine
+from oats_vision.cli.common import choose_device, machine_line
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import Batches, load_pictures
 from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
@@ -142,7 +142,7 @@ def run_config(args: argparse.Namespace, unit: Literal["pictures", "sequences"],
 
 def load_dense(config: RunConfig) -> tuple[nn.Module, Any]:
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
-    console.print(machine(device))
+    console.print(machine_line(device))
     return ov.load_model(config.model, dtype=dtype, device=device, image_size=config.image_size)
 
 

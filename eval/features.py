@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import oats_vision as ov
-from oats_vision.cli.common import choose_device, machine
+from oats_vision.cli.common import choose_device, machine_line
 from oats_vision.evaluation import extract_features
 
 
@@ -78,7 +78,9 @@ def main() -> None:
         for way, times in seconds.items():
             median = statistics.median(times)
             rows.append([name, way, str(pictures), f"{pictures / median:.1f}", f"{base / median:.3f}"])
-    table = Table(*headings, title=f"float32, batch {args.batch_size}, medians of {args.repeats}; {machine(device)}")
+    table = Table(
+        *headings, title=f"float32, batch {args.batch_size}, medians of {args.repeats}; {machine_line(device)}"
+    )
     for row in rows:
         table.add_row(*row)
     Console(width=110).print(table)

@@ -275,6 +275,7 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield target
         for file in filter(Path.is_file, target.rglob("*")):
+            file.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
         target.chmod(0o777 & ~umask())

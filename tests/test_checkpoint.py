@@ -189,3 +189,10 @@ def test_bitmask_beyond_the_last_column_is_an_error():
     ov.checkpoint.check_bitmask(torch.tensor([[1], [16]], dtype=torch.uint8), spec, "x")
     with pytest.raises(CheckpointError, match="beyond the last column"):
         ov.checkpoint.check_bitmask(torch.tensor([[1], [32]], dtype=torch.uint8), spec, "x")
+
+
+def test_files_are_as_readable_as_any_other_new_file(compressed, tmp_path):
+    ov.save(compressed, tmp_path / "out")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {expected}

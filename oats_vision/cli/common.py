@@ -93,5 +93,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """What timings were taken on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def machine_line(device: torch.device) -> str:
+    """`machine` in words."""
+    about = machine(device)
+    return f"{about['device']} ({about['name']}), {about['threads']} threads, PyTorch {about['torch']}"

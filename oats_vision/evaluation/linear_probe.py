@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -90,22 +90,18 @@ def linear_probe(
         optimizer.step()
         schedule.step()
         progress(i + 1)
-    results: dict[str, float] = {}
-    best: tuple[tuple[float, float], str, tuple[int, bool], int] | None = None
+    trials: list[_Trial[tuple[tuple[int, bool], int]]] = []
     with torch.inference_mode():
         for entry, linears in heads.items():
             targets = labels[chosen.to(device)]
             for j, logits in enumerate(_all_logits(inputs[entry][chosen.to(device)], linears)):
                 name = f"{_describe(*entry)}, learning rate {learning_rates[j]:g}"
-                results[name] = 100 * float((logits.argmax(1) == targets).float().mean())
-                # few pictures are held out of a small set: of equal accuracies the smaller loss decides
-                value = results[name], -float(F.cross_entropy(logits, targets))
-                if best is None or value > best[0]:
-                    best = value, name, entry, j
-        assert best is not None
-        _, name, entry, j = best
+                accuracy = float((logits.argmax(1) == targets).float().mean())
+                trials.append(_Trial(name, accuracy, float(F.cross_entropy(logits, targets)), (entry, j)))
+        best = _best(trials, len(chosen))
+        entry, j = best.classifier
         correct = heads[entry][j](val.select(*entry).to(device)).argmax(1).cpu() == val.labels
-    return Probe(name, correct, results)
+    return Probe(best.name, correct, {trial.name: 100 * trial.accuracy for trial in trials})
 
 
 def quick_probe(train: Features, val: Features, *, held_out: float = 0.1, seed: int = 0) -> Probe:
@@ -125,8 +121,7 @@ def quick_probe(train: Features, val: Features, *, held_out: float = 0.1, seed: 
 
     check_pair(train, val)
     kept, chosen = _hold_out(train.labels, held_out, seed)
-    results: dict[str, float] = {}
-    best: tuple[tuple[float, float], str, bool, Any] | None = None
+    trials: list[_Trial[tuple[bool, Any]]] = []
     for patch_mean in (False, True):
         x, y = train.select(1, patch_mean).numpy(), train.labels.numpy()
         for strength in REGULARISATIONS:
@@ -135,15 +130,35 @@ def quick_probe(train: Features, val: Features, *, held_out: float = 0.1, seed: 
                 warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out accuracy says if it is good
                 model.fit(x[kept], y[kept])
             name = f"{_describe(1, patch_mean)}, C {strength:g}"
-            results[name] = 100 * float(model.score(x[chosen], y[chosen]))
-            loss = log_loss(y[chosen], model.predict_proba(x[chosen]), labels=model.classes_)
-            value = results[name], -float(loss)
-            if best is None or value > best[0]:
-                best = value, name, patch_mean, model
-    assert best is not None
-    _, name, patch_mean, model = best
+            loss = float(log_loss(y[chosen], model.predict_proba(x[chosen]), labels=model.classes_))
+            trials.append(_Trial(name, float(model.score(x[chosen], y[chosen])), loss, (patch_mean, model)))
+    best = _best(trials, len(chosen))
+    patch_mean, model = best.classifier
     predicted = torch.from_numpy(model.predict(val.select(1, patch_mean).numpy()))
-    return Probe(name, predicted == val.labels, results)
+    return Probe(best.name, predicted == val.labels, {trial.name: 100 * trial.accuracy for trial in trials})
+
+
+Classifier = TypeVar("Classifier")
+
+
+@dataclass(frozen=True)
+class _Trial(Generic[Classifier]):
+    """A classifier of the grid, and its accuracy (in [0, 1]) and loss on the held-out pictures."""
+
+    name: str
+    accuracy: float
+    loss: float
+    classifier: Classifier
+
+
+def _best(trials: list[_Trial[Classifier]], pictures: int) -> _Trial[Classifier]:
+    """The smallest loss among those whose accuracy is within a standard error of the best one's.
+
+    With few held-out pictures one of them more or less would choose else; with many the best accuracy does.
+    """
+    top = max(trial.accuracy for trial in trials)
+    error = (top * (1 - top) / pictures) ** 0.5
+    return min((trial for trial in trials if trial.accuracy >= top - error), key=lambda trial: trial.loss)
 
 
 def _all_logits(x: Tensor, heads: Sequence[nn.Linear]) -> Tensor:

@@ -45,7 +45,7 @@ def test_probes_find_the_information_wherever_it_is():
     assert full.top1 > one.top1 + 3  # four blocks know more than the last one here
     assert "last 4 blocks" in full.best
     assert len(full.held_out) == 13 * 4
-    assert max(full.held_out.values()) == full.held_out[full.best]
+    assert max(full.held_out.values()) - full.held_out[full.best] < 100 * (0.25 / 60) ** 0.5  # a standard error
 
 
 def test_the_probe_learns_nothing_from_labels_that_mean_nothing():
