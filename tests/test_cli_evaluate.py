@@ -85,14 +85,20 @@ def test_mixed_precision_and_other_inputs_of_top1(compressed):
 
 
 def test_rollout_writes_a_picture_each_and_passes_over_what_is_none(compressed, pictures, tmp_path):
+    (tmp_path / "few").mkdir()
+    for name in ("1.png", "2.png", "broken.png", "notes.txt"):
+        shutil.copy(pictures / "a" / name, tmp_path / "few")
     out = tmp_path / "rollouts"
-    done = run("rollout", compressed, "--images", pictures / "a", "--images", pictures / "b" / "1.png", "--out", out)
+    done = run("rollout", compressed, "--images", tmp_path / "few", "--images", pictures / "b" / "1.png", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "16 pictures written" in done.stdout  # 16 of the folder at most, one of them broken, and one file
+    assert "3 pictures written" in done.stdout
     assert "broken.png is no picture" in done.stderr.replace("\n", "")
+    assert len(list(out.iterdir())) == 3  # two are named 1.png
     for file in out.iterdir():
         with Image.open(file) as drawn:
             assert drawn.size[0] > 3 * drawn.size[1]
+    limited = run("rollout", compressed, "--images", tmp_path / "few", "--limit", 1, "--out", tmp_path / "one")
+    assert "1 pictures written" in limited.stdout
     for images, message in ((pictures / "none", "does not exist"), (pictures / "a" / "broken.png", "none of 1 files")):
         done = run("rollout", compressed, "--images", images, "--out", tmp_path / "other")
         assert done.returncode == 1
