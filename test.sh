@@ -19,4 +19,4 @@ python3 -m venv --clear "$venv"
 "$venv/bin/mypy"
 # the installed package is what is tested: not the source folder, so that a file missing from the wheel fails
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$venv/bin/pytest" -q -n "$(nproc)" -p no:cacheprovider "$@"
+"$venv/bin/pytest" -q -n "$(nproc)" --dist worksteal -p no:cacheprovider "$@"

@@ -7,8 +7,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture
 def tiny_vit() -> nn.Module:

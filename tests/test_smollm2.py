@@ -29,8 +29,8 @@ def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert "Paris" in tokenizer.decode(model.generate(prompt, **options)[0])
 
-    texts = ov.load_sequences("demo", tokenizer, samples=8, length=256, batch_size=4)
-    report = ov.compress(model, texts, rate=0.3, iterations=10, storage_dtype="float16")
+    texts = ov.load_sequences("demo", tokenizer, samples=4, length=256, batch_size=4)
+    report = ov.compress(model, texts, rate=0.3, iterations=5, storage_dtype="float16")
     assert len(report.layers) == 30 * 7
     ratio = paired_ratio(dense, perplexity(ov.merge(model), ids, length=256, batch_size=4))
     assert 0.9 < ratio.value < 1.6
