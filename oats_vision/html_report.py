@@ -59,7 +59,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     ]
     if report.layers:
         errors = [layer.error for layer in report.layers]
-        cards.append((f"{sum(errors) / len(errors):.4f}", f"mean {_error_name(report)}"))
+        cards.append((f"{sum(errors) / len(errors):.4f}", f"mean {report.error_name}"))
     spectra = {}
     for i, layer in enumerate(report.layers):
         spectra[layer.name] = spectrum(layer.name, layer.spec, tensors)
@@ -205,12 +205,7 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[str]:
         "U and V": low_rank * storage,
         "saved": sizes.dense_layers - sizes.layers,
     }
-    return [_line_plot(by_kind, _error_name(report), "Error of each linear, by block"), _budget_plot(budget)]
-
-
-def _error_name(report: CompressionReport) -> str:
-    known = any(layer.output_errors for layer in report.layers)
-    return "relative error of a layer's output" if known else "relative error of a layer"
+    return [_line_plot(by_kind, report.error_name, "Error of each linear, by block"), _budget_plot(budget)]
 
 
 def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> str:

@@ -85,6 +85,12 @@ class CompressionReport:
             return self.slicing.dense_parameters
         return sum(layer.spec.dense_parameters for layer in self.layers)
 
+    @property
+    def error_name(self) -> str:
+        """What the layers' `error` is, in words."""
+        known = any(layer.output_errors for layer in self.layers)
+        return "relative error of a layer's output" if known else "relative error of a layer"
+
     def to_dict(self) -> dict[str, Any]:
         layers = [{**asdict(layer), "error": layer.error} for layer in self.layers]
         return {**asdict(self), "settings": self.settings.model_dump(), "layers": layers}

@@ -27,7 +27,7 @@ from oats_vision.cli.common import (
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import Batches, load_pictures
 from oats_vision.errors import ConfigError
-from oats_vision.evaluation import Difference, Perplexity, Ratio, Top1, paired_difference, paired_ratio
+from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
 from oats_vision.layers import merge as merge_model
 from oats_vision.models import load_model, load_tokenizer, save_plain, source_of
 from oats_vision.pipeline import compress as compress_model
@@ -155,9 +155,8 @@ def compress(
     scores = (before, after) if before and after else None
     console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
     errors = [layer.error for layer in done.layers]
-    what_errs = "a layer's output" if any(layer.output_errors for layer in done.layers) else "a layer"
     quality = (
-        f"Relative error of {what_errs}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
+        f"{done.error_name.capitalize()}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
         if errors
         else f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
         if done.slicing
@@ -228,11 +227,9 @@ def _score(
 def _compared(dense: Top1 | Perplexity | None, compressed: Top1 | Perplexity | None) -> dict[str, Any]:
     """Both scores under the name of the protocol, and the difference of top-1 (ratio of perplexities)."""
     if isinstance(dense, Top1) and isinstance(compressed, Top1):
-        change: Difference | Ratio = paired_difference(dense.correct, compressed.correct)
-        scores = {"dense": dense.to_dict(), "compressed": compressed.to_dict()}
-        return {"top1": {**scores, "difference": change.to_dict()}}
-    if isinstance(dense, Perplexity) and isinstance(compressed, Perplexity):
-        change = paired_ratio(dense, compressed)
-        scores = {"dense": dense.to_dict(), "compressed": compressed.to_dict()}
-        return {"perplexity": {**scores, "ratio": change.to_dict()}}
-    return {}
+        protocol, change = "top1", {"difference": paired_difference(dense.correct, compressed.correct).to_dict()}
+    elif isinstance(dense, Perplexity) and isinstance(compressed, Perplexity):
+        protocol, change = "perplexity", {"ratio": paired_ratio(dense, compressed).to_dict()}
+    else:
+        return {}
+    return {protocol: {"dense": dense.to_dict(), "compressed": compressed.to_dict(), **change}}
