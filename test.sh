@@ -17,6 +17,12 @@ python3 -m venv --clear "$venv"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
+# the compiled kernels once more, built so that reads and writes out of bounds and undefined behaviour stop them
+sanitized=$(mktemp -d)
+trap 'rm -rf "$sanitized"' EXIT
+"$venv/bin/pip" install -q --no-deps --target "$sanitized" -C cmake.define.OATS_VISION_SANITIZE=ON .
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+  PYTHONPATH=$sanitized "$venv/bin/pytest" -q -p no:cacheprovider tests/test_kernels.py
 # the installed package is what is tested: not the source folder, so that a file missing from the wheel fails
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv/bin/pytest" -q -n "$(nproc)" --dist worksteal -p no:cacheprovider "$@"

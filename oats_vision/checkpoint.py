@@ -128,7 +128,8 @@ def load(
 
     Args:
         path: a directory that `save` wrote.
-        dtype: to compute in; that of the compression run if not given.
+        dtype: to compute in; that of the compression run if not given. The compressed layers stay as small as they are
+            stored, and compute in the dtype of their inputs.
         model: a module of the original class, if the model was one of your own; changed in place.
         trust_remote_code: allow code from a hub to run (models from torch.hub).
 
@@ -140,6 +141,7 @@ def load(
     config = read_config(path)
     source = ModelSource(**config["source"])
     dtype = dtype or getattr(torch, config["dtype"])
+    storage = getattr(torch, config["storage_dtype"])
     tensors = read_weights(path, config)
     adapter = next((adapter for adapter in adapters() if adapter.name == config["adapter"]), None)
     if adapter is None:
@@ -152,8 +154,12 @@ def load(
         if report.slicing:
             empty_sliced_blocks(model, adapter, report.slicing)
         for name, spec in layer_specs(config).items():
-            model.set_submodule(name, SparseLowRankLinear.empty(spec, dtype))
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+            model.set_submodule(name, SparseLowRankLinear.empty(spec, storage))
+        compressed = tuple(f"{name}." for name in layer_specs(config))
+        cast = {
+            name: t.to(dtype) if t.is_floating_point() and not name.startswith(compressed) else t
+            for name, t in tensors.items()
+        }
         model.load_state_dict(cast | {name: cast[original] for name, original in config["tied"].items()}, assign=True)
         if config["tied"] and hasattr(model, "tie_weights"):
             model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
@@ -162,7 +168,7 @@ def load(
         raise CheckpointError(f"{path} does not fit {source.kind} model {source.name!r}: {reason}") from None
     remember_source(model, source)
     model._oats_vision_report = report  # type: ignore[assignment]
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device=device).eval()
 
 
 def load_transform(path: str | Path) -> Transform | None:

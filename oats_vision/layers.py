@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.core.oats import Factors
+from oats_vision.kernels.native import MatrixCache
+from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_linear, unpack
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,11 @@ class PackedSparse(nn.Module):
 
     def mask(self) -> Tensor:
         """Where the non-zeros are: bool (out_features, in_features)."""
-        shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmask.device)
-        bits = (self.bitmask.unsqueeze(-1) >> shifts) & 1
-        return bits.view(torch.bool).flatten(1)[:, : self.in_features]
+        return unpack(self.bitmask, self.in_features)
 
     def dense(self) -> Tensor:
         """The matrix with its zeros, (out_features, in_features), dtype of the values."""
-        mask = self.mask()
-        zeros = torch.zeros(mask.shape, dtype=self.values.dtype, device=self.values.device)
-        return zeros.masked_scatter(mask, self.values)
+        return expand(self.values, self.bitmask, self.in_features)
 
 
 class LowRank(nn.Module):
@@ -115,7 +113,7 @@ class LowRank(nn.Module):
 class SparseLowRankLinear(nn.Module):
     """y = S x + U (V x) + b: replaces an nn.Linear and takes the same inputs (..., in_features).
 
-    It holds no dense copy: each call builds S + U V for the time of one dense product.
+    It holds no dense copy. The weights stay in their own dtype and the product has that of the input (or of autocast).
     """
 
     bias: nn.Parameter | None
@@ -126,6 +124,9 @@ class SparseLowRankLinear(nn.Module):
         self.sparse = sparse
         self.low_rank = low_rank
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._heights = [part.out_features for part in spec.parts]
+        self._ranks = [part.rank for part in spec.parts]
+        self._cache = MatrixCache()
 
     @property
     def in_features(self) -> int:
@@ -170,27 +171,29 @@ class SparseLowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.dense_weight(), self.bias)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        sparse, low_rank = self.sparse, self.low_rank
+        tensors = (sparse.values, sparse.bitmask, low_rank.U, low_rank.V, self.bias)
+        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
-    def dense_weight(self) -> Tensor:
-        """S + U V in float32 or better, rounded once to the layer's dtype: (out_features, in_features)."""
-        dtype = torch.promote_types(self.sparse.values.dtype, torch.float32)
-        heights = [part.out_features for part in self.spec.parts]
-        S = self.sparse.dense().to(dtype).split(heights)
-        U = self.low_rank.U.to(dtype).split(heights)
-        V = self.low_rank.V.to(dtype).split([part.rank for part in self.spec.parts])
-        rows = [torch.addmm(s, u[:, : len(v)], v) for s, u, v in zip(S, U, V, strict=True)]
-        weight = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return weight.to(self.sparse.values.dtype)
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""
+        S = self.sparse.dense().to(torch.promote_types(self.sparse.values.dtype, torch.float32))
+        weight = dense_weight(S, self.low_rank.U, self.low_rank.V, self._heights, self._ranks)
+        return weight.to(dtype or self.sparse.values.dtype)
 
-    def merge(self) -> nn.Linear:
-        """An ordinary nn.Linear with the weight S + U V: full size, full speed on any backend."""
+    def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary nn.Linear with the weight S + U V in `dtype` (or the layer's): full size, for any backend."""
         linear = nn.Linear(1, 1, bias=False)
         linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=False)
-        linear.register_parameter("bias", self.bias)
+        weight = self.dense_weight(dtype).detach()
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
+        linear.register_parameter("bias", bias)
         return linear
 
     def extra_repr(self) -> str:
@@ -202,8 +205,14 @@ class SparseLowRankLinear(nn.Module):
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every compressed layer of `model`, in place, by the dense nn.Linear it stands for; return the model."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SparseLowRankLinear):
-            model.set_submodule(name, layer.merge())
+    """Replace every compressed layer of `model`, in place, by the dense nn.Linear it stands for; return the model.
+
+    The dense weights get the dtype of the model's other parameters, that of the compressed layers if there are none.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLowRankLinear)}
+    compressed = tuple(f"{name}." for name in layers)
+    others = (p for name, p in model.named_parameters() if p.is_floating_point() and not name.startswith(compressed))
+    other = next(others, None)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merge(None if other is None else other.dtype))
     return model

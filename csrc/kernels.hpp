@@ -1,0 +1,69 @@
+// What the compiled code offers, once for each instruction set; see kernels.inl.hpp for how.
+#pragma once
+
+#include <cstdint>
+
+namespace oats {
+
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// A sparse matrix (rows, columns) as oats_vision.layers.PackedSparse holds it: values in row order, and a bitmask
+// with each row padded to a byte.
+struct Sparse {
+    int64_t rows, columns, nonzeros;
+    Type type;
+    const void *values;
+    const uint8_t *bitmask;
+
+    int64_t row_bytes() const { return (columns + 7) / 8; }
+};
+
+// Rows of U (rows, rank) and of V (rank, columns) that belong together.
+struct Part {
+    int64_t rows, rank;
+};
+
+// The low-rank term: U (rows, width), V (sum of the parts' ranks, columns), in the values' type.
+struct LowRank {
+    const void *U, *V;
+    int64_t width, parts;
+    const Part *part;
+};
+
+// Inputs (tokens, columns) with a row stride, outputs (tokens, rows) without gaps.
+struct Tokens {
+    int64_t tokens, stride;
+    Type type;
+    const void *x;
+    void *y;
+};
+
+// Row starts of `sparse` in its values: row_start[0 .. rows]. False if the bitmask does not hold exactly
+// `nonzeros` ones or has ones past the last column.
+using RowStarts = bool (*)(const Sparse &sparse, int64_t *row_start, int threads);
+
+struct Kernels {
+    const char *name;
+    RowStarts row_starts;
+    // y = S x + U V x + bias: for few tokens, where reading the weights is most of the work.
+    void (*few_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+                       int threads);
+    // The same for many tokens, where arithmetic is most of the work. All but the values is float32, and Vx (tokens,
+    // sum of the ranks) is V x.
+    void (*many_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const float *bias, const float *Vx,
+                        const Tokens &, int threads);
+    // S with its zeros, (rows, columns), in the values' type.
+    void (*expand)(const Sparse &, const int64_t *row_start, void *dense, int threads);
+    // One round's sparse step of alternating thresholding, float32, all (rows, columns): with R = A - L,
+    // S_new = the `keep` largest |R| of each row; S <- S_new, next <- A - (S_new + beta (S_new - S));
+    // threshold[row] is the boundary of the last round on entry (or 0) and of this one on return. `next` may be `L`.
+    // Returns the sum of (R - S_new)^2.
+    double (*sparse_step)(int64_t rows, int64_t columns, int64_t keep, float beta, const float *A, const float *L,
+                          float *S, float *next, float *threshold, int threads);
+};
+
+const Kernels *avx512_kernels();    // null if not compiled in, or not runnable on this CPU
+const Kernels *avx2_kernels();      // likewise
+const Kernels *portable_kernels();  // always there
+
+}  // namespace oats

@@ -1,0 +1,682 @@
+// The kernels, written once on simd.hpp's vectors and compiled for each instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.hpp"
+#include "simd.hpp"
+#include "team.hpp"
+
+#define OATS_INLINE inline __attribute__((always_inline))
+#define OATS_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace oats::OATS_ISA {
+
+template <class Task>
+void parallel(int64_t tasks, int threads, Task task) {
+    run_tasks(tasks, threads, [](int64_t i, int worker, void *t) { (*static_cast<Task *>(t))(i, worker); }, &task);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Memory for the time of one call, aligned to cache lines.
+template <class T>
+class Scratch {
+  public:
+    explicit Scratch(int64_t count) {
+        const size_t bytes = static_cast<size_t>(round_up(most(count, 1) * static_cast<int64_t>(sizeof(T)), 64));
+        data_ = static_cast<T *>(std::aligned_alloc(64, bytes));
+        if (!data_) throw std::bad_alloc();
+    }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    ~Scratch() { std::free(data_); }
+    T *operator+(int64_t i) const { return data_ + i; }
+    T &operator[](int64_t i) const { return data_[i]; }
+
+  private:
+    T *data_;
+};
+
+template <class F>
+void with_type(Type type, F f) {
+    if (type == Type::float32)
+        f(float{});
+    else if (type == Type::bfloat16)
+        f(bfloat16{});
+    else
+        f(float16{});
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Where each row's values start
+// ---------------------------------------------------------------------------------------------------------------
+
+inline int64_t ones_in(const uint8_t *bytes, int64_t count) {
+    int64_t ones = 0, i = 0;
+#if defined(__AVX512VPOPCNTDQ__)
+    __m512i sums = _mm512_setzero_si512();
+    for (; i + 64 <= count; i += 64)
+        sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(_mm512_loadu_si512(bytes + i)));
+    ones = _mm512_reduce_add_epi64(sums);
+#endif
+    for (; i < count; i += 8) ones += popcount(read_bits(bytes + i, count - i));
+    return ones;
+}
+
+inline bool row_starts(const Sparse &S, int64_t *row_start, int threads) {
+    const int64_t row_bytes = S.row_bytes(), chunk = most(1, (int64_t{1} << 16) / most(row_bytes, 1));
+    // bits past the last column: they must be zero
+    const uint8_t past = S.columns % 8 ? static_cast<uint8_t>(0xff << S.columns % 8) : 0;
+    Scratch<uint8_t> bad(ceil_div(S.rows, chunk));
+    parallel(ceil_div(S.rows, chunk), threads, [&](int64_t c, int) {
+        uint8_t seen = 0;
+        for (int64_t r = c * chunk; r < least(S.rows, (c + 1) * chunk); r++) {
+            const uint8_t *bits = S.bitmask + r * row_bytes;
+            row_start[r + 1] = ones_in(bits, row_bytes);
+            if (past) seen |= bits[row_bytes - 1] & past;
+        }
+        bad[c] = seen;
+    });
+    uint8_t seen = 0;
+    for (int64_t c = 0; c < ceil_div(S.rows, chunk); c++) seen |= bad[c];
+    row_start[0] = 0;
+    for (int64_t r = 0; r < S.rows; r++) row_start[r + 1] += row_start[r];
+    return !seen && row_start[S.rows] == S.nonzeros;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Few tokens: the packed values are spread out to their columns in registers
+// ---------------------------------------------------------------------------------------------------------------
+
+template <class V>
+OATS_INLINE void widen(const V *from, float *to, int64_t n) {
+    constexpr int W = Vec::width;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) Vec::load(from + i).store(to + i);
+    if (i < n) Vec::load(from + i, n - i).store(to + i, n - i);
+}
+
+constexpr int64_t group = 64;  // columns whose bits are read at once
+
+// Two vectors of columns in the order of `Vec::expand`: the even ones first
+inline void interleave(float *x) {
+    float odd[Vec::width];
+    for (int i = 0; i < Vec::width; i++) odd[i] = x[2 * i + 1];
+    for (int i = 0; i < Vec::width; i++) x[i] = x[2 * i];
+    std::memcpy(x + Vec::width, odd, sizeof odd);
+}
+
+// acc[t] += row . x[t], for a sparse row
+template <int T, class V>
+OATS_INLINE void sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *values, const V *end, const float *x,
+                            int64_t x_stride, Vec (&acc)[T]) {
+    constexpr int W = Vec::width;
+    Vec other[T];  // a second sum hides the latency of the first
+    OATS_UNROLL for (int t = 0; t < T; t++) other[t] = Vec::zero();
+    const auto add = [&](uint64_t mask) OATS_INLINE_LAMBDA {
+        OATS_UNROLL for (int i = 0; i < group; i += 2 * W, mask >>= 2 * W) {
+            const uint32_t part = static_cast<uint32_t>(mask & ((uint64_t{1} << 2 * W) - 1));
+            Vec first, second;
+            Vec::expand(part, values, end, first, second);
+            values += popcount(part);
+            OATS_UNROLL for (int t = 0; t < T; t++) {
+                acc[t] = fma(first, Vec::load(x + t * x_stride + i), acc[t]);
+                other[t] = fma(second, Vec::load(x + t * x_stride + i + W), other[t]);
+            }
+        }
+        x += group;
+    };
+    int64_t byte = 0;
+    for (; byte + 8 <= row_bytes; byte += 8) add(read_bits(bits + byte, 8));
+    if (byte < row_bytes) add(read_bits(bits + byte, row_bytes - byte));
+    OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = acc[t] + other[t];
+}
+
+// acc[t] += row . x[t], for a dense row
+template <int T, class V>
+OATS_INLINE void dense_dot(const V *row, int64_t n, const float *x, int64_t x_stride, Vec (&acc)[T]) {
+    constexpr int W = Vec::width;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const Vec w = Vec::load(row + i);
+        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(w, Vec::load(x + t * x_stride + i), acc[t]);
+    }
+    if (i < n) {
+        const Vec w = Vec::load(row + i, n - i);
+        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(w, Vec::load(x + t * x_stride + i, n - i), acc[t]);
+    }
+}
+
+struct FewTokens {
+    const Sparse &S;
+    const int64_t *row_start;
+    const LowRank &L;
+    const void *bias;
+    int64_t x_stride, z_stride;
+    float *x, *z, *y;  // inputs (tokens, x_stride), V x (tokens, z_stride) and outputs (tokens, rows)
+};
+
+template <int T, class V>
+void project(const FewTokens &p, int64_t token, int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; k++) {
+        Vec acc[T];
+        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
+        dense_dot<T>(static_cast<const V *>(p.L.V) + k * p.S.columns, p.S.columns, p.x + token * p.x_stride, p.x_stride,
+                     acc);
+        for (int t = 0; t < T; t++) p.z[(token + t) * p.z_stride + k] = acc[t].sum();
+    }
+}
+
+template <int T, class V>
+void few_rows(const FewTokens &p, int64_t token, int64_t row, int64_t last, int64_t rank, int64_t rank_start) {
+    const V *values = static_cast<const V *>(p.S.values), *end = values + p.S.nonzeros;
+    const int64_t row_bytes = p.S.row_bytes();
+    for (; row < last; row++) {
+        Vec acc[T];
+        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
+        sparse_dot<T>(p.S.bitmask + row * row_bytes, row_bytes, values + p.row_start[row], end,
+                      p.x + token * p.x_stride, p.x_stride, acc);
+        if (rank)
+            dense_dot<T>(static_cast<const V *>(p.L.U) + row * p.L.width, rank, p.z + token * p.z_stride + rank_start,
+                         p.z_stride, acc);
+        const float b = p.bias ? to_float(static_cast<const V *>(p.bias)[row]) : 0;
+        for (int t = 0; t < T; t++) p.y[(token + t) * p.S.rows + row] = acc[t].sum() + b;
+    }
+}
+
+// Calls f<T>(token) for groups of T tokens, 8 at most.
+template <class F>
+void for_tokens(int64_t tokens, F f) {
+    int64_t t = 0;
+    for (; t + 8 <= tokens; t += 8) f.template operator()<8>(t);
+    if (t + 4 <= tokens) f.template operator()<4>(t), t += 4;
+    if (t + 2 <= tokens) f.template operator()<2>(t), t += 2;
+    if (t < tokens) f.template operator()<1>(t);
+}
+
+inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+                       int threads) {
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
+    const int64_t x_stride = round_up(S.columns, group);
+    Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
+    const FewTokens p{S, row_start, L, bias, x_stride, ranks, x + 0, z + 0, y + 0};
+
+    with_type(io.type, [&](auto type) {
+        for (int64_t t = 0; t < io.tokens; t++) {
+            float *to = x + t * x_stride;
+            widen(static_cast<const decltype(type) *>(io.x) + t * io.stride, to, S.columns);
+            for (int64_t i = S.columns; i < x_stride; i++) to[i] = 0;
+        }
+    });
+    with_type(S.type, [&](auto type) {
+        using V = decltype(type);
+        const int64_t step = most(4, ceil_div(ranks, int64_t{threads} * 4));
+        parallel(ceil_div(ranks, step), threads, [&](int64_t i, int) {
+            for_tokens(io.tokens, [&]<int T>(int64_t token) {
+                project<T, V>(p, token, i * step, least(ranks, (i + 1) * step));
+            });
+        });
+        if (Vec::interleaved<V>)
+            for (int64_t i = 0; i < io.tokens * x_stride; i += 2 * Vec::width) interleave(x + i);
+        const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 8));
+        parallel(ceil_div(S.rows, chunk), threads, [&](int64_t i, int) {
+            const int64_t begin = i * chunk, end = least(S.rows, begin + chunk);
+            int64_t part_row = 0, part_rank = 0;
+            for (int64_t j = 0; j < L.parts; j++) {
+                const int64_t first = most(begin, part_row), last = least(end, part_row + L.part[j].rows);
+                if (first < last)
+                    for_tokens(io.tokens, [&]<int T>(int64_t token) {
+                        few_rows<T, V>(p, token, first, last, L.part[j].rank, part_rank);
+                    });
+                part_row += L.part[j].rows;
+                part_rank += L.part[j].rank;
+            }
+        });
+    });
+    with_type(io.type, [&](auto type) {
+        auto *to = static_cast<decltype(type) *>(io.y);
+        for (int64_t i = 0; i < io.tokens * S.rows; i++) from_float(y[i], to[i]);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Many tokens: a tile of inputs, tokens in the lanes, stays in the first-level cache while the rows of S go by
+// ---------------------------------------------------------------------------------------------------------------
+
+// A tile holds 96 columns of 6 vectors of tokens: 36 KB with 512-bit vectors. More rows at a time than 256 push the
+// outputs out of the second-level cache, fewer read the tile from it too often.
+constexpr int64_t block_columns = 96, block_bytes = block_columns / 8, chunk_rows = 512;
+constexpr int most_vectors = 6;
+constexpr int64_t inputs_bytes = 16 << 20;  // of transposed inputs at a time
+
+struct Entry {  // one row's values in one block of columns
+    uint16_t row, count;
+};
+
+struct BlockBits {
+    uint64_t low, high;
+    int count() const { return popcount(low) + popcount(high); }
+};
+
+OATS_INLINE BlockBits block_bits(const uint8_t *row, int64_t row_bytes, int64_t block) {
+    const int64_t from = block * block_bytes;
+    if (from + 16 <= row_bytes) {
+        const uint64_t high = read_bits(row + from + 8, 8) & 0xffffffff;
+        return {read_bits(row + from, 8), high};
+    }
+    return {read_bits(row + from, row_bytes - from), read_bits(row + from + 8, least(4, row_bytes - from - 8))};
+}
+
+// Some rows of S in the order in which `multiply` goes through them: block by block of columns, and in a block by
+// the number of values, so that loops of equal length follow each other and the CPU foresees their ends.
+struct Stream {
+    float *values;
+    uint8_t *columns;  // within the block
+    Entry *entries;    // blocks x rows
+
+    template <class V>
+    void build(const Sparse &S, const int64_t *row_start, int64_t first, int64_t rows, int64_t *next) const {
+        const int64_t row_bytes = S.row_bytes(), blocks = ceil_div(S.columns, block_columns);
+        const V *from = static_cast<const V *>(S.values);
+        float *value = values;
+        uint8_t *column = columns;
+        for (int64_t r = 0; r < rows; r++) next[r] = row_start[first + r];
+        uint8_t count[chunk_rows];
+        for (int64_t b = 0; b < blocks; b++) {
+            uint16_t place[block_columns + 2] = {};
+            for (int64_t r = 0; r < rows; r++) {
+                count[r] = static_cast<uint8_t>(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b).count());
+                place[count[r] + 1]++;
+            }
+            for (int64_t n = 1; n <= block_columns; n++) place[n] = static_cast<uint16_t>(place[n] + place[n - 1]);
+            Entry *entry = entries + b * rows;
+            for (int64_t r = 0; r < rows; r++) entry[place[count[r]]++] = {static_cast<uint16_t>(r), count[r]};
+            for (int64_t e = 0; e < rows; e++) {
+                const int64_t r = entry[e].row, n = entry[e].count;
+                const BlockBits bits = block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b);
+                positions(bits.low, 0, column);
+                if (bits.high) positions(bits.high, 64, column + popcount(bits.low));
+                widen(from + next[r], value, n);
+                next[r] += n;
+                column += n;
+                value += n;
+            }
+        }
+    }
+};
+
+// y[0 .. K) += values . x, for one row in one block of columns
+template <int K>
+OATS_INLINE void multiply_row(const float *x, const uint8_t *columns, const float *values, int n, float *y) {
+    constexpr int W = Vec::width, sums = K >= 5 ? 1 : K == 4 ? 2 : 4, unrolled = 4;
+    Vec acc[sums][K];
+    OATS_UNROLL for (int k = 0; k < K; k++) {
+        acc[0][k] = Vec::load(y + k * W);
+        OATS_UNROLL for (int s = 1; s < sums; s++) acc[s][k] = Vec::zero();
+    }
+    int i = 0;
+    for (; i + unrolled <= n; i += unrolled) {
+        OATS_UNROLL for (int u = 0; u < unrolled; u++) {
+            const float *from = x + static_cast<int64_t>(columns[i + u]) * (K * W);
+            const Vec value = Vec::all(values[i + u]);
+            OATS_UNROLL for (int k = 0; k < K; k++)
+                acc[u % sums][k] = fma(value, Vec::load(from + k * W), acc[u % sums][k]);
+        }
+    }
+    for (; i < n; i++) {
+        const float *from = x + static_cast<int64_t>(columns[i]) * (K * W);
+        const Vec value = Vec::all(values[i]);
+        OATS_UNROLL for (int k = 0; k < K; k++) acc[0][k] = fma(value, Vec::load(from + k * W), acc[0][k]);
+    }
+    OATS_UNROLL for (int k = 0; k < K; k++) {
+        OATS_UNROLL for (int s = 1; s < sums; s++) acc[0][k] = acc[0][k] + acc[s][k];
+        acc[0][k].store(y + k * W);
+    }
+}
+
+// y (rows, K vectors) = bias + U . z (rank, K vectors), for rows of U that are `width` apart
+template <int K>
+void multiply_dense(const float *U, int64_t width, const float *bias, int64_t rows, int64_t rank, const float *z,
+                    float *y) {
+    constexpr int W = Vec::width, at_once = 4;
+    int64_t row = 0;
+    const auto block = [&]<int R>() {
+        Vec acc[R][K];
+        OATS_UNROLL for (int r = 0; r < R; r++)
+            OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k] = Vec::all(bias ? bias[row + r] : 0);
+        for (int64_t i = 0; i < rank; i++) {
+            Vec from[K];
+            OATS_UNROLL for (int k = 0; k < K; k++) from[k] = Vec::load(z + (i * K + k) * W);
+            OATS_UNROLL for (int r = 0; r < R; r++) {
+                const Vec u = Vec::all(U[(row + r) * width + i]);
+                OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k] = fma(u, from[k], acc[r][k]);
+            }
+        }
+        OATS_UNROLL for (int r = 0; r < R; r++)
+            OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k].store(y + ((row + r) * K + k) * W);
+    };
+    for (; row + at_once <= rows; row += at_once) block.template operator()<at_once>();
+    for (; row < rows; row++) block.template operator()<1>();
+}
+
+// y (rows, K vectors) += stream . x (columns, K vectors)
+template <int K>
+void multiply_sparse(const Stream &stream, int64_t rows, int64_t blocks, const float *x, float *y) {
+    constexpr int64_t tile = K * Vec::width;
+    const float *values = stream.values;
+    const uint8_t *columns = stream.columns;
+    const int64_t lines = block_columns * tile * int64_t{sizeof(float)} / 64, step = ceil_div(lines, rows);
+    for (int64_t b = 0; b < blocks; b++, x += block_columns * tile) {
+        const Entry *entry = stream.entries + b * rows;
+        const char *following = reinterpret_cast<const char *>(x + block_columns * tile);
+        for (int64_t e = 0; e < rows; e++) {
+            if (b + 1 < blocks)
+                for (int64_t i = 0; i < step; i++, following += 64) __builtin_prefetch(following, 0, 2);
+            const float *ahead = y + entry[least(e + 2, rows - 1)].row * tile;
+            OATS_UNROLL for (int k = 0; k < K; k++) __builtin_prefetch(ahead + k * Vec::width);
+            multiply_row<K>(x, columns, values, entry[e].count, y + entry[e].row * tile);
+            columns += entry[e].count;
+            values += entry[e].count;
+        }
+    }
+}
+
+// Columns [first, last) of x (tokens, stride) for the `tile` tokens from `token` on, transposed: to[column][token],
+// zeros for missing tokens
+inline void transpose_in(const float *x, int64_t stride, int64_t tokens, int64_t token, int64_t tile, int64_t first,
+                         int64_t last, float *to) {
+    constexpr int W = Vec::width;
+    for (int64_t c = first; c < last; c += W)
+        for (int64_t t = 0; t < tile; t += W) {
+            Vec r[W];
+            const int64_t n = least(W, last - c);
+            for (int i = 0; i < W; i++) {
+                const float *from = x + (token + t + i) * stride + c;
+                if (token + t + i >= tokens)
+                    r[i] = Vec::zero();
+                else
+                    r[i] = n == W ? Vec::load(from) : Vec::load(from, n);
+            }
+            Vec::transpose(r);
+            for (int i = 0; i < n; i++) r[i].store(to + (c + i) * tile + t);
+        }
+}
+
+// from[row][token] as the outputs of rows [first, first + rows) of up to `tile` tokens
+inline void transpose_out(const Tokens &io, int64_t token, int64_t tile, int64_t first, int64_t rows,
+                           int64_t out_features, const float *from) {
+    constexpr int W = Vec::width;
+    float *y = static_cast<float *>(io.y);
+    for (int64_t t = 0; t < least(tile, io.tokens - token); t += W)
+        for (int64_t row = 0; row < rows; row += W) {
+            const int64_t n = least(W, rows - row);
+            Vec r[W];
+            for (int i = 0; i < W; i++) r[i] = i < n ? Vec::load(from + (row + i) * tile + t) : Vec::zero();
+            Vec::transpose(r);
+            const int64_t tokens = least(W, io.tokens - token - t);
+            for (int64_t i = 0; i < tokens; i++) {
+                float *to = y + (token + t + i) * out_features + first + row;
+                if (n == W)
+                    r[i].store(to);
+                else
+                    r[i].store(to, n);
+            }
+        }
+}
+
+struct ManyTokens {
+    const Sparse &S;
+    const LowRank &L;
+    const float *U, *bias;
+};
+
+// One tile of tokens and some rows: y (rows, K vectors)
+template <int K>
+void multiply(const ManyTokens &p, const Stream &stream, int64_t first, int64_t rows, const float *x, const float *z,
+              float *y) {
+    int64_t part_row = 0, part_rank = 0;
+    for (int64_t j = 0; j < p.L.parts; j++) {
+        const int64_t from = most(first, part_row), to = least(first + rows, part_row + p.L.part[j].rows);
+        if (from < to)
+            multiply_dense<K>(p.U + from * p.L.width, p.L.width, p.bias ? p.bias + from : nullptr, to - from,
+                              p.L.part[j].rank, z + part_rank * K * Vec::width, y + (from - first) * K * Vec::width);
+        part_row += p.L.part[j].rows;
+        part_rank += p.L.part[j].rank;
+    }
+    multiply_sparse<K>(stream, rows, ceil_div(p.S.columns, block_columns), x, y);
+}
+
+inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const float *bias, const float *Vx,
+                        const Tokens &io, int threads) {
+    constexpr int W = Vec::width;
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
+    const ManyTokens p{S, L, static_cast<const float *>(L.U), bias};
+    const int64_t columns = most(S.columns, 1), blocks = ceil_div(S.columns, block_columns);
+    const int64_t step = least(chunk_rows, round_up(ceil_div(S.rows, threads), W));
+    const int64_t chunks = ceil_div(S.rows, step);
+    int64_t most_values = 0;
+    for (int64_t c = 0; c < chunks; c++)
+        most_values = most(most_values, row_start[least(S.rows, (c + 1) * step)] - row_start[c * step]);
+
+    const int64_t widest = most_vectors * W;
+    const int64_t at_once = most(widest, inputs_bytes / (columns * int64_t{sizeof(float)}) / widest * widest);
+    const int64_t tokens = least(round_up(io.tokens, W), at_once);
+    Scratch<float> x(tokens * columns), z(tokens * ranks);
+    Scratch<float> values(threads * most_values), y(threads * step * widest);
+    // `positions` may write 64 bytes at a time
+    Scratch<uint8_t> column(threads * (most_values + 128));
+    Scratch<Entry> entries(threads * blocks * step);
+    Scratch<int64_t> next(threads * step);
+
+    for (int64_t begin = 0; begin < io.tokens; begin += at_once) {
+        // tiles of nearly equal width: 13 vectors of tokens are 5 + 4 + 4
+        const int64_t vectors = ceil_div(least(at_once, io.tokens - begin), W), tiles = ceil_div(vectors, most_vectors);
+        const auto first_vector = [&](int64_t tile) { return tile * vectors / tiles; };
+        constexpr int64_t strip = 256;
+        const int64_t strips = ceil_div(S.columns, strip);
+        parallel(tiles * (strips + 1), threads, [&](int64_t i, int) {
+            const int64_t tile = i % tiles, v = first_vector(tile), width = (first_vector(tile + 1) - v) * W;
+            const int64_t from = i / tiles * strip;
+            if (i / tiles < strips)
+                transpose_in(static_cast<const float *>(io.x), io.stride, io.tokens, begin + v * W, width, from,
+                             least(S.columns, from + strip), x + v * W * columns);
+            else
+                transpose_in(Vx, ranks, io.tokens, begin + v * W, width, 0, ranks, z + v * W * ranks);
+        });
+        parallel(chunks, threads, [&](int64_t c, int worker) {
+            const int64_t first = c * step, rows = least(step, S.rows - first);
+            const Stream stream{values + worker * most_values, column + worker * (most_values + 128),
+                                entries + worker * blocks * step};
+            with_type(S.type, [&](auto type) {
+                stream.build<decltype(type)>(S, row_start, first, rows, next + worker * step);
+            });
+            float *to = y + worker * step * widest;
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const int64_t v = first_vector(tile), width = first_vector(tile + 1) - v;
+                const float *x_tile = x + v * W * columns, *z_tile = z + v * W * ranks;
+                switch (width) {
+                    case 1: multiply<1>(p, stream, first, rows, x_tile, z_tile, to); break;
+                    case 2: multiply<2>(p, stream, first, rows, x_tile, z_tile, to); break;
+                    case 3: multiply<3>(p, stream, first, rows, x_tile, z_tile, to); break;
+                    case 4: multiply<4>(p, stream, first, rows, x_tile, z_tile, to); break;
+                    case 5: multiply<5>(p, stream, first, rows, x_tile, z_tile, to); break;
+                    default: multiply<6>(p, stream, first, rows, x_tile, z_tile, to);
+                }
+                transpose_out(io, begin + v * W, width * W, first, rows, S.rows, to);
+            }
+        });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The dense matrix
+// ---------------------------------------------------------------------------------------------------------------
+
+inline void expand(const Sparse &S, const int64_t *row_start, void *dense, int threads) {
+    const int64_t row_bytes = S.row_bytes(), chunk = most(1, 65536 / most(S.columns, 1));
+    with_type(S.type, [&](auto type) {
+        using V = decltype(type);
+        parallel(ceil_div(S.rows, chunk), threads, [&](int64_t c, int) {
+            for (int64_t r = c * chunk; r < least(S.rows, (c + 1) * chunk); r++) {
+                const uint8_t *bits = S.bitmask + r * row_bytes;
+                const V *value = static_cast<const V *>(S.values) + row_start[r];
+                V *to = static_cast<V *>(dense) + r * S.columns;
+                int64_t byte = 0;
+#if defined(__AVX512VBMI2__)
+                for (; byte * 8 + 64 <= S.columns; byte += 8) {
+                    const uint64_t mask = read_bits(bits + byte, 8);
+                    OATS_UNROLL for (int i = 0; i < 64; i += 32) {
+                        const uint32_t part = static_cast<uint32_t>(mask >> i);
+                        V *out = to + byte * 8 + i;
+                        if constexpr (sizeof(V) == 4) {
+                            const int low = popcount(part & 0xffff);
+                            _mm512_storeu_ps(out, _mm512_maskz_expandloadu_ps(part & 0xffff, value));
+                            _mm512_storeu_ps(out + 16, _mm512_maskz_expandloadu_ps(part >> 16, value + low));
+                        } else {
+                            _mm512_storeu_si512(out, _mm512_maskz_expandloadu_epi16(part, value));
+                        }
+                        value += popcount(part);
+                    }
+                }
+#endif
+                std::memset(to + byte * 8, 0, (S.columns - byte * 8) * sizeof(V));
+                for (; byte < row_bytes; byte += 8)
+                    for (uint64_t mask = read_bits(bits + byte, row_bytes - byte); mask; mask &= mask - 1)
+                        to[byte * 8 + __builtin_ctzll(mask)] = *value++;
+            }
+        });
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// A round of alternating thresholding
+// ---------------------------------------------------------------------------------------------------------------
+
+constexpr uint32_t above_all = 0x7fffffff;  // magnitudes, and the NaN that are met
+
+inline int64_t count_at_least(const float *x, int64_t n, uint32_t bits) {
+    constexpr int W = Vec::width;
+    int64_t count = 0, i = 0;
+    for (; i + 4 * W <= n; i += 4 * W)
+        OATS_UNROLL for (int j = 0; j < 4; j++) count += popcount(Vec::load(x + i + j * W).at_least(bits));
+    for (; i < n; i++) count += (to_bits(x[i]) & 0x7fffffff) >= bits;
+    return count;
+}
+
+// The bits of the `keep`-th largest magnitude of x, 0 < keep <= n, found by bracketing: counting costs a pass over a
+// row in the cache, and the last round's threshold is a good first guess.
+inline uint32_t select(const float *x, int64_t n, int64_t keep, uint32_t guess) {
+    uint32_t low = 0, high = above_all;  // at least `keep` are at least low, fewer are at least high
+    int64_t at_low = n, at_high = 0;
+    float spread = 0.01f;
+    for (int pass = 0; high - low > 1 && at_low - at_high > 32; pass++) {
+        uint32_t middle = low + (high - low) / 2;
+        if (pass == 0 && guess) {
+            middle = guess;
+        } else if (low > 0 && high < above_all) {
+            // between two counts, the magnitudes are about evenly spread; every fourth pass halves whatever they are
+            const float a = from_bits(low), b = from_bits(high);
+            const float share = static_cast<float>(at_low - keep + 1) / static_cast<float>(at_low - at_high + 1);
+            if (pass % 4 != 3) middle = to_bits(a + (b - a) * share);
+        } else if (guess && pass < 8) {
+            // step out from the guess until the threshold is between two counts
+            const float from = from_bits(low > 0 ? low : high);
+            middle = to_bits(low > 0 ? from * (1 + spread) : from * (1 - spread));
+            spread = spread * 3 < 0.9f ? spread * 3 : 0.9f;
+        }
+        if (middle <= low) middle = low + 1;
+        if (middle >= high) middle = high - 1;
+        const int64_t count = count_at_least(x, n, middle);
+        if (count >= keep)
+            low = middle, at_low = count;
+        else
+            high = middle, at_high = count;
+    }
+    if (high - low <= 1) return low;
+    uint32_t candidates[32] = {};
+    int count = 0;
+    for (int64_t i = 0; i < n; i += Vec::width) {
+        const int64_t width = least(Vec::width, n - i);
+        const Vec v = width == Vec::width ? Vec::load(x + i) : Vec::load(x + i, width);
+        // a lane past the end of the row is no candidate, even if zero is in the bracket
+        uint32_t between = v.at_least(low) & ~v.at_least(high) & static_cast<uint32_t>((uint64_t{1} << width) - 1);
+        for (; between; between &= between - 1) {
+            const uint32_t bits = to_bits(x[i + __builtin_ctz(between)]) & 0x7fffffff;
+            int place = count++;
+            for (; place > 0 && candidates[place - 1] < bits; place--) candidates[place] = candidates[place - 1];
+            candidates[place] = bits;
+        }
+    }
+    return count ? candidates[least(keep - at_high, count) - 1] : low;
+}
+
+inline double sparse_step(int64_t rows, int64_t columns, int64_t keep, float beta, const float *A, const float *L,
+                          float *S, float *next, float *threshold, int threads) {
+    constexpr int W = Vec::width;
+    const int64_t chunk = most(1, 16384 / most(columns, 1)), chunks = ceil_div(rows, chunk);
+    Scratch<float> residuals(int64_t{threads} * round_up(columns, 16));
+    Scratch<double> errors(chunks);
+    parallel(chunks, threads, [&](int64_t c, int worker) {
+        float *R = residuals + worker * round_up(columns, 16);
+        double error = 0;
+        for (int64_t row = c * chunk; row < least(rows, (c + 1) * chunk); row++) {
+            const float *a = A + row * columns, *l = L + row * columns;
+            float *s = S + row * columns, *out = next + row * columns;
+            int64_t i = 0;
+            for (; i + W <= columns; i += W) (Vec::load(a + i) - Vec::load(l + i)).store(R + i);
+            for (; i < columns; i++) R[i] = a[i] - l[i];
+
+            uint32_t boundary = above_all;
+            int64_t equal = 0;  // how many at the boundary there is room for; 0: for all
+            if (keep >= columns) {
+                boundary = 0;
+            } else if (keep > 0) {
+                boundary = select(R, columns, keep, to_bits(threshold[row]));
+                threshold[row] = from_bits(boundary);
+                if (count_at_least(R, columns, boundary) > keep)
+                    equal = keep - count_at_least(R, columns, boundary + 1);
+            }
+            const bool ties = equal > 0;
+            Vec squares = Vec::zero();
+            const Vec by = Vec::all(-beta);
+            i = 0;
+            for (; !ties && i + W <= columns; i += W) {
+                const Vec r = Vec::load(R + i), kept = r.where(r.at_least(boundary)), lost = r - kept;
+                squares = fma(lost, lost, squares);
+                const Vec step = kept - Vec::load(s + i);
+                fma(by, step, Vec::load(a + i) - kept).store(out + i);
+                kept.store(s + i);
+            }
+            double lost_squares = squares.sum();
+            for (; i < columns; i++) {
+                const uint32_t bits = to_bits(R[i]) & 0x7fffffff;
+                const bool in = bits > boundary || (bits == boundary && (!ties || equal-- > 0));
+                const float kept = in ? R[i] : 0, lost = R[i] - kept;
+                lost_squares += double{lost} * lost;
+                out[i] = a[i] - kept - beta * (kept - s[i]);
+                s[i] = kept;
+            }
+            error += lost_squares;
+        }
+        errors[c] = error;
+    });
+    double error = 0;
+    for (int64_t c = 0; c < chunks; c++) error += errors[c];
+    return error;
+}
+
+inline const Kernels *kernels(const char *name) {
+    static const Kernels table{name, row_starts, few_tokens, many_tokens, expand, sparse_step};
+    return &table;
+}
+
+}  // namespace oats::OATS_ISA

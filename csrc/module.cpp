@@ -1,0 +1,127 @@
+// The Python module oats_vision.kernels._native. Tensors come as addresses and sizes: exchanging them by DLPack takes
+// longer than the product of a small layer. oats_vision.kernels, its only caller, has checked them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+
+namespace oats {
+namespace {
+
+using Address = uintptr_t;
+
+std::vector<const Kernels *> runnable() {
+    std::vector<const Kernels *> all;
+    for (const Kernels *k : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+        if (k) all.push_back(k);
+    return all;
+}
+
+const Kernels *chosen = runnable().front();
+
+void use(const std::string &name) {
+    for (const Kernels *k : runnable())
+        if (name == k->name) {
+            chosen = k;
+            return;
+        }
+    throw std::invalid_argument("this CPU does not run the " + name + " kernels");
+}
+
+
+// A packed sparse matrix with its low-rank term and bias. It does not own its tensors: the caller keeps them.
+class Matrix {
+  public:
+    // Nothing is read by the bitmask before it is known to fit the values.
+    Matrix(Address values, int type, int64_t nonzeros, Address bitmask, int64_t rows, int64_t columns, Address U,
+           Address V, int64_t width, const std::vector<std::pair<int64_t, int64_t>> &parts, Address bias, int threads)
+        : sparse_{rows,
+                  columns,
+                  nonzeros,
+                  static_cast<Type>(type),
+                  reinterpret_cast<const void *>(values),
+                  reinterpret_cast<const uint8_t *>(bitmask)},
+          U_(reinterpret_cast<const void *>(U)),
+          V_(reinterpret_cast<const void *>(V)),
+          width_(width),
+          bias_(reinterpret_cast<const void *>(bias)),
+          row_start_(static_cast<size_t>(rows) + 1) {
+        for (const auto &[part_rows, rank] : parts) parts_.push_back({part_rows, rank});
+        if (!chosen->row_starts(sparse_, row_start_.data(), threads))
+            throw std::invalid_argument("the bitmask does not fit the " + std::to_string(nonzeros) +
+                                        " values of a sparse matrix of " + std::to_string(rows) + " x " +
+                                        std::to_string(columns));
+    }
+
+    void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) const {
+        const nb::gil_scoped_release release;
+        chosen->few_tokens(sparse_, row_start_.data(), low_rank(U_), bias_, io(x, x_type, tokens, stride, y), threads);
+    }
+
+    // U and bias in float32, which the matrix's own may not be
+    void many_tokens(Address U, Address bias, Address Vx, Address x, int64_t tokens, int64_t stride, Address y,
+                     int threads) const {
+        const nb::gil_scoped_release release;
+        chosen->many_tokens(sparse_, row_start_.data(), low_rank(reinterpret_cast<const void *>(U)),
+                            reinterpret_cast<const float *>(bias), reinterpret_cast<const float *>(Vx),
+                            io(x, static_cast<int>(Type::float32), tokens, stride, y), threads);
+    }
+
+    void expand(Address dense, int threads) const {
+        const nb::gil_scoped_release release;
+        chosen->expand(sparse_, row_start_.data(), reinterpret_cast<void *>(dense), threads);
+    }
+
+  private:
+    LowRank low_rank(const void *U) const {
+        return {U, V_, width_, static_cast<int64_t>(parts_.size()), parts_.data()};
+    }
+    static Tokens io(Address x, int x_type, int64_t tokens, int64_t stride, Address y) {
+        return {tokens, stride, static_cast<Type>(x_type), reinterpret_cast<const void *>(x),
+                reinterpret_cast<void *>(y)};
+    }
+
+    Sparse sparse_;
+    const void *U_, *V_;
+    int64_t width_;
+    const void *bias_;
+    std::vector<Part> parts_;
+    std::vector<int64_t> row_start_;
+};
+
+double sparse_step(int64_t rows, int64_t columns, int64_t keep, float beta, Address A, Address L, Address S,
+                   Address next, Address threshold, int threads) {
+    const nb::gil_scoped_release release;
+    return chosen->sparse_step(rows, columns, keep, beta, reinterpret_cast<const float *>(A),
+                               reinterpret_cast<const float *>(L), reinterpret_cast<float *>(S),
+                               reinterpret_cast<float *>(next), reinterpret_cast<float *>(threshold), threads);
+}
+
+}  // namespace
+}  // namespace oats
+
+NB_MODULE(_native, m) {
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const oats::Kernels *k : oats::runnable()) names.emplace_back(k->name);
+        return names;
+    });
+    m.def("instruction_set", [] { return std::string(oats::chosen->name); });
+    m.def("use", &oats::use);
+    nb::class_<oats::Matrix>(m, "Matrix")
+        .def(nb::init<uintptr_t, int, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t,
+                      const std::vector<std::pair<int64_t, int64_t>> &, uintptr_t, int>())
+        .def("few_tokens", &oats::Matrix::few_tokens)
+        .def("many_tokens", &oats::Matrix::many_tokens)
+        .def("expand", &oats::Matrix::expand);
+    m.def("sparse_step", &oats::sparse_step);
+}

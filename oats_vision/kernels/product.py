@@ -1,0 +1,172 @@
+"""y = S x + U (V x) + b, S packed: one operator of PyTorch, so that torch.compile and torch.export keep it whole.
+
+Three ways lead to the same product. For few tokens, one pass over the packed weights, where reading them is most of
+the work. For many tokens in float32, a sparse product on the CPU, where arithmetic is. Else S is spread out for the
+time of one dense product: on other devices, and where the CPU has matrix units for the dtype, which beat any sparse
+product.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oats_vision.kernels import native
+
+FEW_TOKENS = 12  # up to here, spreading out values in registers beats building the stream of a sparse product
+
+
+def sparse_low_rank_linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    out_features: Sequence[int],
+    ranks: Sequence[int],
+    cache: native.MatrixCache | None = None,
+) -> Tensor:
+    """S x + U (V x) + b, accumulated in float32, in the dtype of x.
+
+    Args:
+        x: (..., in_features), any floating dtype.
+        values, bitmask: of S, as in `oats_vision.layers.PackedSparse`.
+        U: (out_features, largest rank of a part); V: (sum of the parts' ranks, in_features).
+        bias: (out_features,) or None.
+        out_features, ranks: of each part: its rows of U multiply its rows of V.
+        cache: kept by the caller for these tensors, so that they are checked once and not in each call.
+
+    Raises:
+        ValueError: the bitmask does not fit the values, or the input does not fit the matrix.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, U, V, bias)):
+        return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)  # differentiable step by step
+    if torch.compiler.is_compiling():
+        return _operator(x, values, bitmask, U, V, bias, out_features, ranks)
+    return _product(x, values, bitmask, U, V, bias, out_features, ranks, cache)  # without an operator's overhead
+
+
+def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    """S with its zeros, (out_features, in_features), dtype of the values.
+
+    Raises:
+        ValueError: the bitmask does not fit the values.
+    """
+    usable = values.device.type == "cpu" and values.dtype in native.TYPES and not values.requires_grad
+    if usable and not torch.compiler.is_compiling() and native.available():
+        return native.expand(values, bitmask, in_features)
+    mask = unpack(bitmask, in_features)
+    if not torch.compiler.is_compiling() and int(mask.sum()) != len(values):
+        raise ValueError(f"the bitmask has {int(mask.sum())} positions for {len(values)} values")
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def unpack(bitmask: Tensor, in_features: int) -> Tensor:
+    """Where the non-zeros are: bool (out_features, in_features)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask.unsqueeze(-1) >> shifts) & 1
+    return bits.view(torch.bool).flatten(1)[:, :in_features]
+
+
+def _product(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    out_features: Sequence[int],
+    ranks: Sequence[int],
+    cache: native.MatrixCache | None,
+) -> Tensor:
+    dtype, shape = x.dtype, x.shape
+    if not x.is_cpu or dtype not in native.TYPES or values.dtype not in native.TYPES or not native.available():
+        return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
+    tokens = x.numel() // max(shape[-1], 1)
+    if tokens > FEW_TOKENS and dtype != torch.float32 and _has_matrix_units(dtype):
+        return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
+    parts = list(zip(out_features, ranks, strict=True))
+    matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, parts)
+    x = x.reshape(-1, shape[-1])
+    y = matrix.few_tokens(x) if tokens <= FEW_TOKENS else matrix.many_tokens(x.float(), U, V, bias).to(dtype)
+    return y.view(*shape[:-1], y.shape[1])
+
+
+def _by_dense(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    out_features: Sequence[int],
+    ranks: Sequence[int],
+) -> Tensor:
+    """By a dense product; U (V x) on its own where that is less work than U V."""
+    S = expand(values, bitmask, x.shape[-1]).to(x.dtype)
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if tokens * sum(S.shape) < S.numel():
+        y = _low_rank(x.reshape(-1, x.shape[-1]), U, V, bias, out_features, ranks)
+        return F.linear(x, S) + y.view(*x.shape[:-1], len(S))
+    return F.linear(x, dense_weight(S, U, V, out_features, ranks), None if bias is None else bias.to(x.dtype))
+
+
+def dense_weight(S: Tensor, U: Tensor, V: Tensor, out_features: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    """S + U V in float32 or better, rounded once to the dtype of S: (out_features, in_features)."""
+    dtype = torch.promote_types(S.dtype, torch.float32)
+    terms = zip(S.to(dtype).split(list(out_features)), U.to(dtype).split(list(out_features)), strict=True)
+    parts = zip(terms, V.to(dtype).split(list(ranks)), strict=True)
+    rows = [torch.addmm(s, u[:, : len(v)], v) for (s, u), v in parts]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(S.dtype)
+
+
+def _low_rank(
+    x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, out_features: Sequence[int], ranks: Sequence[int]
+) -> Tensor:
+    """U (V x) + b for x (tokens, in_features), in the dtype of x."""
+    U, V = U.to(x.dtype), V.to(x.dtype)
+    bias = x.new_zeros(len(U)) if bias is None else bias.to(x.dtype)
+    if len(ranks) == 1:
+        return torch.addmm(bias, x @ V.T, U.T)
+    inner = (x @ V.T).split(list(ranks), dim=1)
+    parts = zip(inner, U.split(list(out_features)), bias.split(list(out_features)), strict=True)
+    return torch.cat([torch.addmm(b, z, u[:, : z.shape[1]].T) for z, u, b in parts], dim=1)
+
+
+@cache
+def _has_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether dense products of this 16-bit dtype are faster on this CPU than those of float32."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+@torch.library.custom_op("oats_vision::sparse_low_rank_linear", mutates_args=())
+def _operator(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    out_features: list[int],
+    ranks: list[int],
+) -> Tensor:
+    return _product(x, values, bitmask, U, V, bias, out_features, ranks, None)
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    U: Tensor,
+    V: Tensor,
+    bias: Tensor | None,
+    out_features: list[int],
+    ranks: list[int],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(bitmask))

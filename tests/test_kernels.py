@@ -1,0 +1,290 @@
+"""The products of compressed layers, on each instruction set that this CPU has, against float64."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from oats_vision.core.budget import Budget
+from oats_vision.core.oats import Factors
+from oats_vision.core.threshold import keep_largest
+from oats_vision.kernels import expand, native, sparse_low_rank_linear
+from oats_vision.layers import PackedSparse, SparseLowRankLinear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# of a sum: one rounding to the input's dtype, after about 1e-6 of float32 accumulation
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled():
+    assert native.instruction_sets()[-1] == "portable", "the package was installed without its compiled kernels"
+
+
+def _matrix(rows: int, columns: int, density: float, dtype: torch.dtype) -> tuple[Tensor, PackedSparse]:
+    S = torch.randn(rows, columns) * (torch.rand(rows, columns) < density)
+    S = S.to(dtype)
+    return S, PackedSparse.pack(S, dtype)
+
+
+@st.composite
+def problems(draw):
+    rows, columns = draw(st.integers(1, 70)), draw(st.integers(1, 210))
+    tokens = draw(st.sampled_from([0, 1, 2, 3, 5, 8, 11, 16, 17, 33, 97, 200]))
+    density = draw(st.sampled_from([0.0, 0.03, 0.4, 0.9, 1.0]))
+    cut = draw(st.integers(0, rows))  # two parts, or one
+    ranks = (draw(st.integers(0, 6)), draw(st.integers(0, 6)))
+    layout = draw(st.sampled_from(["contiguous", "rows apart", "transposed"]))
+    dtypes = (draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES)))
+    return rows, columns, tokens, density, cut, ranks, layout, dtypes, draw(st.booleans()), draw(st.integers(0, 99))
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@settings(max_examples=150, deadline=None)
+@given(problem=problems())
+def test_every_path_is_the_product_in_float64(instruction_set, problem):
+    rows, columns, tokens, density, cut, ranks, layout, (x_dtype, dtype), with_bias, seed = problem
+    torch.manual_seed(seed)
+    S, packed = _matrix(rows, columns, density, dtype)
+    parts = [(cut, ranks[0]), (rows - cut, ranks[1])]
+    U, V = torch.randn(rows, max(ranks)).to(dtype), torch.randn(sum(ranks), columns).to(dtype)
+    bias = torch.randn(rows).to(dtype) if with_bias else None
+    x = torch.randn(tokens, columns).to(x_dtype)
+    if layout == "rows apart":
+        x = torch.cat([x, x], 1)[:, :columns]
+    elif layout == "transposed":
+        x = x.T.contiguous().T
+
+    low_rank = torch.cat(
+        [
+            u[:, :r].double() @ v.double()
+            for u, v, r in zip(U.split([cut, rows - cut]), V.split(ranks), ranks, strict=True)
+        ]
+    )
+    W, b = S.double() + low_rank, torch.zeros(rows) if bias is None else bias
+    expected = F.linear(x.double(), W, b.double())
+    size = F.linear(x.double().abs(), S.double().abs() + low_rank.abs() + 3, b.double().abs()) + 1e-9
+    with native.instruction_set(instruction_set):
+        matrix = native.Matrix(packed.values, packed.bitmask, U, V, bias, parts)
+        results = [matrix.few_tokens(x), matrix.many_tokens(x.float(), U, V, bias).to(x_dtype)]
+        results.append(sparse_low_rank_linear(x, packed.values, packed.bitmask, U, V, bias, [cut, rows - cut], ranks))
+        assert torch.equal(expand(packed.values, packed.bitmask, columns), S)
+    # the dense path of 16-bit dtypes rounds U V and S x on their own
+    tolerances = [ROUNDING[x_dtype]] * 2 + [4 * ROUNDING[x_dtype]]
+    for y, tolerance in zip(results, tolerances, strict=True):
+        assert y.shape == expected.shape
+        assert y.dtype == x_dtype
+        assert ((y.double() - expected).abs() <= tolerance * size).all()
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("x", [torch.tensor([float("inf"), 1.0, 2.0]), torch.tensor([1e30, 1e38, 3.4e38])])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_at_the_ends_of_a_dtype(instruction_set, x, dtype):
+    """Infinite, largest, subnormal, rounded up past the largest."""
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 65504, 65519, 65520, 6e-8, 3e-8, 2.9e-8, 1e-40])
+    packed = PackedSparse.pack(torch.eye(10), torch.float32)
+    packed.values.data = torch.ones(10)
+    U, V = torch.zeros(10, 0), torch.zeros(0, 10)
+    with native.instruction_set(instruction_set):
+        y = native.Matrix(packed.values, packed.bitmask, U, V, None, [(10, 0)]).few_tokens(
+            torch.diag(special).to(dtype)
+        )
+    finite = torch.isfinite(special.to(dtype))
+    assert torch.equal(y.diagonal()[finite], special.to(dtype)[finite])
+    # each token has one special feature; 0 x inf is NaN elsewhere, as in a dense product
+    assert torch.equal(y.diagonal().isnan(), special.to(dtype).isnan())
+
+
+@pytest.mark.parametrize("corruption", ["more ones", "fewer ones", "past the last column"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_bitmask_that_does_not_fit_is_never_followed(corruption, tokens):
+    _, packed = _matrix(30, 77, 0.4, torch.float32)
+    U, V, x = torch.zeros(30, 1), torch.zeros(1, 77), torch.randn(tokens, 77)
+    cache = native.MatrixCache()
+
+    def product() -> Tensor:
+        return sparse_low_rank_linear(x, packed.values, packed.bitmask, U, V, None, [30], [1], cache)
+
+    product()  # so that the cache holds the sound matrix
+    if corruption == "more ones":
+        packed.bitmask[-1, :9] = 255
+    elif corruption == "fewer ones":
+        packed.bitmask[0] = 0
+    else:
+        packed.bitmask[-1, -1] ^= 128
+        packed.values = nn.Parameter(torch.cat([packed.values, torch.ones(1)]), requires_grad=False)
+    with pytest.raises(ValueError, match="the bitmask does not fit"):
+        product()
+    with pytest.raises(ValueError, match="the bitmask does not fit"):
+        expand(packed.values, packed.bitmask, 77)
+
+
+def test_shapes_that_do_not_fit_are_errors():
+    _, packed = _matrix(6, 10, 0.5, torch.float32)
+    U, V = torch.zeros(6, 2), torch.zeros(2, 10)
+    good = (packed.values, packed.bitmask, U, V, torch.zeros(6), [(6, 2)])
+    native.Matrix(*good)
+    bad = {
+        1: packed.bitmask[:, :1],
+        2: U[:5],
+        3: torch.zeros(3, 10),
+        4: torch.zeros(5),
+        5: [(6, 3)],
+    }
+    for place, value in bad.items():
+        arguments = [value if i == place else argument for i, argument in enumerate(good)]
+        with pytest.raises(ValueError, match=r"must|fit"):
+            native.Matrix(*arguments)
+    with pytest.raises(ValueError, match="dtype"):
+        native.Matrix(*good[:2], U.half(), *good[3:])
+    with pytest.raises(ValueError, match="10 features"):
+        native.Matrix(*good).few_tokens(torch.zeros(2, 11))
+    with pytest.raises(ValueError, match="instruction set must be one of"), native.instruction_set("mmx"):
+        pass
+
+
+def _layer(rows: int = 24, columns: int = 40, dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:
+    S = torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.4)
+    factors = Factors(S, torch.randn(rows, 3), torch.randn(3, columns), 0.1, 1)
+    return SparseLowRankLinear.from_factors([("w", factors)], torch.randn(rows), dtype)
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_it_is_one_operator_for_compile_and_export(tokens):
+    model = nn.Sequential(_layer(), nn.GELU(), _layer(8, 24, torch.float16)).eval()
+    x = torch.randn(tokens, 40)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=4096)},))
+        torch.testing.assert_close(exported.module()(x), expected)
+        # few tokens take another path, which sums in another order
+        torch.testing.assert_close(exported.module()(x[:2]), expected[:2], rtol=1e-4, atol=1e-4)
+    names = [str(node.target) for node in exported.graph.nodes]
+    assert sum("sparse_low_rank_linear" in name for name in names) == 2
+    layer = model[0]
+    tensors = (layer.sparse.values, layer.sparse.bitmask, layer.low_rank.U, layer.low_rank.V, layer.bias)
+    arguments = (x, *tensors, [24], [3])
+    torch.library.opcheck(torch.ops.oats_vision.sparse_low_rank_linear.default, arguments)
+
+
+@pytest.mark.parametrize("tokens", [2, 60])
+def test_gradients_of_the_input_are_those_of_the_dense_layer(tokens):
+    layer = _layer()
+    x, y = (torch.randn(tokens, 40).requires_grad_() for _ in range(2))
+    y.data = x.data
+    layer(x).square().sum().backward()
+    layer.merge()(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_in_half_precision_take_inputs_in_single_and_under_autocast():
+    layer, x = _layer(dtype=torch.float16), torch.randn(4, 40)
+    expected = F.linear(x.double(), layer.dense_weight().double(), layer.bias.double())
+    assert layer(x).dtype == torch.float32
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-3, atol=2e-2)  # dense_weight is rounded to half
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_layers_that_were_used_can_be_copied_pickled_and_loaded_into():
+    layer, x = _layer(), torch.randn(4, 40)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    other = _layer()
+    other(x)
+    other.sparse.values = nn.Parameter(torch.empty_like(layer.sparse.values), requires_grad=False)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), expected)
+
+
+def test_threads_follow_torch():
+    layer, x = _layer(300, 200), torch.randn(300, 200)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        results.append((layer(x), layer(x[:3])))
+    torch.set_num_threads(before)
+    for many, few in results[1:]:
+        assert torch.equal(few, results[0][1])
+        torch.testing.assert_close(many, results[0][0])
+
+
+def test_without_the_compiled_module_all_is_the_same_and_it_says_so_once():
+    program = """
+import logging, sys
+sys.modules["oats_vision.kernels._native"] = None  # as if it had not been built
+import torch
+logging.basicConfig(level=logging.WARNING)
+from oats_vision.core.oats import Factors
+from oats_vision.layers import SparseLowRankLinear
+torch.manual_seed(0)
+S = torch.randn(9, 20) * (torch.rand(9, 20) < 0.4)
+factors = Factors(S, torch.randn(9, 2), torch.randn(2, 20), 0, 1)
+layer = SparseLowRankLinear.from_factors([("w", factors)], None, torch.float32)
+for tokens in (1, 5, 100):
+    x = torch.randn(tokens, 20)
+    torch.testing.assert_close(layer(x), x @ factors.dense().T, rtol=1e-4, atol=1e-4)
+layer.sparse.bitmask[0] = 255
+try:
+    layer(x)
+except ValueError as problem:
+    print(problem)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.count("compiled kernels are missing") == 1
+    assert "bitmask" in done.stdout
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 150),
+    share=st.floats(0, 1),
+    beta=st.sampled_from([0.0, 0.9]),
+    kind=st.sampled_from(["normal", "ties", "zeros", "heavy tails"]),
+    guess=st.sampled_from(["none", "last", "wrong"]),
+    seed=st.integers(0, 99),
+)
+def test_the_sparse_step_of_a_round_is_that_of_plain_tensors(
+    instruction_set, rows, columns, share, beta, kind, guess, seed
+):
+    torch.manual_seed(seed)
+    A, L, S = (torch.randn(rows, columns) for _ in range(3))
+    if kind == "ties":
+        A, L = A.round(), L.round()
+    elif kind == "zeros":
+        A = L.clone()
+    elif kind == "heavy tails":
+        A = A**9
+    keep = round(share * columns)
+    R = A - L
+    expected = keep_largest(R, Budget(0, keep * rows))
+    following = A - (expected + beta * (expected - S))
+    threshold = torch.zeros(rows)
+    if guess == "last" and 0 < keep < columns:
+        threshold = R.abs().topk(keep, dim=1).values[:, -1] * (1 + 0.01 * torch.randn(rows)).abs()
+    elif guess == "wrong":
+        threshold = torch.rand(rows) * 1e6
+    out = L.clone()
+    with native.instruction_set(instruction_set):
+        lost = native.sparse_step(A, out, S, out, threshold, keep=keep, extrapolation=beta)
+    assert ((S != 0).sum(1) <= keep).all()
+    if kind == "ties":  # which of equal magnitudes is kept is free
+        assert torch.equal(S.abs().sort(1).values, expected.abs().sort(1).values)
+    else:
+        assert torch.equal(S, expected)
+        torch.testing.assert_close(out, following, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lost, float((R - expected).double().square().sum()), rtol=1e-5, atol=1e-6)
