@@ -3,7 +3,6 @@
 W ~ S + U V,   minimising |(W - S - U V) D|,   D = sqrt(second moment of the inputs)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from oats_vision.core.budget import Budget
 from oats_vision.core.lowrank import WarmLowRank, exact_low_rank
-from oats_vision.core.threshold import keep_largest
+from oats_vision.core.threshold import SparseTerm, keep_largest
 
 Solver = Literal["fast", "exact"]
 
@@ -112,20 +111,19 @@ def extrapolated_thresholding(
     step gets there in fewer rounds, and past the plain iteration's result. A round whose error rises
     restarts the extrapolation.
     """
-    low_rank: Callable[[Tensor, int], tuple[Tensor, Tensor]] = WarmLowRank()
-    S, S_previous, buffer = torch.zeros_like(A), torch.zeros_like(A), torch.empty_like(A)
+    low_rank = WarmLowRank()
+    sparse = SparseTerm(A, budget)
     errors: list[float] = []
-    beta = 0.0
+    target = A.clone()  # what the low-rank term approximates
     for _ in range(iterations):
-        torch.lerp(S_previous, S, 1 + beta, out=buffer)  # S + beta (S - S_previous)
-        U, V = low_rank(torch.sub(A, buffer, out=buffer), budget.rank)
-        residual = torch.addmm(A, U, V, alpha=-1, out=buffer)  # A - L
-        S, S_previous = keep_largest(residual, budget, out=S_previous), S
-        errors.append(float(torch.linalg.vector_norm(residual.sub_(S))))
-        beta = extrapolation if len(errors) < 2 or errors[-1] <= errors[-2] else 0.0
+        U, V = low_rank(target, budget.rank)
+        L = torch.mm(U, V, out=target)
+        errors.append(sparse.update(L, extrapolation, target))
+        if len(errors) > 1 and errors[-1] > errors[-2]:
+            torch.sub(A, sparse.S, out=target)
         if tolerance and len(errors) > 10 and errors[-1] > (1 - tolerance) * errors[-11]:
             break
-    return S, U, V, len(errors)
+    return sparse.S, U, V, len(errors)
 
 
 def column_scale(moment: Tensor) -> Tensor:
