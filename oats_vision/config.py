@@ -33,8 +33,16 @@ class CompressionSettings(BaseModel):
 
     method: Method = Field("oats", description="oats, or a baseline: magnitude, wanda, sparsegpt, dsnot, svd, slicegpt")
     rate: float | None = Field(None, description="share of the parameters removed, in (0, 1) [default: 0.5]")
-    rank_ratio: float | None = Field(
-        None, description="share of what is kept that goes to the low-rank term, in [0, 1] [default: 0.2 for oats]"
+    rank_ratio: float | Literal["auto"] | None = Field(
+        None,
+        description="share of what is kept that goes to the low-rank term, in [0, 1]; auto: for each layer the split "
+        "that is fastest here [default: 0.2 for oats]",
+    )
+    error_tolerance: float = Field(
+        0.05, ge=0, description="rank ratio auto may raise a layer's error by this share over the best split's"
+    )
+    latency_tokens: int | None = Field(
+        None, ge=1, description="tokens that rank ratio auto times a layer with [default: of one picture; of text 1]"
     )
     pattern: str | None = Field(
         None,
@@ -70,6 +78,11 @@ class CompressionSettings(BaseModel):
             object.__setattr__(self, "refit", self.method == "oats" and self.scaling == "second_moment")
         object.__setattr__(self, "pattern", self.pattern or pattern)
         parsed = Pattern.parse(str(self.pattern))
+        if self.rank_ratio == "auto":
+            if self.method != "oats" or parsed.kind == "n:m":
+                raise ValueError("rank_ratio auto is for method oats with pattern row or layer")
+            object.__setattr__(self, "rate", split_rate(self.rate, None, parsed)[0])
+            return self
         rate, rank_ratio = split_rate(self.rate, self.rank_ratio if fixed is None else fixed, parsed)
         object.__setattr__(self, "rate", rate)
         object.__setattr__(self, "rank_ratio", rank_ratio)
@@ -77,11 +90,18 @@ class CompressionSettings(BaseModel):
 
     @property
     def terms(self) -> tuple[float, float, Pattern]:
-        """Rate, rank ratio and pattern, complete."""
+        """Rate, rank ratio and pattern, complete; of rank ratio auto a first guess."""
         assert self.rate is not None
         assert self.rank_ratio is not None
         assert self.pattern is not None
-        return self.rate, self.rank_ratio, Pattern.parse(self.pattern)
+        return self.rate, 0.2 if self.rank_ratio == "auto" else self.rank_ratio, Pattern.parse(self.pattern)
+
+    @property
+    def summary(self) -> str:
+        """Method, rate, rank ratio and pattern in words."""
+        rate, rank_ratio, pattern = self.terms
+        share = "auto" if self.rank_ratio == "auto" else f"{rank_ratio:.3g}"
+        return f"{self.method}{' + refit' * bool(self.refit)}, rate {rate:.3g}, rank ratio {share}, {pattern}"
 
 
 class RunConfig(CompressionSettings):

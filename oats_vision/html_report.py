@@ -48,7 +48,6 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     report = CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), report, getattr(torch, config["storage_dtype"]))
     settings = report.settings
-    rate, rank_ratio, pattern = settings.terms
     name = config["source"]["name"]
     cards = [
         (f"{report.parameters / report.dense_parameters:.1%}", "of the blocks' parameters kept"),
@@ -66,9 +65,9 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         progress(i + 1)
     environment = Environment(loader=PackageLoader("oats_vision"), autoescape=select_autoescape())
     return environment.get_template("report.html").render(
-        title=f"{name}, {settings.method} at rate {rate:.3g}",
+        title=f"{name}, {settings.method} at rate {settings.rate:.3g}",
         subtitle=f"{directory.name}: {config['source']['kind']} {name}, adapter {config['adapter']}, "
-        f"rank ratio {rank_ratio:.3g}, pattern {pattern}, written by {config['written_by']}",
+        f"{settings.summary}, written by {config['written_by']}",
         cards=cards,
         accuracy=_accuracy(directory),
         protocol=f"top1 {directory.name} --data LABELLED_PICTURES"

@@ -14,16 +14,16 @@ from oats_vision.adapters import Adapter, find_adapter, remember_adapter
 from oats_vision.block_calls import Batch, BlockCalls, capture_block_calls
 from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings, validated
-from oats_vision.core.budget import Budget, layer_budget
+from oats_vision.core.budget import layer_budget
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.methods import decompose, statistic_of
 from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing, slice_blocks
+from oats_vision.splits import Parts, candidates, fastest
 
 log = logging.getLogger(__name__)
 
 FEW_TOKENS = 256  # a second moment of that many is known to about 10%
-Parts = list[tuple[str, int, Budget]]  # name, out_features, budget
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,19 @@ def _decompose_blocks(
         tock = time.perf_counter()
         for j, (linear_name, parts) in enumerate(plan[name].items()):
             tell(0.3 + 0.5 * j / len(plan[name]), linear_name, report.layers[-1].error if report.layers else None)
+            at_once = report.settings.latency_tokens or (
+                max(tokens[linear_name] // report.samples, 1) if report.unit == "pictures" else 1
+            )
             layer = _compress_linear(
-                block, name, linear_name, parts, statistics[linear_name], tokens[linear_name], report.settings, storage
+                block,
+                name,
+                linear_name,
+                parts,
+                statistics[linear_name],
+                tokens[linear_name],
+                report.settings,
+                storage,
+                at_once,
             )
             report.layers.append(layer)
         report.seconds["solver"] += time.perf_counter() - tock
@@ -260,20 +271,32 @@ def _compress_linear(
     tokens: int,
     settings: CompressionSettings,
     storage: torch.dtype,
+    tokens_at_once: int,
 ) -> LayerReport:
     """Decompose one linear of the block and put the compressed layer in its place."""
     start = time.perf_counter()
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     rows = linear.weight.split([out_features for _, out_features, _ in parts])
-    try:
-        factors = [
-            (part, decompose(weight, statistic, budget, settings))
-            for weight, (part, _, budget) in zip(rows, parts, strict=True)
-        ]
-    except ValueError as unusable:
-        raise DataError(f"{block_name}.{name}: {unusable}") from None
-    layer = SparseLowRankLinear.from_factors(factors, linear.bias, storage)
+    choices = [parts]
+    if settings.rank_ratio == "auto":
+        choices = candidates(parts, linear.in_features, settings.terms[0])
+    layers, factors_of = [], []
+    for choice in choices:
+        try:
+            factors = [
+                (part, decompose(weight, statistic, budget, settings))
+                for weight, (part, _, budget) in zip(rows, choice, strict=True)
+            ]
+        except ValueError as unusable:
+            raise DataError(f"{block_name}.{name}: {unusable}") from None
+        factors_of.append(factors)
+        layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, storage))
+    best = 0
+    if len(layers) > 1:
+        errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
+        best = fastest(layers, errors, settings.error_tolerance, tokens_at_once, linear.weight.dtype)
+    layer, factors = layers[best], factors_of[best]
     block.set_submodule(name, layer.to(linear.weight.dtype))
     return LayerReport(
         name=f"{block_name}.{name}",

@@ -1,6 +1,6 @@
 """What people look at: progress, and tables of a run, of a checkpoint's layers and of the known models."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from oats_vision.benchmark import Timing
 from oats_vision.checkpoint import Sizes
 from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
 from oats_vision.pipeline import CompressionReport, Step
@@ -162,3 +163,17 @@ def key_values(title: str, rows: dict[str, Any]) -> Table:
 
 def _ratio(dense: float, ours: float) -> str:
     return f"{ours / dense:.3f} x"
+
+
+def bench_table(title: str, timings: Sequence[Timing], memory: tuple[int, int]) -> Table:
+    """Latency and throughput, dense against compressed, and the bytes of the weights in memory."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "compressed", "change"):
+        table.add_column(heading, justify="right")
+    for timing in timings:
+        pair = (timing.dense, timing.compressed)
+        table.add_row(timing.what, *(f"{seconds * 1e3:.1f} ms" for seconds in pair), f"{timing.speedup:.2f} x faster")
+        table.add_row(f"  {timing.unit}/s", *(f"{timing.units / seconds:.1f}" for seconds in pair), "")
+    table.add_row("weights in memory", *map(megabytes, memory), _ratio(*memory))
+    return table

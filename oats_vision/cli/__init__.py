@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.logging import RichHandler
 
-from oats_vision.cli import compress, evaluate, evaluate_text, show
+from oats_vision.cli import bench, compress, evaluate, evaluate_text, show
 from oats_vision.cli.common import notes
 from oats_vision.errors import OatsVisionError
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compress.compress)
+app.command()(bench.bench)
 app.command()(show.inspect)
 app.command()(show.rollout)
 app.command()(show.models)

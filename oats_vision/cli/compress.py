@@ -41,7 +41,9 @@ def compress(
     data: Annotated[str | None, option("data")] = None,
     method: Annotated[str | None, option("method")] = None,
     rate: Annotated[float | None, option("rate")] = None,
-    rank_ratio: Annotated[float | None, option("rank_ratio")] = None,
+    rank_ratio: Annotated[str | None, option("rank_ratio")] = None,
+    error_tolerance: Annotated[float | None, option("error_tolerance")] = None,
+    latency_tokens: Annotated[int | None, option("latency_tokens")] = None,
     pattern: Annotated[str | None, option("pattern")] = None,
     out: Annotated[Path | None, option("out")] = None,
     overwrite: Annotated[bool | None, option("overwrite", "--overwrite")] = None,
@@ -149,9 +151,7 @@ def compress(
         typer.echo(json.dumps(result))
         return
     console = results()
-    rate_used, rank_ratio_used, _ = settings.terms
-    method = settings.method + " + refit" * bool(settings.refit)
-    title = f"{run.model}: {method}, rate {rate_used:.3g}, rank ratio {rank_ratio_used:.3g}, {settings.pattern}"
+    title = f"{run.model}: {settings.summary}"
     scores = (before, after) if before and after else None
     console.print(report.run_table(f"{title}, stored in {settings.storage_dtype}", (parameters, kept), sizes, scores))
     errors = [layer.error for layer in done.layers]

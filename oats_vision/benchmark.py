@@ -1,0 +1,117 @@
+"""Speed and memory of models and layers, measured side by side."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.layers import merge
+
+
+@torch.inference_mode()
+def side_by_side(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns, so that what else the machine does meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-1, repeats):  # the first round warms up
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            _synchronize()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+        progress(repeat + 1)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measurement: `what` was done, with how many units (pictures, tokens) a call, and median seconds."""
+
+    what: str
+    units: int
+    unit: str
+    dense: float
+    compressed: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.compressed
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "speedup": self.speedup}
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model with dense layers of the same shapes."""
+    return merge(copy.deepcopy(model))
+
+
+def time_pictures(
+    dense: nn.Module,
+    compressed: nn.Module,
+    picture: Tensor,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Timing]:
+    """A forward pass on batches of `picture` (channels, height, width)."""
+    timings: list[Timing] = []
+    for size in batch_sizes:
+        batch, before = picture.expand(size, *picture.shape).contiguous(), len(timings) * repeats
+        calls = {"dense": partial(dense, batch), "compressed": partial(compressed, batch)}
+        taken = side_by_side(calls, repeats, lambda done, before=before: progress(before + done))  # type: ignore[misc]
+        timings.append(Timing(f"forward, batch {size}", size, "pictures", **taken))
+    return timings
+
+
+def time_text(
+    dense: nn.Module,
+    compressed: nn.Module,
+    vocabulary: int,
+    prompts: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Timing]:
+    """Reading prompts of the given lengths, and token by token generation after 16 tokens; batch 1, random ids."""
+    device = next(dense.parameters()).device
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    timings: list[Timing] = []
+
+    def measure(what: str, ids: Tensor, units: int, run: Callable[[nn.Module, Tensor], Any]) -> None:
+        calls = {"dense": lambda: run(dense, ids), "compressed": lambda: run(compressed, ids)}
+        done = len(timings) * repeats
+        taken = side_by_side(calls, repeats, lambda now: progress(done + now))
+        timings.append(Timing(what, units, "tokens", **taken))
+
+    generator = torch.Generator().manual_seed(0)
+    for length in prompts:
+        ids = torch.randint(vocabulary, (1, length), generator=generator).to(device)
+        measure(f"prompt of {length} tokens", ids, length, lambda model, ids: model(ids))
+    ids = torch.randint(vocabulary, (1, 16), generator=generator).to(device)
+    measure(
+        f"generating {new_tokens} tokens",
+        ids,
+        new_tokens,
+        lambda model, ids: model.generate(ids, attention_mask=torch.ones_like(ids), **options),  # type: ignore[operator]
+    )
+    return timings

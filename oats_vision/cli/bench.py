@@ -1,0 +1,67 @@
+"""`oats-vision bench`: how fast a compressed model is on this machine, against the dense one."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+
+from oats_vision import checkpoint, report
+from oats_vision.benchmark import dense_twin, time_pictures, time_text, weight_bytes
+from oats_vision.cli.common import Json, choose_device, dtype_of, machine, machine_line, notes, results
+from oats_vision.errors import ConfigError
+
+
+def bench(
+    directory: Annotated[Path, typer.Argument(help="a compressed checkpoint")],
+    batch_size: Annotated[list[int], typer.Option(min=1, help="pictures in a batch; may be repeated")] = [1, 16],  # noqa: B006
+    prompt: Annotated[list[int], typer.Option(min=1, help="tokens of a prompt (text); may be repeated")] = [128],  # noqa: B006
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate (text)")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="of each measurement; medians are shown")] = 7,
+    dtype: Annotated[str, typer.Option(help="precision to compute in: float32, bfloat16 or float16")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU [default: PyTorch's own]")] = None,
+    device: Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time a compressed model against its dense twin: latency, throughput and memory of the weights.
+
+    Both run the same inputs in turns, in the same precision. The twin has dense layers of the same shapes; compressed
+    layers keep their stored precision.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    target = choose_device(device)
+    compressed = checkpoint.load(
+        directory, device=target, dtype=dtype_of("--dtype", dtype), trust_remote_code=trust_remote_code
+    )
+    if checkpoint.is_sliced(compressed):
+        raise ConfigError(f"{directory} was compressed by slicegpt: its layers are dense already, and smaller")
+    dense = dense_twin(compressed)
+    transform = checkpoint.load_transform(directory)
+    lengths = len(batch_size) if transform else len(prompt) + 1
+    with report.counting_progress(notes, "timing", "rounds", lengths * repeats) as progress:
+        if transform:
+            picture = transform(Image.new("RGB", (256, 256), (120, 90, 60)))
+            picture = torch.as_tensor(picture).to(target, dtype_of("--dtype", dtype))
+            timings = time_pictures(dense, compressed, picture, batch_size, repeats, progress)
+        else:
+            vocabulary = int(compressed.config.vocab_size)  # type: ignore[union-attr, arg-type]
+            timings = time_text(dense, compressed, vocabulary, prompt, new_tokens, repeats, progress)
+    memory = (weight_bytes(dense), weight_bytes(compressed))
+    if as_json:
+        result = {
+            "directory": str(directory),
+            "dtype": dtype,
+            "repeats": repeats,
+            "timings": [timing.to_dict() for timing in timings],
+            "weight_bytes": {"dense": memory[0], "compressed": memory[1]},
+            "machine": machine(target),
+        }
+        typer.echo(json.dumps(result))
+        return
+    console = results()
+    console.print(report.bench_table(f"{directory}, {dtype}, medians of {repeats}", timings, memory))
+    console.print(machine_line(target))

@@ -1,0 +1,46 @@
+"""`rank_ratio auto`: the split of each layer's budget that runs fastest here, among those that lose little accuracy.
+
+Where the budget goes decides how a layer runs: a low-rank term is dense products, a sparse term fewer operations at a
+lower rate. Which is faster depends on the machine, the shape, and how many tokens come at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from oats_vision.benchmark import side_by_side
+from oats_vision.core.budget import Budget, layer_budget
+from oats_vision.layers import SparseLowRankLinear
+
+RANK_RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
+REPEATS = 9
+
+Parts = list[tuple[str, int, Budget]]  # name, out_features and budget
+
+
+def candidates(parts: Parts, in_features: int, rate: float) -> list[Parts]:
+    """The same parts with the budgets of each rank ratio that leaves them a rank, or asks for none."""
+    found = []
+    for ratio in RANK_RATIOS:
+        try:
+            found.append(
+                [(name, rows, layer_budget(rows, in_features, rate, ratio, old.pattern)) for name, rows, old in parts]
+            )
+        except ValueError:
+            continue  # too small a weight for this ratio
+    return found
+
+
+def fastest(
+    layers: Sequence[SparseLowRankLinear], errors: Sequence[float], tolerance: float, tokens: int, dtype: torch.dtype
+) -> int:
+    """Which of the layers has the lowest measured latency, among those whose error is within the tolerance.
+
+    Args:
+        errors: of each layer; the tolerance is a share of the smallest.
+        tokens: that come at a time, in `dtype`.
+    """
+    allowed = [i for i, error in enumerate(errors) if error <= (1 + tolerance) * min(errors)]
+    x = torch.randn(tokens, layers[0].in_features, device=layers[0].sparse.values.device).to(dtype)
+    seconds = side_by_side({str(i): lambda layer=layers[i]: layer(x) for i in allowed}, REPEATS)  # type: ignore[misc]
+    return min(allowed, key=lambda i: seconds[str(i)])
