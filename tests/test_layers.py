@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oats_vision.core.oats import Factors
+from oats_vision.errors import ModelError
+from oats_vision.kernels.semi_structured import is_two_of_four, to_semi_structured
 from oats_vision.layers import LayerSpec, PackedSparse, SparseLowRankLinear
 
 
@@ -79,3 +81,13 @@ def test_impossible_specs_are_errors():
     for change in ({"in_features": -4}, {"out_features": 7}, {"in_features": "4"}):
         with pytest.raises(ValueError, match=r"counts|rows"):
             LayerSpec.from_dict(spec.to_dict() | change)
+
+
+def test_what_is_two_of_four_and_that_it_needs_a_gpu():
+    rows = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
+    assert is_two_of_four(rows)
+    assert not is_two_of_four(rows[:, 1:])  # no whole groups
+    assert not is_two_of_four(torch.ones(1, 4).bool())
+    model = torch.nn.Sequential(SparseLowRankLinear.from_factors([("w", _factors(6, 8, 2, 0.5))], None, torch.float16))
+    with pytest.raises(ModelError, match="NVIDIA GPU"):
+        to_semi_structured(model)

@@ -12,6 +12,7 @@ from oats_vision import checkpoint, report
 from oats_vision.benchmark import dense_twin, time_pictures, time_text, weight_bytes
 from oats_vision.cli.common import Json, choose_device, dtype_of, machine, machine_line, notes, results
 from oats_vision.errors import ConfigError
+from oats_vision.kernels.semi_structured import to_semi_structured
 
 
 def bench(
@@ -40,6 +41,8 @@ def bench(
     if checkpoint.is_sliced(compressed):
         raise ConfigError(f"{directory} was compressed by slicegpt: its layers are dense already, and smaller")
     dense = dense_twin(compressed)
+    if target.type == "cuda" and dtype != "float32":
+        to_semi_structured(compressed)  # the layers that are 2:4
     transform = checkpoint.load_transform(directory)
     lengths = len(batch_size) if transform else len(prompt) + 1
     with report.counting_progress(notes, "timing", "rounds", lengths * repeats) as progress:

@@ -1,0 +1,68 @@
+"""2:4 sparse terms on NVIDIA GPUs: PyTorch's semi-structured tensors (cuSPARSELt or CUTLASS) plus the low-rank term."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oats_vision.errors import ModelError
+from oats_vision.layers import SparseLowRankLinear
+
+
+class SemiStructuredLinear(nn.Module):
+    """y = S x + U (V x) + b with S in the GPU's own 2:4 format: for running, not for saving.
+
+    All of it is ordinary PyTorch, so that torch.compile fuses the low-rank term's sum and the bias.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: SparseLowRankLinear, dtype: torch.dtype) -> None:
+        """Raises ValueError if S is not 2:4."""
+        super().__init__()
+        if not is_two_of_four(layer.sparse.mask()):
+            raise ValueError("the sparse term keeps more than 2 of 4 neighbours")
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        S = torch.sparse.to_sparse_semi_structured(layer.sparse.dense().to(dtype))
+        self.weight = nn.Parameter(S, requires_grad=False)
+        parts = layer.spec.parts
+        U = layer.low_rank.U.to(dtype).split([part.out_features for part in parts])
+        # one U for all parts, with zeros between them, so that two products serve a fused layer
+        blocks = [u[:, : part.rank] for u, part in zip(U, parts, strict=True)]
+        self.U = nn.Parameter(torch.block_diag(*blocks), requires_grad=False)
+        self.V = nn.Parameter(layer.low_rank.V.to(dtype), requires_grad=False)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.V), self.U) if len(self.V) else y
+
+
+def is_two_of_four(mask: Tensor) -> bool:
+    """Whether each group of 4 neighbours in a row of `mask` (out_features, in_features) has 2 ones at most."""
+    if mask.shape[1] % 4:
+        return False
+    return bool((mask.view(len(mask), -1, 4).sum(-1) <= 2).all())
+
+
+def to_semi_structured(model: nn.Module) -> nn.Module:
+    """Let every compressed layer of `model` whose S is 2:4 run on the GPU's sparse matrix units; return the model.
+
+    In place. Other layers stay as they are.
+
+    Raises:
+        ModelError: the model is not on a GPU that has such units (NVIDIA Ampere or later), or not in a 16-bit dtype.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLowRankLinear)}
+    compressed = tuple(f"{name}." for name in layers)
+    rest = next((p for name, p in model.named_parameters() if not name.startswith(compressed)), None)
+    first = rest if rest is not None else next(model.parameters())
+    if first.device.type != "cuda" or torch.cuda.get_device_capability(first.device) < (8, 0):
+        raise ModelError(f"2:4 products need an NVIDIA GPU of compute capability 8.0 or later, got {first.device}")
+    if first.dtype not in (torch.float16, torch.bfloat16):
+        raise ModelError(f"2:4 products need float16 or bfloat16, got {first.dtype}: load with dtype=torch.float16")
+    for name, layer in layers.items():
+        if is_two_of_four(layer.sparse.mask()):
+            model.set_submodule(name, SemiStructuredLinear(layer, first.dtype))
+    return model
