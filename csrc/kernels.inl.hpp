@@ -103,7 +103,8 @@ OATS_INLINE void widen(const V *from, float *to, int64_t n) {
     if (i < n) Vec::load(from + i, n - i).store(to + i, n - i);
 }
 
-constexpr int64_t group = 64;  // columns whose bits are read at once
+constexpr int64_t group = 64;               // columns whose bits are read at once
+constexpr int64_t one_thread = 128 * 1024;  // below so much work, waking a second thread takes longer
 
 // Two vectors of columns in the order of `Vec::expand`: the even ones first
 inline void interleave(float *x) {
@@ -205,6 +206,7 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
                        int threads) {
     int64_t ranks = 0;
     for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
+    if (S.rows * S.columns * io.tokens < one_thread) threads = 1;
     const int64_t x_stride = round_up(S.columns, group);
     Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
     const FewTokens p{S, row_start, L, bias, x_stride, ranks, x + 0, z + 0, y + 0};
@@ -251,9 +253,9 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
 // Many tokens: a tile of inputs, tokens in the lanes, stays in the first-level cache while the rows of S go by
 // ---------------------------------------------------------------------------------------------------------------
 
-// A tile holds 96 columns of 6 vectors of tokens: 36 KB with 512-bit vectors. More rows at a time than 256 push the
-// outputs out of the second-level cache, fewer read the tile from it too often.
-constexpr int64_t block_columns = 96, block_bytes = block_columns / 8, chunk_rows = 512;
+// A tile holds 96 columns of 6 vectors of tokens: 36 KB with 512-bit vectors. With fewer rows than 1024 it is read from
+// the second-level cache too often, with more their outputs (384 KB) leave that cache.
+constexpr int64_t block_columns = 96, block_bytes = block_columns / 8, chunk_rows = 1024;
 constexpr int most_vectors = 6;
 constexpr int64_t inputs_bytes = 16 << 20;  // of transposed inputs at a time
 

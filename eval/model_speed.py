@@ -4,8 +4,8 @@ r"""Speed of whole models: compressed against dense, and against what else makes
     python eval/model_speed.py vit_b_50/ --others bfloat16 compile onnxruntime openvino --csv models.csv
 
 The dense model is the checkpoint's twin with dense layers of the same shapes. `bfloat16` and `compile` are that model
-in PyTorch; `onnxruntime` and `openvino` run its ONNX export in float32 with as many threads (pip install onnx onnxscript
-onnxruntime openvino). `rank ratio 0` is a model pruned at the same rate in the same kernels; its weights are random.
+in PyTorch; `onnxruntime` and `openvino` run its ONNX export in float32 with as many threads (install onnx, onnxscript,
+onnxruntime, openvino). `rank ratio 0` is a model pruned at the same rate in the same kernels, with random weights.
 """
 
 import argparse

@@ -128,8 +128,8 @@ def load(
 
     Args:
         path: a directory that `save` wrote.
-        dtype: to compute in; that of the compression run if not given. The compressed layers stay as small as they are
-            stored, and compute in the dtype of their inputs.
+        dtype: to compute in; that of the compression run if not given. Compressed layers stay in the stored dtype if
+            that is smaller, and compute in the dtype of their inputs.
         model: a module of the original class, if the model was one of your own; changed in place.
         trust_remote_code: allow code from a hub to run (models from torch.hub).
 
@@ -142,6 +142,7 @@ def load(
     source = ModelSource(**config["source"])
     dtype = dtype or getattr(torch, config["dtype"])
     storage = getattr(torch, config["storage_dtype"])
+    layers_dtype = storage if storage.itemsize < dtype.itemsize else dtype
     tensors = read_weights(path, config)
     adapter = next((adapter for adapter in adapters() if adapter.name == config["adapter"]), None)
     if adapter is None:
@@ -154,10 +155,10 @@ def load(
         if report.slicing:
             empty_sliced_blocks(model, adapter, report.slicing)
         for name, spec in layer_specs(config).items():
-            model.set_submodule(name, SparseLowRankLinear.empty(spec, storage))
+            model.set_submodule(name, SparseLowRankLinear.empty(spec, layers_dtype))
         compressed = tuple(f"{name}." for name in layer_specs(config))
         cast = {
-            name: t.to(dtype) if t.is_floating_point() and not name.startswith(compressed) else t
+            name: t.to(layers_dtype if name.startswith(compressed) else dtype) if t.is_floating_point() else t
             for name, t in tensors.items()
         }
         model.load_state_dict(cast | {name: cast[original] for name, original in config["tied"].items()}, assign=True)

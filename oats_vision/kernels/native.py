@@ -107,18 +107,21 @@ class Matrix:
         )
 
     def few_tokens(self, x: Tensor) -> Tensor:
-        """(tokens, in_features) -> (tokens, out_features), dtype of x, in one pass over the weights."""
-        tokens, in_features = x.shape
-        if in_features != self._in_features or x.stride(1) != 1:
-            x = self._rows_of(x)
-        y = torch.empty((tokens, self._rows), dtype=x.dtype)
-        stride, threads = x.stride(0), torch.get_num_threads()
-        self._matrix.few_tokens(x.data_ptr(), TYPES[x.dtype], tokens, stride, y.data_ptr(), threads)
+        """(..., in_features) -> (..., out_features), dtype of x, in one pass over the weights."""
+        *batch, in_features = x.shape
+        if in_features != self._in_features:
+            raise ValueError(f"the input must have {self._in_features} features, got {in_features}")
+        x = x.contiguous()
+        y = torch.empty((*batch, self._rows), dtype=x.dtype)
+        tokens, threads = x.numel() // in_features, torch.get_num_threads()
+        self._matrix.few_tokens(x.data_ptr(), TYPES[x.dtype], tokens, in_features, y.data_ptr(), threads)
         return y
 
     def many_tokens(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
         """The same for many tokens, all but the sparse values in float32: U, V and bias as given to the matrix."""
-        x = self._rows_of(x)
+        if x.shape[1] != self._in_features:
+            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[1]}")
+        x = x if x.stride(1) == 1 else x.contiguous()
         U, V, bias = U.float(), V.float(), None if bias is None else bias.float()
         if x.dtype != torch.float32 or not U.is_contiguous():
             raise ValueError(f"x must be float32 and U contiguous, got {x.dtype}")
@@ -134,11 +137,6 @@ class Matrix:
             torch.get_num_threads(),
         )
         return y
-
-    def _rows_of(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self._in_features:
-            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[1]}")
-        return x if x.stride(1) == 1 else x.contiguous()
 
 
 class MatrixCache:

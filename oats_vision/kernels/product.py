@@ -90,8 +90,9 @@ def _product(
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
     parts = list(zip(out_features, ranks, strict=True))
     matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, parts)
-    x = x.reshape(-1, shape[-1])
-    y = matrix.few_tokens(x) if tokens <= FEW_TOKENS else matrix.many_tokens(x.float(), U, V, bias).to(dtype)
+    if tokens <= FEW_TOKENS:
+        return matrix.few_tokens(x)
+    y = matrix.many_tokens(x.reshape(-1, shape[-1]).float(), U, V, bias).to(dtype)
     return y.view(*shape[:-1], y.shape[1])
 
 
