@@ -253,9 +253,9 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
 // Many tokens: a tile of inputs, tokens in the lanes, stays in the first-level cache while the rows of S go by
 // ---------------------------------------------------------------------------------------------------------------
 
-// A tile holds 96 columns of 6 vectors of tokens: 36 KB with 512-bit vectors. With fewer rows than 1024 it is read from
-// the second-level cache too often, with more their outputs (384 KB) leave that cache.
-constexpr int64_t block_columns = 96, block_bytes = block_columns / 8, chunk_rows = 1024;
+// A tile holds 64 columns of 6 vectors of tokens: 24 KB with 512-bit vectors, half of a first-level cache. With fewer rows
+// than 1024 it is read from the second-level cache too often, with more their outputs (384 KB) leave that cache.
+constexpr int64_t block_columns = 64, block_bytes = block_columns / 8, chunk_rows = 1024;
 constexpr int most_vectors = 6;
 constexpr int64_t inputs_bytes = 16 << 20;  // of transposed inputs at a time
 
@@ -263,18 +263,8 @@ struct Entry {  // one row's values in one block of columns
     uint16_t row, count;
 };
 
-struct BlockBits {
-    uint64_t low, high;
-    int count() const { return popcount(low) + popcount(high); }
-};
-
-OATS_INLINE BlockBits block_bits(const uint8_t *row, int64_t row_bytes, int64_t block) {
-    const int64_t from = block * block_bytes;
-    if (from + 16 <= row_bytes) {
-        const uint64_t high = read_bits(row + from + 8, 8) & 0xffffffff;
-        return {read_bits(row + from, 8), high};
-    }
-    return {read_bits(row + from, row_bytes - from), read_bits(row + from + 8, least(4, row_bytes - from - 8))};
+OATS_INLINE uint64_t block_bits(const uint8_t *row, int64_t row_bytes, int64_t block) {
+    return read_bits(row + block * block_bytes, row_bytes - block * block_bytes);
 }
 
 // Some rows of S in the order in which `multiply` goes through them: block by block of columns, and in a block by
@@ -295,7 +285,7 @@ struct Stream {
         for (int64_t b = 0; b < blocks; b++) {
             uint16_t place[block_columns + 2] = {};
             for (int64_t r = 0; r < rows; r++) {
-                count[r] = static_cast<uint8_t>(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b).count());
+                count[r] = static_cast<uint8_t>(popcount(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b)));
                 place[count[r] + 1]++;
             }
             for (int64_t n = 1; n <= block_columns; n++) place[n] = static_cast<uint16_t>(place[n] + place[n - 1]);
@@ -303,9 +293,7 @@ struct Stream {
             for (int64_t r = 0; r < rows; r++) entry[place[count[r]]++] = {static_cast<uint16_t>(r), count[r]};
             for (int64_t e = 0; e < rows; e++) {
                 const int64_t r = entry[e].row, n = entry[e].count;
-                const BlockBits bits = block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b);
-                positions(bits.low, 0, column);
-                if (bits.high) positions(bits.high, 64, column + popcount(bits.low));
+                positions(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b), column);
                 widen(from + next[r], value, n);
                 next[r] += n;
                 column += n;
@@ -463,8 +451,9 @@ inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank
     for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
     const ManyTokens p{S, L, static_cast<const float *>(L.U), bias};
     const int64_t columns = most(S.columns, 1), blocks = ceil_div(S.columns, block_columns);
-    const int64_t step = least(chunk_rows, round_up(ceil_div(S.rows, threads), W));
-    const int64_t chunks = ceil_div(S.rows, step);
+    // as many chunks of rows for each thread
+    const int64_t shares = round_up(ceil_div(S.rows, chunk_rows), threads);
+    const int64_t step = most(round_up(ceil_div(S.rows, shares), W), W), chunks = ceil_div(S.rows, step);
     int64_t most_values = 0;
     for (int64_t c = 0; c < chunks; c++)
         most_values = most(most_values, row_start[least(S.rows, (c + 1) * step)] - row_start[c * step]);

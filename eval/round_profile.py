@@ -55,10 +55,9 @@ def main() -> None:
         taken = side_by_side(calls, args.repeats)
         rate, bandwidth = 2 * 1024**3 / taken["product"], parts.pop("copy")[2] / taken["copy"]
         total = sum(taken[name] for name in parts)
-        table = Table(
-            title=f"{shape}, rank {rank}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}: products at {rate / 1e9:.0f} GFLOP/s, copies at {bandwidth / 1e9:.0f} GB/s; medians of {args.repeats}"
-        )
+        machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        rates = f"products at {rate / 1e9:.0f} GFLOP/s, copies at {bandwidth / 1e9:.0f} GB/s"
+        table = Table(title=f"{shape}, rank {rank}, {machine}: {rates}; medians of {args.repeats}")
         for heading in ("part", "ms", "of the round", "MFLOP", "GFLOP/s", "MB", "GB/s", "floor ms", "time to floor"):
             table.add_column(heading, justify="left" if heading == "part" else "right")
         for name, (_, operations, moved) in parts.items():
