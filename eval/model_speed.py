@@ -10,13 +10,12 @@ onnxruntime, openvino). `rank ratio 0` is a model pruned at the same rate in the
 
 import argparse
 import copy
-import csv
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from layer_speed import random_layer
+from layer_speed import random_layer, write_csv
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -27,6 +26,7 @@ import oats_vision as ov
 from oats_vision.benchmark import dense_twin, side_by_side
 from oats_vision.checkpoint import load_transform
 from oats_vision.core.budget import Pattern
+from oats_vision.layers import compressed_layers
 
 OTHERS = ["bfloat16", "compile", "onnxruntime", "openvino", "rank ratio 0"]
 
@@ -57,14 +57,13 @@ def openvino(model: nn.Module, batch: Tensor, folder: Path):
 def pruned(compressed: nn.Module) -> nn.Module:
     """The same model at the same rate without low-rank terms."""
     model = copy.deepcopy(compressed)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, ov.SparseLowRankLinear):
-            rate = 1 - layer.spec.parameters / layer.spec.dense_parameters
-            storage = layer.sparse.values.dtype
-            plain = random_layer(layer.out_features, layer.in_features, rate, 0.0, Pattern(), storage)
-            if layer.bias is None:
-                plain.bias = None
-            model.set_submodule(name, plain)
+    for name, layer in compressed_layers(model).items():
+        rate = 1 - layer.spec.parameters / layer.spec.dense_parameters
+        storage = layer.sparse.values.dtype
+        plain = random_layer(layer.out_features, layer.in_features, rate, 0.0, Pattern(), storage)
+        if layer.bias is None:
+            plain.bias = None
+        model.set_submodule(name, plain)
     return model
 
 
@@ -113,10 +112,7 @@ def main() -> None:
         table.add_row(row["model"], str(row["batch"]), row["what"], f"{row['ms']:.1f}", f"{row['to_dense']:.2f}")
     Console(width=120).print(table)
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

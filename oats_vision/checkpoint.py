@@ -154,9 +154,10 @@ def load(
         report = CompressionReport.from_dict(config)
         if report.slicing:
             empty_sliced_blocks(model, adapter, report.slicing)
-        for name, spec in layer_specs(config).items():
+        specs = layer_specs(config)
+        for name, spec in specs.items():
             model.set_submodule(name, SparseLowRankLinear.empty(spec, layers_dtype))
-        compressed = tuple(f"{name}." for name in layer_specs(config))
+        compressed = tuple(f"{name}." for name in specs)
         cast = {
             name: t.to(layers_dtype if name.startswith(compressed) else dtype) if t.is_floating_point() else t
             for name, t in tensors.items()

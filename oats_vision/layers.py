@@ -204,15 +204,24 @@ class SparseLowRankLinear(nn.Module):
         )
 
 
+def compressed_layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
+    """The compressed layers of a model, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLowRankLinear)}
+
+
+def other_parameter(model: nn.Module) -> nn.Parameter | None:
+    """A floating parameter outside of the compressed layers, which has the dtype that the model computes in."""
+    compressed = tuple(f"{name}." for name in compressed_layers(model))
+    others = (p for name, p in model.named_parameters() if p.is_floating_point() and not name.startswith(compressed))
+    return next(others, None)
+
+
 def merge(model: nn.Module) -> nn.Module:
     """Replace every compressed layer of `model`, in place, by the dense nn.Linear it stands for; return the model.
 
     The dense weights get the dtype of the model's other parameters, that of the compressed layers if there are none.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLowRankLinear)}
-    compressed = tuple(f"{name}." for name in layers)
-    others = (p for name, p in model.named_parameters() if p.is_floating_point() and not name.startswith(compressed))
-    other = next(others, None)
-    for name, layer in layers.items():
+    other = other_parameter(model)
+    for name, layer in compressed_layers(model).items():
         model.set_submodule(name, layer.merge(None if other is None else other.dtype))
     return model

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.errors import ModelError
-from oats_vision.layers import SparseLowRankLinear
+from oats_vision.layers import SparseLowRankLinear, compressed_layers, other_parameter
 
 
 class SemiStructuredLinear(nn.Module):
@@ -54,15 +54,13 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: the model is not on a GPU that has such units (NVIDIA Ampere or later), or not in a 16-bit dtype.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLowRankLinear)}
-    compressed = tuple(f"{name}." for name in layers)
-    rest = next((p for name, p in model.named_parameters() if not name.startswith(compressed)), None)
-    first = rest if rest is not None else next(model.parameters())
+    other = other_parameter(model)
+    first = other if other is not None else next(model.parameters())
     if first.device.type != "cuda" or torch.cuda.get_device_capability(first.device) < (8, 0):
         raise ModelError(f"2:4 products need an NVIDIA GPU of compute capability 8.0 or later, got {first.device}")
     if first.dtype not in (torch.float16, torch.bfloat16):
         raise ModelError(f"2:4 products need float16 or bfloat16, got {first.dtype}: load with dtype=torch.float16")
-    for name, layer in layers.items():
+    for name, layer in compressed_layers(model).items():
         if is_two_of_four(layer.sparse.mask()):
             model.set_submodule(name, SemiStructuredLinear(layer, first.dtype))
     return model
