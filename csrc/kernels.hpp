@@ -48,8 +48,8 @@ struct Kernels {
     // y = S x + U V x + bias: for few tokens, where reading the weights is most of the work.
     void (*few_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
                        int threads);
-    // The same for many tokens, where arithmetic is most of the work. All but the values is float32, and Vx (tokens,
-    // sum of the ranks) is V x.
+    // The same for many tokens, where arithmetic is most of the work. All but the values is float32, and Vx (sum of
+    // the ranks, tokens) is V x.
     void (*many_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const float *bias, const float *Vx,
                         const Tokens &, int threads);
     // S with its zeros, (rows, columns), in the values' type.

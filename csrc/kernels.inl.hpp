@@ -2,11 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "kernels.hpp"
+#include "memory.hpp"
 #include "simd.hpp"
 #include "team.hpp"
 
@@ -29,18 +28,16 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 class Scratch {
   public:
-    explicit Scratch(int64_t count) {
-        const size_t bytes = static_cast<size_t>(round_up(most(count, 1) * static_cast<int64_t>(sizeof(T)), 64));
-        data_ = static_cast<T *>(std::aligned_alloc(64, bytes));
-        if (!data_) throw std::bad_alloc();
-    }
+    explicit Scratch(int64_t count)
+        : bytes_(static_cast<size_t>(count) * sizeof(T)), data_(static_cast<T *>(borrow(bytes_))) {}
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
-    ~Scratch() { std::free(data_); }
+    ~Scratch() { give_back(data_, bytes_); }
     T *operator+(int64_t i) const { return data_ + i; }
     T &operator[](int64_t i) const { return data_[i]; }
 
   private:
+    size_t bytes_;
     T *data_;
 };
 
@@ -253,11 +250,12 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
 // Many tokens: a tile of inputs, tokens in the lanes, stays in the first-level cache while the rows of S go by
 // ---------------------------------------------------------------------------------------------------------------
 
-// A tile holds 64 columns of 6 vectors of tokens: 24 KB with 512-bit vectors, half of a first-level cache. With fewer rows
-// than 1024 it is read from the second-level cache too often, with more their outputs (384 KB) leave that cache.
-constexpr int64_t block_columns = 64, block_bytes = block_columns / 8, chunk_rows = 1024;
-constexpr int most_vectors = 6;
-constexpr int64_t inputs_bytes = 16 << 20;  // of transposed inputs at a time
+// A tile holds 64 columns of up to 8 vectors of tokens: 32 KB with 512-bit vectors, of a first-level cache of 48. The
+// outputs of up to 1024 rows stay in the second-level cache meanwhile (512 KB); with fewer rows, turning the tile over
+// is too much of the work.
+constexpr int64_t block_columns = 64, block_bytes = block_columns / 8, task_rows = 1024;
+constexpr int most_vectors = 8;
+constexpr int64_t stream_bytes = 16 << 20;  // of reordered values at a time
 
 struct Entry {  // one row's values in one block of columns
     uint16_t row, count;
@@ -270,19 +268,21 @@ OATS_INLINE uint64_t block_bits(const uint8_t *row, int64_t row_bytes, int64_t b
 // Some rows of S in the order in which `multiply` goes through them: block by block of columns, and in a block by
 // the number of values, so that loops of equal length follow each other and the CPU foresees their ends.
 struct Stream {
+    int64_t first, rows;
     float *values;
-    uint8_t *columns;  // within the block
+    uint8_t *columns;  // within the block; `positions` may write 64 more
     Entry *entries;    // blocks x rows
+    int64_t *start;    // of each block in values and columns
 
     template <class V>
-    void build(const Sparse &S, const int64_t *row_start, int64_t first, int64_t rows, int64_t *next) const {
+    void build(const Sparse &S, const int64_t *row_start, int64_t *next) const {
         const int64_t row_bytes = S.row_bytes(), blocks = ceil_div(S.columns, block_columns);
         const V *from = static_cast<const V *>(S.values);
-        float *value = values;
-        uint8_t *column = columns;
+        int64_t at = 0;
         for (int64_t r = 0; r < rows; r++) next[r] = row_start[first + r];
-        uint8_t count[chunk_rows];
+        uint8_t count[task_rows];
         for (int64_t b = 0; b < blocks; b++) {
+            start[b] = at;
             uint16_t place[block_columns + 2] = {};
             for (int64_t r = 0; r < rows; r++) {
                 count[r] = static_cast<uint8_t>(popcount(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b)));
@@ -293,11 +293,10 @@ struct Stream {
             for (int64_t r = 0; r < rows; r++) entry[place[count[r]]++] = {static_cast<uint16_t>(r), count[r]};
             for (int64_t e = 0; e < rows; e++) {
                 const int64_t r = entry[e].row, n = entry[e].count;
-                positions(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b), column);
-                widen(from + next[r], value, n);
+                positions(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b), columns + at);
+                widen(from + next[r], values + at, n);
                 next[r] += n;
-                column += n;
-                value += n;
+                at += n;
             }
         }
     }
@@ -336,47 +335,34 @@ OATS_INLINE void multiply_row(const float *x, const uint8_t *columns, const floa
 template <int K>
 void multiply_dense(const float *U, int64_t width, const float *bias, int64_t rows, int64_t rank, const float *z,
                     float *y) {
-    constexpr int W = Vec::width, at_once = 4;
-    int64_t row = 0;
-    const auto block = [&]<int R>() {
-        Vec acc[R][K];
-        OATS_UNROLL for (int r = 0; r < R; r++)
-            OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k] = Vec::all(bias ? bias[row + r] : 0);
-        for (int64_t i = 0; i < rank; i++) {
-            Vec from[K];
-            OATS_UNROLL for (int k = 0; k < K; k++) from[k] = Vec::load(z + (i * K + k) * W);
-            OATS_UNROLL for (int r = 0; r < R; r++) {
-                const Vec u = Vec::all(U[(row + r) * width + i]);
-                OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k] = fma(u, from[k], acc[r][k]);
+    constexpr int W = Vec::width, at_once = K > 6 ? 3 : 4;  // rows whose sums stay in registers
+    constexpr int64_t cached = 64;                          // rows of z that stay in the first-level cache
+    int64_t begin = 0;
+    do {
+        const int64_t end = least(rank, begin + cached);
+        const auto block = [=]<int R>(int64_t row) {
+            Vec acc[R][K];
+            OATS_UNROLL for (int r = 0; r < R; r++)
+                OATS_UNROLL for (int k = 0; k < K; k++)
+                    acc[r][k] = begin  ? Vec::load(y + ((row + r) * K + k) * W)
+                                : bias ? Vec::all(bias[row + r])
+                                       : Vec::zero();
+            for (int64_t i = begin; i < end; i++) {
+                Vec u[R];
+                OATS_UNROLL for (int r = 0; r < R; r++) u[r] = Vec::all(U[(row + r) * width + i]);
+                OATS_UNROLL for (int k = 0; k < K; k++) {
+                    const Vec from = Vec::load(z + (i * K + k) * W).in_register();
+                    OATS_UNROLL for (int r = 0; r < R; r++) acc[r][k] = fma(u[r], from, acc[r][k]);
+                }
             }
-        }
-        OATS_UNROLL for (int r = 0; r < R; r++)
-            OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k].store(y + ((row + r) * K + k) * W);
-    };
-    for (; row + at_once <= rows; row += at_once) block.template operator()<at_once>();
-    for (; row < rows; row++) block.template operator()<1>();
-}
-
-// y (rows, K vectors) += stream . x (columns, K vectors)
-template <int K>
-void multiply_sparse(const Stream &stream, int64_t rows, int64_t blocks, const float *x, float *y) {
-    constexpr int64_t tile = K * Vec::width;
-    const float *values = stream.values;
-    const uint8_t *columns = stream.columns;
-    const int64_t lines = block_columns * tile * int64_t{sizeof(float)} / 64, step = ceil_div(lines, rows);
-    for (int64_t b = 0; b < blocks; b++, x += block_columns * tile) {
-        const Entry *entry = stream.entries + b * rows;
-        const char *following = reinterpret_cast<const char *>(x + block_columns * tile);
-        for (int64_t e = 0; e < rows; e++) {
-            if (b + 1 < blocks)
-                for (int64_t i = 0; i < step; i++, following += 64) __builtin_prefetch(following, 0, 2);
-            const float *ahead = y + entry[least(e + 2, rows - 1)].row * tile;
-            OATS_UNROLL for (int k = 0; k < K; k++) __builtin_prefetch(ahead + k * Vec::width);
-            multiply_row<K>(x, columns, values, entry[e].count, y + entry[e].row * tile);
-            columns += entry[e].count;
-            values += entry[e].count;
-        }
-    }
+            OATS_UNROLL for (int r = 0; r < R; r++)
+                OATS_UNROLL for (int k = 0; k < K; k++) acc[r][k].store(y + ((row + r) * K + k) * W);
+        };
+        int64_t row = 0;
+        for (; row + at_once <= rows; row += at_once) block.template operator()<at_once>(row);
+        for (; row < rows; row++) block.template operator()<1>(row);
+        begin = end;
+    } while (begin < rank);
 }
 
 // Columns [first, last) of x (tokens, stride) for the `tile` tokens from `token` on, transposed: to[column][token],
@@ -384,8 +370,8 @@ void multiply_sparse(const Stream &stream, int64_t rows, int64_t blocks, const f
 inline void transpose_in(const float *x, int64_t stride, int64_t tokens, int64_t token, int64_t tile, int64_t first,
                          int64_t last, float *to) {
     constexpr int W = Vec::width;
-    for (int64_t c = first; c < last; c += W)
-        for (int64_t t = 0; t < tile; t += W) {
+    for (int64_t t = 0; t < tile; t += W)
+        for (int64_t c = first; c < last; c += W) {
             Vec r[W];
             const int64_t n = least(W, last - c);
             for (int i = 0; i < W; i++) {
@@ -396,7 +382,7 @@ inline void transpose_in(const float *x, int64_t stride, int64_t tokens, int64_t
                     r[i] = n == W ? Vec::load(from) : Vec::load(from, n);
             }
             Vec::transpose(r);
-            for (int i = 0; i < n; i++) r[i].store(to + (c + i) * tile + t);
+            for (int i = 0; i < n; i++) r[i].store(to + (c - first + i) * tile + t);
         }
 }
 
@@ -425,84 +411,123 @@ inline void transpose_out(const Tokens &io, int64_t token, int64_t tile, int64_t
 struct ManyTokens {
     const Sparse &S;
     const LowRank &L;
-    const float *U, *bias;
+    const float *U, *bias, *Vx;
+    const Tokens &io;
+    int64_t ranks;
 };
 
-// One tile of tokens and some rows: y (rows, K vectors)
+// A worker's tile of transposed inputs (block_columns, tile), of V x (ranks, tile) and of outputs (rows, tile)
+struct Tile {
+    float *x, *z, *y;
+};
+
+// One tile of tokens and the rows of some streams
 template <int K>
-void multiply(const ManyTokens &p, const Stream &stream, int64_t first, int64_t rows, const float *x, const float *z,
-              float *y) {
+void multiply(const ManyTokens &p, const Stream *streams, int64_t count, int64_t token, const Tile &tile) {
+    constexpr int64_t width = K * Vec::width;
+    const float *x = static_cast<const float *>(p.io.x);
+    const int64_t first = streams[0].first, rows = streams[count - 1].first + streams[count - 1].rows - first;
+    const int64_t tokens = least(width, p.io.tokens - token), blocks = ceil_div(p.S.columns, block_columns);
+    for (int64_t i = 0; i < p.ranks; i++)
+        for (int64_t t = 0; t < width; t += Vec::width) {
+            const float *from = p.Vx + i * p.io.tokens + token + t;
+            const Vec z = t + Vec::width <= tokens ? Vec::load(from) : Vec::load(from, most(0, tokens - t));
+            z.store(tile.z + i * width + t);
+        }
     int64_t part_row = 0, part_rank = 0;
     for (int64_t j = 0; j < p.L.parts; j++) {
         const int64_t from = most(first, part_row), to = least(first + rows, part_row + p.L.part[j].rows);
         if (from < to)
             multiply_dense<K>(p.U + from * p.L.width, p.L.width, p.bias ? p.bias + from : nullptr, to - from,
-                              p.L.part[j].rank, z + part_rank * K * Vec::width, y + (from - first) * K * Vec::width);
+                              p.L.part[j].rank, tile.z + part_rank * width, tile.y + (from - first) * width);
         part_row += p.L.part[j].rows;
         part_rank += p.L.part[j].rank;
     }
-    multiply_sparse<K>(stream, rows, ceil_div(p.S.columns, block_columns), x, y);
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t column = b * block_columns;
+        transpose_in(x, p.io.stride, p.io.tokens, token, width, column, least(p.S.columns, column + block_columns),
+                     tile.x);
+        // the next block's inputs, a token at a time
+        const int64_t after = column + block_columns, every = most(1, rows / tokens);
+        int64_t fetched = after < p.S.columns ? 0 : tokens, done = 0;
+        for (int64_t s = 0; s < count; s++) {
+            const Entry *entry = streams[s].entries + b * streams[s].rows;
+            const float *values = streams[s].values + streams[s].start[b];
+            const uint8_t *columns = streams[s].columns + streams[s].start[b];
+            float *y = tile.y + (streams[s].first - first) * width;
+            for (int64_t e = 0; e < streams[s].rows; e++, done++) {
+                if (fetched < tokens && done >= fetched * every) {
+                    const char *ahead = reinterpret_cast<const char *>(x + (token + fetched++) * p.io.stride + after);
+                    OATS_UNROLL for (int i = 0; i < block_columns * 4; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+                }
+                const float *ahead = y + entry[least(e + 2, streams[s].rows - 1)].row * width;
+                OATS_UNROLL for (int k = 0; k < K; k++) __builtin_prefetch(ahead + k * Vec::width);
+                multiply_row<K>(tile.x, columns, values, entry[e].count, y + entry[e].row * width);
+                columns += entry[e].count;
+                values += entry[e].count;
+            }
+        }
+    }
+    transpose_out(p.io, token, width, first, rows, p.S.rows, tile.y);
 }
 
 inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const float *bias, const float *Vx,
                         const Tokens &io, int threads) {
     constexpr int W = Vec::width;
+    if (!S.rows || !io.tokens) return;
     int64_t ranks = 0;
     for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
-    const ManyTokens p{S, L, static_cast<const float *>(L.U), bias};
-    const int64_t columns = most(S.columns, 1), blocks = ceil_div(S.columns, block_columns);
-    // as many chunks of rows for each thread
-    const int64_t shares = round_up(ceil_div(S.rows, chunk_rows), threads);
-    const int64_t step = most(round_up(ceil_div(S.rows, shares), W), W), chunks = ceil_div(S.rows, step);
-    int64_t most_values = 0;
-    for (int64_t c = 0; c < chunks; c++)
-        most_values = most(most_values, row_start[least(S.rows, (c + 1) * step)] - row_start[c * step]);
+    const ManyTokens p{S, L, static_cast<const float *>(L.U), bias, Vx, io, ranks};
+    const int64_t blocks = ceil_div(S.columns, block_columns);
+    // as many streams for each thread, of as many rows
+    const int64_t shares = round_up(ceil_div(S.rows, task_rows), threads);
+    const int64_t step = most(round_up(ceil_div(S.rows, shares), W), W), streams = ceil_div(S.rows, step);
+    // tiles of nearly equal width: 17 vectors of tokens are 6 + 6 + 5
+    const int64_t vectors = ceil_div(io.tokens, W), tiles = ceil_div(vectors, most_vectors);
+    const auto first_vector = [&](int64_t tile) { return tile * vectors / tiles; };
+    // A task is a tile and some streams: all that fit, or one each where the tasks would else be uneven
+    int64_t group = most(1, task_rows / step);
+    if (const int64_t tasks = tiles * ceil_div(streams, group);
+        tasks < 8 * threads && (tasks % threads || vectors % tiles || streams % group))
+        group = 1;
 
-    const int64_t widest = most_vectors * W;
-    const int64_t at_once = most(widest, inputs_bytes / (columns * int64_t{sizeof(float)}) / widest * widest);
-    const int64_t tokens = least(round_up(io.tokens, W), at_once);
-    Scratch<float> x(tokens * columns), z(tokens * ranks);
-    Scratch<float> values(threads * most_values), y(threads * step * widest);
-    // `positions` may write 64 bytes at a time
-    Scratch<uint8_t> column(threads * (most_values + 128));
-    Scratch<Entry> entries(threads * blocks * step);
-    Scratch<int64_t> next(threads * step);
-
-    for (int64_t begin = 0; begin < io.tokens; begin += at_once) {
-        // tiles of nearly equal width: 13 vectors of tokens are 5 + 4 + 4
-        const int64_t vectors = ceil_div(least(at_once, io.tokens - begin), W), tiles = ceil_div(vectors, most_vectors);
-        const auto first_vector = [&](int64_t tile) { return tile * vectors / tiles; };
-        constexpr int64_t strip = 256;
-        const int64_t strips = ceil_div(S.columns, strip);
-        parallel(tiles * (strips + 1), threads, [&](int64_t i, int) {
-            const int64_t tile = i % tiles, v = first_vector(tile), width = (first_vector(tile + 1) - v) * W;
-            const int64_t from = i / tiles * strip;
-            if (i / tiles < strips)
-                transpose_in(static_cast<const float *>(io.x), io.stride, io.tokens, begin + v * W, width, from,
-                             least(S.columns, from + strip), x + v * W * columns);
-            else
-                transpose_in(Vx, ranks, io.tokens, begin + v * W, width, 0, ranks, z + v * W * ranks);
+    const int64_t most_values = most(1, S.nonzeros / most(streams, 1));
+    const int64_t at_once = round_up(most(1, stream_bytes / (most_values * 5)), most(threads, group));
+    const int64_t width = least(vectors, most_vectors) * W;
+    Scratch<float> x(threads * block_columns * width), z(threads * ranks * width), y(threads * group * step * width);
+    for (int64_t begin = 0; begin < streams; begin += at_once) {
+        const int64_t count = least(at_once, streams - begin);
+        const auto start = [&](int64_t s) { return row_start[least(S.rows, (begin + s) * step)]; };
+        const int64_t total = start(count) - start(0);
+        Scratch<float> values(total);
+        Scratch<uint8_t> columns(total + 64 * count);
+        Scratch<Entry> entries(count * blocks * step);
+        Scratch<int64_t> block_start(count * blocks), next(count * step);
+        Scratch<Stream> stream(count);
+        parallel(count, threads, [&](int64_t s, int) {
+            const int64_t first = (begin + s) * step, at = start(s) - start(0);
+            stream[s] = {first,
+                         least(step, S.rows - first),
+                         values + at,
+                         columns + (at + 64 * s),
+                         entries + s * blocks * step,
+                         block_start + s * blocks};
+            with_type(S.type, [&](auto type) { stream[s].build<decltype(type)>(S, row_start, next + s * step); });
         });
-        parallel(chunks, threads, [&](int64_t c, int worker) {
-            const int64_t first = c * step, rows = least(step, S.rows - first);
-            const Stream stream{values + worker * most_values, column + worker * (most_values + 128),
-                                entries + worker * blocks * step};
-            with_type(S.type, [&](auto type) {
-                stream.build<decltype(type)>(S, row_start, first, rows, next + worker * step);
-            });
-            float *to = y + worker * step * widest;
-            for (int64_t tile = 0; tile < tiles; tile++) {
-                const int64_t v = first_vector(tile), width = first_vector(tile + 1) - v;
-                const float *x_tile = x + v * W * columns, *z_tile = z + v * W * ranks;
-                switch (width) {
-                    case 1: multiply<1>(p, stream, first, rows, x_tile, z_tile, to); break;
-                    case 2: multiply<2>(p, stream, first, rows, x_tile, z_tile, to); break;
-                    case 3: multiply<3>(p, stream, first, rows, x_tile, z_tile, to); break;
-                    case 4: multiply<4>(p, stream, first, rows, x_tile, z_tile, to); break;
-                    case 5: multiply<5>(p, stream, first, rows, x_tile, z_tile, to); break;
-                    default: multiply<6>(p, stream, first, rows, x_tile, z_tile, to);
-                }
-                transpose_out(io, begin + v * W, width * W, first, rows, S.rows, to);
+        parallel(tiles * ceil_div(count, group), threads, [&](int64_t i, int worker) {
+            const int64_t s = i / tiles * group, v = first_vector(i % tiles), vectors = first_vector(i % tiles + 1) - v;
+            const Tile tile{x + worker * block_columns * width, z + worker * ranks * width,
+                            y + worker * group * step * width};
+            const auto task = [&]<int K>() { multiply<K>(p, stream + s, least(group, count - s), v * W, tile); };
+            switch (vectors) {
+                case 1: task.template operator()<1>(); break;
+                case 2: task.template operator()<2>(); break;
+                case 3: task.template operator()<3>(); break;
+                case 4: task.template operator()<4>(); break;
+                case 5: task.template operator()<5>(); break;
+                case 6: task.template operator()<6>(); break;
+                case 7: task.template operator()<7>(); break;
+                default: task.template operator()<8>();
             }
         });
     }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "memory.hpp"
 
 namespace nb = nanobind;
 
@@ -71,6 +72,7 @@ class Matrix {
     void many_tokens(Address U, Address bias, Address Vx, Address x, int64_t tokens, int64_t stride, Address y,
                      int threads) const {
         const nb::gil_scoped_release release;
+        expect_fresh(reinterpret_cast<void *>(y), static_cast<size_t>(tokens * sparse_.rows) * sizeof(float));
         chosen->many_tokens(sparse_, row_start_.data(), low_rank(reinterpret_cast<const void *>(U)),
                             reinterpret_cast<const float *>(bias), reinterpret_cast<const float *>(Vx),
                             io(x, static_cast<int>(Type::float32), tokens, stride, y), threads);

@@ -92,6 +92,11 @@ struct Vec {
     static Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
     static Vec load(const bfloat16 *p, int64_t n) { return widen_b(_mm256_maskz_loadu_epi16(first(n), p)); }
     static Vec load(const float16 *p, int64_t n) { return widen_h(_mm256_maskz_loadu_epi16(first(n), p)); }
+    // Keeps the compiler from loading it again for each use.
+    Vec &in_register() {
+        asm("" : "+v"(v));
+        return *this;
+    }
     void store(float *p) const { _mm512_storeu_ps(p, v); }
     void store(float *p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
     // Values from p go where `mask` has ones, to two vectors: of columns `width` apart, or of even and odd columns
@@ -214,6 +219,10 @@ struct Vec {
         if (n > 0) std::memcpy(padded, p, n * sizeof(T));
         return load(padded);
     }
+    Vec &in_register() {
+        asm("" : "+x"(v));
+        return *this;
+    }
     void store(float *p) const { _mm256_storeu_ps(p, v); }
     void store(float *p, int64_t n) const { _mm256_maskstore_ps(p, lanes_of((1u << n) - 1), v); }
     template <class T>
@@ -282,6 +291,7 @@ struct Vec {
         for (int64_t i = 0; i < n; i++) r.v[i] = to_float(p[i]);
         return r;
     }
+    Vec &in_register() { return *this; }
     void store(float *p) const { std::memcpy(p, v, sizeof v); }
     void store(float *p, int64_t n) const { std::memcpy(p, v, n * sizeof(float)); }
     template <class T>

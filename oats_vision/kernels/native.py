@@ -125,7 +125,7 @@ class Matrix:
         U, V, bias = U.float(), V.float(), None if bias is None else bias.float()
         if x.dtype != torch.float32 or not U.is_contiguous():
             raise ValueError(f"x must be float32 and U contiguous, got {x.dtype}")
-        y, projected = torch.empty(len(x), self._rows), x @ V.T
+        y, projected = torch.empty(len(x), self._rows), V @ x.T
         self._matrix.many_tokens(
             U.data_ptr(),
             0 if bias is None else bias.data_ptr(),
