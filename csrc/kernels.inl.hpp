@@ -111,6 +111,11 @@ inline void interleave(float *x) {
     std::memcpy(x + Vec::width, odd, sizeof odd);
 }
 
+// Weights are read once, from far away, and in several streams: the CPU's own fetching ahead stops at each page's end.
+OATS_INLINE void fetch_ahead(const void *p, int64_t bytes) {
+    __builtin_prefetch(static_cast<const char *>(p) + bytes);
+}
+
 // acc[t] += row . x[t], for a sparse row
 template <int T, class V>
 OATS_INLINE void sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *values, const V *end, const float *x,
@@ -132,7 +137,12 @@ OATS_INLINE void sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *val
         x += group;
     };
     int64_t byte = 0;
-    for (; byte + 8 <= row_bytes; byte += 8) add(read_bits(bits + byte, 8));
+    for (; byte + 8 <= row_bytes; byte += 8) {
+        fetch_ahead(bits + byte, 768);
+        fetch_ahead(values, 4096);
+        if (sizeof(V) == 4) fetch_ahead(values, 4096 + 64);
+        add(read_bits(bits + byte, 8));
+    }
     if (byte < row_bytes) add(read_bits(bits + byte, row_bytes - byte));
     OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = acc[t] + other[t];
 }
@@ -225,7 +235,7 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
         });
         if (Vec::interleaved<V>)
             for (int64_t i = 0; i < io.tokens * x_stride; i += 2 * Vec::width) interleave(x + i);
-        const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 8));
+        const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 4));
         parallel(ceil_div(S.rows, chunk), threads, [&](int64_t i, int) {
             const int64_t begin = i * chunk, end = least(S.rows, begin + chunk);
             int64_t part_row = 0, part_rank = 0;

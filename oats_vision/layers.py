@@ -174,9 +174,12 @@ class SparseLowRankLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        sparse, low_rank = self.sparse, self.low_rank
-        tensors = (sparse.values, sparse.bitmask, low_rank.U, low_rank.V, self.bias)
-        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)
+        # nn.Module looks up each attribute in several places, which for one token takes as long as the product
+        modules = self._modules
+        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters  # type: ignore[union-attr]
+        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]  # type: ignore[union-attr]
+        tensors = (values, bitmask, low_rank["U"], low_rank["V"], self._parameters["bias"])
+        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)  # type: ignore[arg-type]
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)

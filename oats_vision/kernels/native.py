@@ -153,7 +153,8 @@ class MatrixCache:
         U: Tensor,
         V: Tensor,
         bias: Tensor | None,
-        parts: Sequence[tuple[int, int]],
+        out_features: Sequence[int],
+        ranks: Sequence[int],
     ) -> Matrix:
         """The matrix of these tensors. Raises ValueError as `Matrix` does."""
         key = (
@@ -166,7 +167,7 @@ class MatrixCache:
             -1 if bitmask.is_inference() else bitmask._version,  # the bitmask alone says what may be read
         )
         if self._matrix is None or key != self._key or key[-1] < 0:
-            self._matrix = Matrix(values, bitmask, U, V, bias, parts)
+            self._matrix = Matrix(values, bitmask, U, V, bias, list(zip(out_features, ranks, strict=True)))
             self._key = key
         return self._matrix
 

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from oats_vision.kernels import native
 
@@ -88,8 +89,7 @@ def _product(
     tokens = x.numel() // max(shape[-1], 1)
     if tokens > FEW_TOKENS and dtype != torch.float32 and _has_matrix_units(dtype):
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
-    parts = list(zip(out_features, ranks, strict=True))
-    matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, parts)
+    matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, out_features, ranks)
     if tokens <= FEW_TOKENS:
         return matrix.few_tokens(x)
     y = matrix.many_tokens(x.reshape(-1, shape[-1]).float(), U, V, bias).to(dtype)
@@ -145,6 +145,10 @@ def _has_matrix_units(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+# compiled models call the operator with their tensors alone
+_caches = WeakIdKeyDictionary()  # by bitmask
+
+
 @torch.library.custom_op("oats_vision::sparse_low_rank_linear", mutates_args=())
 def _operator(
     x: Tensor,
@@ -156,7 +160,10 @@ def _operator(
     out_features: list[int],
     ranks: list[int],
 ) -> Tensor:
-    return _product(x, values, bitmask, U, V, bias, out_features, ranks, None)
+    cache = _caches.get(bitmask)
+    if cache is None:
+        cache = _caches[bitmask] = native.MatrixCache()
+    return _product(x, values, bitmask, U, V, bias, out_features, ranks, cache)
 
 
 @_operator.register_fake
