@@ -60,9 +60,13 @@ struct Kernels {
     // Returns the sum of (R - S_new)^2.
     double (*sparse_step)(int64_t rows, int64_t columns, int64_t keep, float beta, const float *A, const float *L,
                           float *S, float *next, float *threshold, int threads);
+    // As few_tokens, for many tokens with weights, inputs and outputs in bfloat16; null without units for it.
+    void (*many_bfloat16)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+                          int threads) = nullptr;
 };
 
-const Kernels *avx512_kernels();    // null if not compiled in, or not runnable on this CPU
+const Kernels *amx_kernels();       // null if not compiled in, or not runnable on this CPU
+const Kernels *avx512_kernels();    // likewise
 const Kernels *avx2_kernels();      // likewise
 const Kernels *portable_kernels();  // always there
 

@@ -22,7 +22,7 @@ using Address = uintptr_t;
 
 std::vector<const Kernels *> runnable() {
     std::vector<const Kernels *> all;
-    for (const Kernels *k : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+    for (const Kernels *k : {amx_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
         if (k) all.push_back(k);
     return all;
 }
@@ -78,6 +78,13 @@ class Matrix {
                             io(x, static_cast<int>(Type::float32), tokens, stride, y), threads);
     }
 
+    void many_bfloat16(Address x, int64_t tokens, int64_t stride, Address y, int threads) const {
+        const nb::gil_scoped_release release;
+        if (!chosen->many_bfloat16) throw std::logic_error("no matrix units for bfloat16");
+        chosen->many_bfloat16(sparse_, row_start_.data(), low_rank(U_), bias_,
+                              io(x, static_cast<int>(Type::bfloat16), tokens, stride, y), threads);
+    }
+
     void expand(Address dense, int threads) const {
         const nb::gil_scoped_release release;
         chosen->expand(sparse_, row_start_.data(), reinterpret_cast<void *>(dense), threads);
@@ -119,11 +126,13 @@ NB_MODULE(_native, m) {
     });
     m.def("instruction_set", [] { return std::string(oats::chosen->name); });
     m.def("use", &oats::use);
+    m.def("multiplies_bfloat16", [] { return oats::chosen->many_bfloat16 != nullptr; });
     nb::class_<oats::Matrix>(m, "Matrix")
         .def(nb::init<uintptr_t, int, int64_t, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t,
                       const std::vector<std::pair<int64_t, int64_t>> &, uintptr_t, int>())
         .def("few_tokens", &oats::Matrix::few_tokens)
         .def("many_tokens", &oats::Matrix::many_tokens)
+        .def("many_bfloat16", &oats::Matrix::many_bfloat16)
         .def("expand", &oats::Matrix::expand);
     m.def("sparse_step", &oats::sparse_step);
 }

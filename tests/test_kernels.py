@@ -76,11 +76,47 @@ def test_every_path_is_the_product_in_float64(instruction_set, problem):
         results = [matrix.few_tokens(x), matrix.many_tokens(x.float(), U, V, bias).to(x_dtype)]
         results.append(sparse_low_rank_linear(x, packed.values, packed.bitmask, U, V, bias, [cut, rows - cut], ranks))
         assert torch.equal(expand(packed.values, packed.bitmask, columns), S)
+        if native.multiplies_bfloat16() and dtype == x_dtype == torch.bfloat16:
+            results.append(matrix.many_bfloat16(x))
     # the dense path of 16-bit dtypes rounds U V and S x on their own
-    tolerances = [ROUNDING[x_dtype]] * 2 + [4 * ROUNDING[x_dtype]]
-    for y, tolerance in zip(results, tolerances, strict=True):
+    # (so do the matrix units with V x)
+    tolerances = [ROUNDING[x_dtype]] * 2 + [4 * ROUNDING[x_dtype]] * 2
+    for y, tolerance in zip(results, tolerances, strict=False):
         assert y.shape == expected.shape
         assert y.dtype == x_dtype
+        assert ((y.double() - expected).abs() <= tolerance * size).all()
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "density"),
+    [
+        (2100, 200, 300, 0.3),  # more rows than a task takes
+        (70, 200, 1100, 0.3),  # more tokens
+        (1200, 3100, 20, 0.95),  # more values than are reordered at a time
+        (40, 9000, 1000, 0.02),  # more inputs than are rearranged at a time
+    ],
+)
+def test_large_products_are_put_together_from_their_pieces(instruction_set, threads, rows, columns, tokens, density):
+    torch.manual_seed(0)
+    S, packed = _matrix(rows, columns, density, torch.bfloat16)
+    cut = rows // 3
+    U, V = (torch.randn(shape).bfloat16() for shape in ((rows, 70), (110, columns)))
+    bias, x = torch.randn(rows).bfloat16(), torch.randn(tokens, columns).bfloat16()
+    low_rank = torch.cat([U[:cut].double() @ V[:70].double(), U[cut:, :40].double() @ V[70:].double()])
+    W = S.double() + low_rank
+    expected = F.linear(x.double(), W, bias.double())
+    size = F.linear(x.double().abs(), S.double().abs() + U.double().abs() @ V[:70].double().abs(), bias.double().abs())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with native.instruction_set(instruction_set):
+        matrix = native.Matrix(packed.values, packed.bitmask, U, V, bias, [(cut, 70), (rows - cut, 40)])
+        results = [(matrix.many_tokens(x.float(), U, V, bias), 2e-6)]
+        if native.multiplies_bfloat16():
+            results.append((matrix.many_bfloat16(x), 4 * ROUNDING[torch.bfloat16]))
+    torch.set_num_threads(before)
+    for y, tolerance in results:
         assert ((y.double() - expected).abs() <= tolerance * size).all()
 
 

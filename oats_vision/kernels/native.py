@@ -51,6 +51,11 @@ def instruction_set(name: str) -> Iterator[None]:
         _native.use(before)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the instruction set in use has matrix units for bfloat16."""
+    return _native is not None and _native.multiplies_bfloat16()
+
+
 class Matrix:
     """A packed sparse matrix with its low-rank term and bias, as the kernels see it: S x + U (V x) + b.
 
@@ -90,6 +95,7 @@ class Matrix:
         if not all(t.is_contiguous() and t.device.type == "cpu" for t in (bitmask, *tensors)):
             raise ValueError("values, bitmask, U, V and bias must be contiguous and on the CPU")
         self._rows = rows
+        self._dtype = values.dtype
         self._in_features = in_features
         self._matrix = _native.Matrix(
             values.data_ptr(),
@@ -136,6 +142,21 @@ class Matrix:
             y.data_ptr(),
             torch.get_num_threads(),
         )
+        return y
+
+    def many_bfloat16(self, x: Tensor) -> Tensor:
+        """The same for many tokens in bfloat16 (tokens, in_features) on the CPU's matrix units, weights likewise.
+
+        Raises:
+            ValueError: there are no such units, or a dtype is another.
+        """
+        if not multiplies_bfloat16() or x.dtype != torch.bfloat16 or self._dtype != torch.bfloat16:
+            raise ValueError("needs matrix units for bfloat16, and weights and inputs in it")
+        if x.shape[1] != self._in_features:
+            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[1]}")
+        x = x if x.stride(1) == 1 else x.contiguous()
+        y = torch.empty(len(x), self._rows, dtype=torch.bfloat16)
+        self._matrix.many_bfloat16(x.data_ptr(), len(x), x.stride(0), y.data_ptr(), torch.get_num_threads())
         return y
 
 

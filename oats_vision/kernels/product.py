@@ -1,9 +1,9 @@
 """y = S x + U (V x) + b, S packed: one operator of PyTorch, so that torch.compile and torch.export keep it whole.
 
-Three ways lead to the same product. For few tokens, one pass over the packed weights, where reading them is most of
-the work. For many tokens in float32, a sparse product on the CPU, where arithmetic is. Else S is spread out for the
-time of one dense product: on other devices, and where the CPU has matrix units for the dtype, which beat any sparse
-product.
+Several ways lead to the same product. For few tokens, one pass over the packed weights, where reading them is most of
+the work. For many tokens in float32, a sparse product on the CPU, where arithmetic is; in bfloat16, a dense product on
+the CPU's matrix units if it has them, which S reaches in tiles spread out on the way. Else S is spread out for the time
+of one dense product: on other devices, and in float16 where PyTorch's product is faster than that in float32.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from oats_vision.kernels import native
 
-FEW_TOKENS = 12  # up to here, spreading out values in registers beats building the stream of a sparse product
+FEW_TOKENS = 16  # up to here, spreading out values in registers beats building the stream of a sparse product
+FEW_FOR_UNITS = 4  # and here, filling the tiles of matrix units
 
 
 def sparse_low_rank_linear(
@@ -87,9 +88,13 @@ def _product(
     if not x.is_cpu or dtype not in native.TYPES or values.dtype not in native.TYPES or not native.available():
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
     tokens = x.numel() // max(shape[-1], 1)
-    if tokens > FEW_TOKENS and dtype != torch.float32 and _has_matrix_units(dtype):
+    by_units = tokens > FEW_FOR_UNITS and dtype == values.dtype == torch.bfloat16 and native.multiplies_bfloat16()
+    if tokens > FEW_TOKENS and not by_units and dtype != torch.float32 and _has_matrix_units(dtype):
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
     matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, out_features, ranks)
+    if by_units:
+        y = matrix.many_bfloat16(x.reshape(-1, shape[-1]))
+        return y.view(*shape[:-1], y.shape[1])
     if tokens <= FEW_TOKENS:
         return matrix.few_tokens(x)
     y = matrix.many_tokens(x.reshape(-1, shape[-1]).float(), U, V, bias).to(dtype)

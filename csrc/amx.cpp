@@ -1,0 +1,344 @@
+// Products in bfloat16 on a CPU's matrix units (AMX): S is spread out into tiles on the way from its packed form, so
+// that only the packed weights come from memory, and each is spread once for hundreds of tokens.
+#include "kernels.hpp"
+
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <utility>
+
+#define OATS_ISA amx
+#include "kernels.inl.hpp"
+
+namespace oats::amx {
+namespace {
+
+// A tile of weights holds 16 rows of 32 columns; one of inputs the same columns, in 16 pairs, of 16 tokens; one of
+// sums 16 rows of 16 tokens. Each takes 1 KB without gaps. A step is 32 columns.
+constexpr int64_t tile = 16, depth = 32, tile_values = tile * depth, tile_sums = tile * tile;
+// A task's spread weights, its sums (256 KB each) and, for up to 1024 columns, its inputs stay in the second-level cache;
+// 32 rows of a block of steps (16 KB) in the first, for as long as the inputs of its tokens go by.
+constexpr int64_t most_rows = 128, most_tokens = 512, spread_steps = 32, block_steps = 8;
+constexpr int64_t inputs_bytes = 16 << 20;  // of rearranged inputs at a time
+
+// Inputs of many tiles of tokens lie in the order in which they are read: [block of steps][tile of tokens][step].
+struct Inputs {
+    bfloat16 *data;
+    int64_t tiles, first;  // tiles of tokens in all, and where these begin
+
+    bfloat16 *at(int64_t token_tile, int64_t step) const {
+        return data + ((step / block_steps * tiles + first + token_tile) * block_steps + step % block_steps) * tile_values;
+    }
+    Inputs from(int64_t token_tile) const { return {data, tiles, first + token_tile}; }
+    static int64_t size(int64_t tiles, int64_t steps) { return round_up(steps, block_steps) * tiles * tile_values; }
+};
+
+// The units' settings for one task: all tiles are full.
+class Tiles {
+  public:
+    Tiles() {
+        alignas(64) Settings settings{};
+        settings.palette = 1;
+        for (int i = 0; i < 8; i++) settings.bytes[i] = 64, settings.rows[i] = 16;
+        _tile_loadconfig(&settings);
+    }
+    Tiles(const Tiles &) = delete;
+    Tiles &operator=(const Tiles &) = delete;
+    ~Tiles() { _tile_release(); }
+
+  private:
+    struct Settings {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    };
+};
+
+// sums (2 x T tiles, rows of tiles `stride` apart) += 2 rows of tiles of weights . T tiles of inputs
+template <int T>
+OATS_INLINE void multiply_tiles(const bfloat16 *w, int64_t w_stride, const bfloat16 *x, int64_t steps, float *sums,
+                                int64_t stride, bool first) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (T == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + stride, 64);
+        if constexpr (T == 2) {
+            _tile_loadd(2, sums + tile_sums, 64);
+            _tile_loadd(3, sums + stride + tile_sums, 64);
+        }
+    }
+    for (int64_t s = 0; s < steps; s++) {
+        _tile_loadd(4, w + s * tile_values, 64);
+        _tile_loadd(6, x + s * tile_values, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, w + w_stride + s * tile_values, 64);
+        _tile_dpbf16ps(1, 5, 6);
+        if constexpr (T == 2) {
+            _tile_loadd(7, x + (block_steps + s) * tile_values, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + stride, 64);
+    if constexpr (T == 2) {
+        _tile_stored(2, sums + tile_sums, 64);
+        _tile_stored(3, sums + stride + tile_sums, 64);
+    }
+}
+
+// sums (rows, tokens) (+)= weights . inputs, in tiles. `spread(begin, end, to)` writes the weights' tiles of some
+// steps, [tile of rows][step].
+template <class Spread>
+void product(Spread spread, int64_t rows, int64_t steps, const Inputs &inputs, int64_t token_tiles, bool add,
+             bfloat16 *weights, float *sums) {
+    const int64_t stride = token_tiles * tile_sums;
+    for (int64_t begin = 0; begin < steps; begin += spread_steps) {
+        const int64_t count = least(spread_steps, steps - begin), w_stride = count * tile_values;
+        spread(begin, begin + count, weights);
+        for (int64_t from = 0; from < count; from += block_steps) {
+            const int64_t block = least(block_steps, count - from);
+            const bool first = !add && begin + from == 0;
+            for (int64_t r = 0; r < rows / tile; r += 2)
+                for (int64_t t = 0; t < token_tiles; t += 2) {
+                    const bfloat16 *w = weights + r * w_stride + from * tile_values, *x = inputs.at(t, begin + from);
+                    float *to = sums + r * stride + t * tile_sums;
+                    if (t + 1 < token_tiles)
+                        multiply_tiles<2>(w, w_stride, x, block, to, stride, first);
+                    else
+                        multiply_tiles<1>(w, w_stride, x, block, to, stride, first);
+                }
+        }
+    }
+}
+
+inline __m512i load(const bfloat16 *p, int64_t n) {
+    const __mmask32 mask = n >= depth ? ~__mmask32{0} : n > 0 ? (__mmask32{1} << n) - 1 : 0;
+    return _mm512_maskz_loadu_epi16(mask, p);
+}
+
+// The steps [begin, end) of a row of n numbers, to tiles
+inline void copy_row(const bfloat16 *row, int64_t n, int64_t begin, int64_t end, bfloat16 *to) {
+    for (int64_t s = begin; s < end; s++, to += tile_values)
+        _mm512_store_si512(to, load(row + s * depth, n - s * depth));
+}
+
+inline void clear_row(int64_t begin, int64_t end, bfloat16 *to) {
+    for (int64_t s = begin; s < end; s++, to += tile_values) _mm512_store_si512(to, _mm512_setzero_si512());
+}
+
+inline bfloat16 *row_of_tiles(bfloat16 *tiles, int64_t row, int64_t steps) {
+    return tiles + row / tile * steps * tile_values + row % tile * depth;
+}
+
+struct Product {
+    const Sparse &S;
+    const int64_t *row_start;
+    const LowRank &L;
+    const bfloat16 *bias;
+    const Tokens &io;
+    int64_t rank_steps;  // of all parts: each begins with a tile of its own
+
+    const bfloat16 *x() const { return static_cast<const bfloat16 *>(io.x); }
+    bfloat16 *y() const { return static_cast<bfloat16 *>(io.y); }
+    int64_t steps() const { return ceil_div(S.columns, depth); }
+
+    // Calls f(rows before, rank rows before, steps before, part) for each part.
+    template <class F>
+    void for_parts(F f) const {
+        int64_t rows = 0, ranks = 0, steps = 0;
+        for (int64_t j = 0; j < L.parts; j++) {
+            f(rows, ranks, steps, L.part[j]);
+            rows += L.part[j].rows, ranks += L.part[j].rank, steps += ceil_div(L.part[j].rank, depth);
+        }
+    }
+};
+
+// Inputs of one tile of tokens: pairs of columns are turned over as one number of 32 bits
+inline void pack_inputs(const Product &p, int64_t token, const Inputs &inputs) {
+    for (int64_t s = 0; s < p.steps(); s++) {
+        bfloat16 *to = inputs.at(0, s);
+        Vec r[tile];
+        for (int64_t i = 0; i < tile; i++) {
+            const bool there = token + i < p.io.tokens;
+            const bfloat16 *from = p.x() + (token + i) * p.io.stride + s * depth;
+            r[i].v = there ? _mm512_castsi512_ps(load(from, p.S.columns - s * depth)) : _mm512_setzero_ps();
+        }
+        Vec::transpose(r);
+        for (int64_t i = 0; i < tile; i++) r[i].store(reinterpret_cast<float *>(to + i * depth));
+    }
+}
+
+// One step (32 ranks) of V x for some tiles of tokens, as inputs for U
+inline void project(const Product &p, int64_t step, const Inputs &inputs, int64_t token_tiles, bfloat16 *weights,
+                    float *sums, const Inputs &z) {
+    const bfloat16 *V = nullptr;
+    int64_t ranks = 0;
+    p.for_parts([&](int64_t, int64_t part_rank, int64_t part_step, const Part &part) {
+        const int64_t first = (step - part_step) * depth;
+        if (first < 0 || first >= part.rank) return;
+        V = static_cast<const bfloat16 *>(p.L.V) + (part_rank + first) * p.S.columns;
+        ranks = least(depth, part.rank - first);
+    });
+    const auto spread = [&](int64_t begin, int64_t end, bfloat16 *to) {
+        for (int64_t r = 0; r < depth; r++) {
+            if (r < ranks)
+                copy_row(V + r * p.S.columns, p.S.columns, begin, end, row_of_tiles(to, r, end - begin));
+            else
+                clear_row(begin, end, row_of_tiles(to, r, end - begin));
+        }
+    };
+    product(spread, depth, p.steps(), inputs, token_tiles, false, weights, sums);
+    // two tiles of sums, one above the other, are one of inputs once each two rows are paired
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t t = 0; t < token_tiles; t++)
+        for (int64_t i = 0; i < tile; i++) {
+            const int64_t row = 2 * i;
+            const float *from = sums + (row / tile * token_tiles + t) * tile_sums + row % tile * tile;
+            const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_load_ps(from + tile), _mm512_load_ps(from));
+            _mm512_store_si512(z.at(t, step) + i * depth,
+                               _mm512_permutexvar_epi16(pairs, reinterpret_cast<__m512i>(both)));
+        }
+}
+
+// Rows [first, first + rows) of S + U V, for some tiles of tokens
+inline void multiply_rows(const Product &p, int64_t first, int64_t rows, const Inputs &inputs, const Inputs &z,
+                          int64_t token_tiles, bfloat16 *weights, float *sums) {
+    const bfloat16 *next[most_rows];  // value of each row
+    for (int64_t r = 0; r < rows; r++) next[r] = static_cast<const bfloat16 *>(p.S.values) + p.row_start[first + r];
+    const int64_t row_bytes = p.S.row_bytes(), whole = round_up(rows, 2 * tile);
+    const auto spread_sparse = [&](int64_t begin, int64_t end, bfloat16 *tiles) {
+        for (int64_t r = 0; r < whole; r++) {
+            bfloat16 *to = row_of_tiles(tiles, r, end - begin);
+            if (r >= rows) {
+                clear_row(begin, end, to);
+                continue;
+            }
+            const uint8_t *bits = p.S.bitmask + (first + r) * row_bytes;
+            const bfloat16 *value = next[r];
+            for (int64_t s = begin; s < end; s += 2, to += 2 * tile_values) {
+                fetch_ahead(bits + s * 4, 768);
+                fetch_ahead(value, 4096);
+                const uint64_t mask = read_bits(bits + s * 4, row_bytes - s * 4);
+                const auto low = static_cast<__mmask32>(mask), high = static_cast<__mmask32>(mask >> 32);
+                _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(low, value));
+                value += popcount(low);
+                if (s + 1 == end) break;
+                _mm512_store_si512(to + tile_values, _mm512_maskz_expandloadu_epi16(high, value));
+                value += popcount(high);
+            }
+            next[r] = value;
+        }
+    };
+    product(spread_sparse, whole, p.steps(), inputs, token_tiles, false, weights, sums);
+    if (!p.rank_steps) return;
+    const auto U = static_cast<const bfloat16 *>(p.L.U);
+    const auto spread_U = [&](int64_t begin, int64_t end, bfloat16 *tiles) {
+        for (int64_t r = 0; r < whole; r++) clear_row(begin, end, row_of_tiles(tiles, r, end - begin));
+        p.for_parts([&](int64_t part_row, int64_t, int64_t part_step, const Part &part) {
+            const int64_t from = most(begin, part_step), to = least(end, part_step + ceil_div(part.rank, depth));
+            for (int64_t row = most(first, part_row); row < least(first + rows, part_row + part.rows); row++)
+                copy_row(U + row * p.L.width, part.rank, from - part_step, to - part_step,
+                         row_of_tiles(tiles, row - first, end - begin) + (from - begin) * tile_values);
+        });
+    };
+    product(spread_U, whole, p.rank_steps, z, token_tiles, true, weights, sums);
+}
+
+inline void write_outputs(const Product &p, int64_t first, int64_t rows, int64_t token, int64_t token_tiles,
+                          const float *sums) {
+    for (int64_t t = 0; t < token_tiles; t++)
+        for (int64_t row = 0; row < rows; row += tile) {
+            const int64_t n = least(tile, rows - row), begin = token + t * tile;
+            const float *from = sums + (row / tile * token_tiles + t) * tile_sums;
+            Vec r[tile];
+            for (int64_t i = 0; i < tile; i++) {
+                r[i] = Vec::load(from + i * tile);
+                if (p.bias && i < n) r[i] = r[i] + Vec::all(to_float(p.bias[first + row + i]));
+            }
+            Vec::transpose(r);
+            for (int64_t i = 0; i < least(tile, p.io.tokens - begin); i++)
+                _mm256_mask_storeu_epi16(p.y() + (begin + i) * p.S.rows + first + row,
+                                         static_cast<__mmask16>((1u << n) - 1),
+                                         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(r[i].v)));
+        }
+}
+
+void many_bfloat16(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+                   int threads) {
+    if (!S.rows || !io.tokens) return;
+    Product p{S, row_start, L, static_cast<const bfloat16 *>(bias), io, 0};
+    p.for_parts([&](int64_t, int64_t, int64_t, const Part &part) { p.rank_steps += ceil_div(part.rank, depth); });
+
+    // as many tasks for each thread, of as many rows
+    const int64_t shares = round_up(ceil_div(S.rows, most_rows), threads);
+    const int64_t step = round_up(ceil_div(S.rows, shares), 2 * tile), blocks = ceil_div(S.rows, step);
+    const int64_t all_tiles = ceil_div(io.tokens, tile), steps = p.steps();
+    const int64_t at_once =
+        least(all_tiles, most(2, inputs_bytes / ((steps + p.rank_steps) * tile_values * 2) / 2 * 2));
+    const int64_t widest = least(at_once, most_tokens / tile), sums_tiles = most(step / tile, 2) * widest;
+    Scratch<bfloat16> input(Inputs::size(at_once, steps)), projected(Inputs::size(at_once, p.rank_steps));
+    Scratch<bfloat16> spread(threads * most_rows * spread_steps * depth);
+    Scratch<float> sum(threads * sums_tiles * tile_sums);
+    for (int64_t begin = 0; begin < all_tiles; begin += at_once) {
+        const int64_t count = least(at_once, all_tiles - begin), chunks = ceil_div(count, widest);
+        const Inputs inputs{input + 0, count, 0}, z{projected + 0, count, 0};
+        const auto chunk_start = [&](int64_t chunk) { return chunk * count / chunks; };
+        parallel(count, threads, [&](int64_t t, int) { pack_inputs(p, (begin + t) * tile, inputs.from(t)); });
+        // of each task: i is its place among `each` of one chunk of tokens
+        const auto with_chunk = [&](int64_t each, auto f) {
+            parallel(each * chunks, threads, [&](int64_t i, int worker) {
+                const int64_t first = chunk_start(i / each), n = chunk_start(i / each + 1) - first;
+                const Tiles tiles;
+                f(i % each, first, n, spread + worker * most_rows * spread_steps * depth,
+                  sum + worker * sums_tiles * tile_sums);
+            });
+        };
+        with_chunk(p.rank_steps, [&](int64_t i, int64_t first, int64_t n, bfloat16 *weights, float *sums) {
+            project(p, i, inputs.from(first), n, weights, sums, z.from(first));
+        });
+        with_chunk(blocks, [&](int64_t i, int64_t first, int64_t n, bfloat16 *weights, float *sums) {
+            const int64_t row = i * step, rows = least(step, S.rows - row);
+            multiply_rows(p, row, rows, inputs.from(first), z.from(first), n, weights, sums);
+            write_outputs(p, row, rows, (begin + first) * tile, n, sums);
+        });
+    }
+}
+
+bool usable() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;                   // AVX512_BF16
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;  // AMX
+    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM: the state is large
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+}  // namespace
+}  // namespace oats::amx
+#endif
+
+namespace oats {
+const Kernels *amx_kernels() {
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+    static const Kernels *const table = []() -> const Kernels * {
+        if (!avx512_kernels() || !amx::usable()) return nullptr;
+        static Kernels kernels = *avx512_kernels();
+        kernels.name = "amx";
+        kernels.many_bfloat16 = amx::many_bfloat16;
+        return &kernels;
+    }();
+    return table;
+#else
+    return nullptr;
+#endif
+}
+}  // namespace oats
