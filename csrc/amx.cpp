@@ -18,10 +18,10 @@ namespace {
 // A tile of weights holds 16 rows of 32 columns; one of inputs the same columns, in 16 pairs, of 16 tokens; one of
 // sums 16 rows of 16 tokens. Each takes 1 KB without gaps. A step is 32 columns.
 constexpr int64_t tile = 16, depth = 32, tile_values = tile * depth, tile_sums = tile * tile;
-// A task's spread weights, its sums (256 KB each) and, for up to 1024 columns, its inputs stay in the second-level cache;
-// 32 rows of a block of steps (16 KB) in the first, for as long as the inputs of its tokens go by.
-constexpr int64_t most_rows = 128, most_tokens = 512, spread_steps = 32, block_steps = 8;
-constexpr int64_t inputs_bytes = 16 << 20;  // of rearranged inputs at a time
+// The spread weights of 128 rows and the sums of 512 tokens (256 KB each for 1024 columns) stay in the second-level
+// cache; 32 rows of a block of steps (16 KB) in the first, for as long as the inputs of those tokens go by.
+constexpr int64_t most_rows = 128, most_tokens = 512, block_steps = 8;
+constexpr int64_t inputs_bytes = 16 << 20, cached_inputs = 1 << 20;  // of rearranged inputs: at a time, of a chunk
 
 // Inputs of many tiles of tokens lie in the order in which they are read: [block of steps][tile of tokens][step].
 struct Inputs {
@@ -95,29 +95,21 @@ OATS_INLINE void multiply_tiles(const bfloat16 *w, int64_t w_stride, const bfloa
     }
 }
 
-// sums (rows, tokens) (+)= weights . inputs, in tiles. `spread(begin, end, to)` writes the weights' tiles of some
-// steps, [tile of rows][step].
-template <class Spread>
-void product(Spread spread, int64_t rows, int64_t steps, const Inputs &inputs, int64_t token_tiles, bool add,
-             bfloat16 *weights, float *sums) {
-    const int64_t stride = token_tiles * tile_sums;
-    for (int64_t begin = 0; begin < steps; begin += spread_steps) {
-        const int64_t count = least(spread_steps, steps - begin), w_stride = count * tile_values;
-        spread(begin, begin + count, weights);
-        for (int64_t from = 0; from < count; from += block_steps) {
-            const int64_t block = least(block_steps, count - from);
-            const bool first = !add && begin + from == 0;
-            for (int64_t r = 0; r < rows / tile; r += 2)
-                for (int64_t t = 0; t < token_tiles; t += 2) {
-                    const bfloat16 *w = weights + r * w_stride + from * tile_values, *x = inputs.at(t, begin + from);
-                    float *to = sums + r * stride + t * tile_sums;
-                    if (t + 1 < token_tiles)
-                        multiply_tiles<2>(w, w_stride, x, block, to, stride, first);
-                    else
-                        multiply_tiles<1>(w, w_stride, x, block, to, stride, first);
-                }
-        }
-    }
+// sums (rows, tokens) (+)= weights . inputs, in tiles; those of the weights are [tile of rows][step].
+inline void product(const bfloat16 *weights, int64_t rows, int64_t steps, const Inputs &inputs, int64_t token_tiles,
+                    bool add, float *sums) {
+    const int64_t stride = token_tiles * tile_sums, w_stride = steps * tile_values;
+    for (int64_t begin = 0; begin < steps; begin += block_steps)
+        for (int64_t r = 0; r < rows / tile; r += 2)
+            for (int64_t t = 0; t < token_tiles; t += 2) {
+                const bfloat16 *w = weights + r * w_stride + begin * tile_values, *x = inputs.at(t, begin);
+                const int64_t count = least(block_steps, steps - begin);
+                float *to = sums + r * stride + t * tile_sums;
+                if (t + 1 < token_tiles)
+                    multiply_tiles<2>(w, w_stride, x, count, to, stride, !add && begin == 0);
+                else
+                    multiply_tiles<1>(w, w_stride, x, count, to, stride, !add && begin == 0);
+            }
 }
 
 inline __m512i load(const bfloat16 *p, int64_t n) {
@@ -125,14 +117,10 @@ inline __m512i load(const bfloat16 *p, int64_t n) {
     return _mm512_maskz_loadu_epi16(mask, p);
 }
 
-// The steps [begin, end) of a row of n numbers, to tiles
-inline void copy_row(const bfloat16 *row, int64_t n, int64_t begin, int64_t end, bfloat16 *to) {
-    for (int64_t s = begin; s < end; s++, to += tile_values)
-        _mm512_store_si512(to, load(row + s * depth, n - s * depth));
-}
-
-inline void clear_row(int64_t begin, int64_t end, bfloat16 *to) {
-    for (int64_t s = begin; s < end; s++, to += tile_values) _mm512_store_si512(to, _mm512_setzero_si512());
+// A row of n numbers to its place in tiles; `row` may be null if there are none
+inline void spread_row(const bfloat16 *row, int64_t n, int64_t steps, bfloat16 *to) {
+    for (int64_t s = 0; s < steps; s++, to += tile_values)
+        _mm512_store_si512(to, s * depth < n ? load(row + s * depth, n - s * depth) : _mm512_setzero_si512());
 }
 
 inline bfloat16 *row_of_tiles(bfloat16 *tiles, int64_t row, int64_t steps) {
@@ -177,27 +165,20 @@ inline void pack_inputs(const Product &p, int64_t token, const Inputs &inputs) {
     }
 }
 
-// One step (32 ranks) of V x for some tiles of tokens, as inputs for U
-inline void project(const Product &p, int64_t step, const Inputs &inputs, int64_t token_tiles, bfloat16 *weights,
-                    float *sums, const Inputs &z) {
-    const bfloat16 *V = nullptr;
-    int64_t ranks = 0;
+// The 32 rows of V that make one step of U, and zeros where a part's ranks end
+inline void spread_V(const Product &p, int64_t step, bfloat16 *weights) {
     p.for_parts([&](int64_t, int64_t part_rank, int64_t part_step, const Part &part) {
         const int64_t first = (step - part_step) * depth;
         if (first < 0 || first >= part.rank) return;
-        V = static_cast<const bfloat16 *>(p.L.V) + (part_rank + first) * p.S.columns;
-        ranks = least(depth, part.rank - first);
+        const auto V = static_cast<const bfloat16 *>(p.L.V) + (part_rank + first) * p.S.columns;
+        for (int64_t r = 0; r < depth; r++)
+            spread_row(V + r * p.S.columns, first + r < part.rank ? p.S.columns : 0, p.steps(),
+                       row_of_tiles(weights, r, p.steps()));
     });
-    const auto spread = [&](int64_t begin, int64_t end, bfloat16 *to) {
-        for (int64_t r = 0; r < depth; r++) {
-            if (r < ranks)
-                copy_row(V + r * p.S.columns, p.S.columns, begin, end, row_of_tiles(to, r, end - begin));
-            else
-                clear_row(begin, end, row_of_tiles(to, r, end - begin));
-        }
-    };
-    product(spread, depth, p.steps(), inputs, token_tiles, false, weights, sums);
-    // two tiles of sums, one above the other, are one of inputs once each two rows are paired
+}
+
+// Two tiles of sums, one above the other, are one of inputs once each two rows are paired
+inline void write_inputs(const float *sums, int64_t step, int64_t token_tiles, const Inputs &z) {
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t t = 0; t < token_tiles; t++)
@@ -210,48 +191,38 @@ inline void project(const Product &p, int64_t step, const Inputs &inputs, int64_
         }
 }
 
-// Rows [first, first + rows) of S + U V, for some tiles of tokens
-inline void multiply_rows(const Product &p, int64_t first, int64_t rows, const Inputs &inputs, const Inputs &z,
-                          int64_t token_tiles, bfloat16 *weights, float *sums) {
-    const bfloat16 *next[most_rows];  // value of each row
-    for (int64_t r = 0; r < rows; r++) next[r] = static_cast<const bfloat16 *>(p.S.values) + p.row_start[first + r];
-    const int64_t row_bytes = p.S.row_bytes(), whole = round_up(rows, 2 * tile);
-    const auto spread_sparse = [&](int64_t begin, int64_t end, bfloat16 *tiles) {
-        for (int64_t r = 0; r < whole; r++) {
-            bfloat16 *to = row_of_tiles(tiles, r, end - begin);
-            if (r >= rows) {
-                clear_row(begin, end, to);
-                continue;
-            }
-            const uint8_t *bits = p.S.bitmask + (first + r) * row_bytes;
-            const bfloat16 *value = next[r];
-            for (int64_t s = begin; s < end; s += 2, to += 2 * tile_values) {
-                fetch_ahead(bits + s * 4, 768);
-                fetch_ahead(value, 4096);
-                const uint64_t mask = read_bits(bits + s * 4, row_bytes - s * 4);
-                const auto low = static_cast<__mmask32>(mask), high = static_cast<__mmask32>(mask >> 32);
-                _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(low, value));
-                value += popcount(low);
-                if (s + 1 == end) break;
-                _mm512_store_si512(to + tile_values, _mm512_maskz_expandloadu_epi16(high, value));
-                value += popcount(high);
-            }
-            next[r] = value;
+// `count` rows from `first` on of S, and of U, which has a step of its own for each part; zeros up to `whole`
+inline void spread_S(const Product &p, int64_t first, int64_t count, int64_t whole, bfloat16 *weights) {
+    const int64_t row_bytes = p.S.row_bytes(), steps = p.steps();
+    for (int64_t r = 0; r < whole; r++) {
+        bfloat16 *to = row_of_tiles(weights, r, steps);
+        if (r >= count) {
+            spread_row(nullptr, 0, steps, to);
+            continue;
         }
-    };
-    product(spread_sparse, whole, p.steps(), inputs, token_tiles, false, weights, sums);
-    if (!p.rank_steps) return;
-    const auto U = static_cast<const bfloat16 *>(p.L.U);
-    const auto spread_U = [&](int64_t begin, int64_t end, bfloat16 *tiles) {
-        for (int64_t r = 0; r < whole; r++) clear_row(begin, end, row_of_tiles(tiles, r, end - begin));
-        p.for_parts([&](int64_t part_row, int64_t, int64_t part_step, const Part &part) {
-            const int64_t from = most(begin, part_step), to = least(end, part_step + ceil_div(part.rank, depth));
-            for (int64_t row = most(first, part_row); row < least(first + rows, part_row + part.rows); row++)
-                copy_row(U + row * p.L.width, part.rank, from - part_step, to - part_step,
-                         row_of_tiles(tiles, row - first, end - begin) + (from - begin) * tile_values);
-        });
-    };
-    product(spread_U, whole, p.rank_steps, z, token_tiles, true, weights, sums);
+        const uint8_t *bits = p.S.bitmask + (first + r) * row_bytes;
+        const bfloat16 *value = static_cast<const bfloat16 *>(p.S.values) + p.row_start[first + r];
+        for (int64_t s = 0; s < steps; s += 2, to += 2 * tile_values) {
+            fetch_ahead(bits + s * 4, 768);
+            fetch_ahead(value, 4096);
+            const uint64_t mask = read_bits(bits + s * 4, row_bytes - s * 4);
+            const auto low = static_cast<__mmask32>(mask), high = static_cast<__mmask32>(mask >> 32);
+            _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(low, value));
+            value += popcount(low);
+            if (s + 1 == steps) break;
+            _mm512_store_si512(to + tile_values, _mm512_maskz_expandloadu_epi16(high, value));
+            value += popcount(high);
+        }
+    }
+}
+
+inline void spread_U(const Product &p, int64_t first, int64_t count, int64_t whole, bfloat16 *weights) {
+    for (int64_t r = 0; r < whole; r++) spread_row(nullptr, 0, p.rank_steps, row_of_tiles(weights, r, p.rank_steps));
+    p.for_parts([&](int64_t part_row, int64_t, int64_t part_step, const Part &part) {
+        for (int64_t row = most(first, part_row); row < least(first + count, part_row + part.rows); row++)
+            spread_row(static_cast<const bfloat16 *>(p.L.U) + row * p.L.width, part.rank, ceil_div(part.rank, depth),
+                       row_of_tiles(weights, row - first, p.rank_steps) + part_step * tile_values);
+    });
 }
 
 inline void write_outputs(const Product &p, int64_t first, int64_t rows, int64_t token, int64_t token_tiles,
@@ -279,38 +250,59 @@ void many_bfloat16(const Sparse &S, const int64_t *row_start, const LowRank &L, 
     Product p{S, row_start, L, static_cast<const bfloat16 *>(bias), io, 0};
     p.for_parts([&](int64_t, int64_t, int64_t, const Part &part) { p.rank_steps += ceil_div(part.rank, depth); });
 
-    // as many tasks for each thread, of as many rows
+    // as many blocks of rows for each thread, of as many rows
     const int64_t shares = round_up(ceil_div(S.rows, most_rows), threads);
     const int64_t step = round_up(ceil_div(S.rows, shares), 2 * tile), blocks = ceil_div(S.rows, step);
     const int64_t all_tiles = ceil_div(io.tokens, tile), steps = p.steps();
     const int64_t at_once =
         least(all_tiles, most(2, inputs_bytes / ((steps + p.rank_steps) * tile_values * 2) / 2 * 2));
-    const int64_t widest = least(at_once, most_tokens / tile), sums_tiles = most(step / tile, 2) * widest;
+    const int64_t widest = least(at_once, most_tokens / tile);
+    const int64_t sums_size = most(step, depth) / tile * widest * tile_sums;
+    const int64_t weights_size = most(step, depth) * (steps + p.rank_steps) * depth;
     Scratch<bfloat16> input(Inputs::size(at_once, steps)), projected(Inputs::size(at_once, p.rank_steps));
-    Scratch<bfloat16> spread(threads * most_rows * spread_steps * depth);
-    Scratch<float> sum(threads * sums_tiles * tile_sums);
+    Scratch<bfloat16> spread(threads * weights_size);
+    Scratch<float> sum(threads * sums_size);
     for (int64_t begin = 0; begin < all_tiles; begin += at_once) {
         const int64_t count = least(at_once, all_tiles - begin), chunks = ceil_div(count, widest);
         const Inputs inputs{input + 0, count, 0}, z{projected + 0, count, 0};
-        const auto chunk_start = [&](int64_t chunk) { return chunk * count / chunks; };
         parallel(count, threads, [&](int64_t t, int) { pack_inputs(p, (begin + t) * tile, inputs.from(t)); });
-        // of each task: i is its place among `each` of one chunk of tokens
-        const auto with_chunk = [&](int64_t each, auto f) {
-            parallel(each * chunks, threads, [&](int64_t i, int worker) {
-                const int64_t first = chunk_start(i / each), n = chunk_start(i / each + 1) - first;
+        // A task spreads one of `each` pieces of the weights, then takes some chunks of tokens. Inputs that fit the
+        // second-level cache are better kept there, chunk after chunk, than weights spread only once.
+        const bool cached = steps * widest * tile_values * 2 <= cached_inputs;
+        const auto with_chunks = [&](int64_t each, auto spread_weights, auto multiply) {
+            const int64_t groups = cached ? chunks : each % threads ? least(chunks, threads) : 1;
+            parallel(each * groups, threads, [&](int64_t i, int worker) {
+                const int64_t group = i / each;
+                bfloat16 *weights = spread + worker * weights_size;
+                float *sums = sum + worker * sums_size;
+                spread_weights(i % each, weights);
                 const Tiles tiles;
-                f(i % each, first, n, spread + worker * most_rows * spread_steps * depth,
-                  sum + worker * sums_tiles * tile_sums);
+                for (int64_t c = group * chunks / groups; c < (group + 1) * chunks / groups; c++) {
+                    const int64_t first = c * count / chunks, n = (c + 1) * count / chunks - first;
+                    multiply(i % each, weights, first, n, sums);
+                }
             });
         };
-        with_chunk(p.rank_steps, [&](int64_t i, int64_t first, int64_t n, bfloat16 *weights, float *sums) {
-            project(p, i, inputs.from(first), n, weights, sums, z.from(first));
-        });
-        with_chunk(blocks, [&](int64_t i, int64_t first, int64_t n, bfloat16 *weights, float *sums) {
-            const int64_t row = i * step, rows = least(step, S.rows - row);
-            multiply_rows(p, row, rows, inputs.from(first), z.from(first), n, weights, sums);
-            write_outputs(p, row, rows, (begin + first) * tile, n, sums);
-        });
+        with_chunks(
+            p.rank_steps, [&](int64_t i, bfloat16 *weights) { spread_V(p, i, weights); },
+            [&](int64_t i, const bfloat16 *weights, int64_t first, int64_t n, float *sums) {
+                product(weights, depth, steps, inputs.from(first), n, false, sums);
+                write_inputs(sums, i, n, z.from(first));
+            });
+        const auto rows_of = [&](int64_t i) { return least(step, S.rows - i * step); };
+        with_chunks(
+            blocks,
+            [&](int64_t i, bfloat16 *weights) {
+                const int64_t rows = rows_of(i), whole = round_up(rows, 2 * tile);
+                spread_S(p, i * step, rows, whole, weights);
+                spread_U(p, i * step, rows, whole, weights + whole * steps * depth);
+            },
+            [&](int64_t i, const bfloat16 *weights, int64_t first, int64_t n, float *sums) {
+                const int64_t whole = round_up(rows_of(i), 2 * tile);
+                product(weights, whole, steps, inputs.from(first), n, false, sums);
+                product(weights + whole * steps * depth, whole, p.rank_steps, z.from(first), n, true, sums);
+                write_outputs(p, i * step, rows_of(i), (begin + first) * tile, n, sums);
+            });
     }
 }
 
