@@ -2,6 +2,7 @@ r"""Speed of compressed layers against torch's dense linear, in turns in one run
 
     python eval/layer_speed.py                                    # float32, the shapes of ViT-B and ViT-L
     python eval/layer_speed.py --rates 0.5 --storage float16 --tokens 1 256 --csv layers.csv
+    python eval/layer_speed.py --layers 24 --tokens 1             # weights from memory, as in a model
     python eval/layer_speed.py --device cuda --dtype float16 --pattern 2:4 --shapes 4096x1024 6144x1536
 
 Weights are random: only where the non-zeros lie decides the speed, not what they are. Rank ratio 0 is plain pruning at
@@ -9,7 +10,9 @@ the same rate in the same kernel. GFLOP/s count the non-zeros and the low-rank t
 """
 
 import argparse
+import copy
 import csv
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from oats_vision.benchmark import side_by_side
 from oats_vision.core.budget import Pattern, layer_budget
@@ -46,6 +50,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of inputs and of the dense weight")
     parser.add_argument("--storage", nargs="+", default=["float32", "float16"], help="of the compressed weights")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, default=1, help="of each shape, run one after the other as in a model")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -55,7 +60,8 @@ def main() -> None:
     rows = []
     for shape in args.shapes:
         m, n = map(int, shape.split("x"))
-        W, b = torch.randn(m, n, dtype=dtype, device=args.device), torch.randn(m, dtype=dtype, device=args.device)
+        b = torch.randn(m, dtype=dtype, device=args.device)
+        weights = [torch.randn(m, n, dtype=dtype, device=args.device) for _ in range(args.layers)]
         layers = {
             (rate, ratio, storage): random_layer(m, n, rate, ratio, pattern, getattr(torch, storage)).to(args.device)
             for rate in rates
@@ -67,10 +73,14 @@ def main() -> None:
             runnable = {key: torch.compile(SemiStructuredLinear(layer, dtype)) for key, layer in layers.items()}
         for tokens in args.tokens:
             x = torch.randn(tokens, n, dtype=dtype, device=args.device)
-            inner = max(1, 50 // tokens)  # short calls are timed several at a time
-            calls = {"dense": partial(repeat, partial(F.linear, x, W, b), inner)}
-            calls |= {str(key): partial(repeat, partial(layer, x), inner) for key, layer in runnable.items()}
-            taken = {name: seconds / inner for name, seconds in side_by_side(calls, args.repeats).items()}
+            times = max(1, 50 // tokens // args.layers)  # short calls are timed several at a time
+            dense = [partial(F.linear, x, W, b) for W in weights]
+            calls = {"dense": partial(repeat, dense, times)}
+            for key, layer in runnable.items():
+                copies = [layer, *(copy.deepcopy(layer) for _ in range(args.layers - 1))]
+                calls[str(key)] = partial(repeat, [partial(one, x) for one in copies], times)
+            each = times * args.layers
+            taken = {name: seconds / each for name, seconds in side_by_side(calls, args.repeats).items()}
             for (rate, ratio, storage), layer in layers.items():
                 seconds = taken[str((rate, ratio, storage))]
                 rows.append(
@@ -91,7 +101,7 @@ def main() -> None:
     where = kernels if args.device == "cpu" else torch.cuda.get_device_name()
     table = Table(
         title=f"{args.dtype} inputs, {args.device} ({where}), {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}; medians of {args.repeats}"
+        f"{torch.__version__}; {args.layers} of each shape; medians of {args.repeats}"
     )
     for heading in rows[0]:
         table.add_column(heading.replace("_", " "), justify="right")
@@ -114,9 +124,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def repeat(call, times: int) -> None:
+def repeat(calls: Sequence[Callable[[], Tensor]], times: int) -> None:
     for _ in range(times):
-        call()
+        for call in calls:
+            call()
 
 
 if __name__ == "__main__":
