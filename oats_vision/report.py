@@ -173,7 +173,8 @@ def bench_table(title: str, timings: Sequence[Timing], memory: tuple[int, int]) 
         table.add_column(heading, justify="right")
     for timing in timings:
         pair = (timing.dense, timing.compressed)
-        table.add_row(timing.what, *(f"{seconds * 1e3:.1f} ms" for seconds in pair), f"{timing.speedup:.2f} x faster")
+        change = f"{timing.speedup:.2f} x {'as fast' if timing.speedup < 1 else 'faster'}"
+        table.add_row(timing.what, *(f"{seconds * 1e3:.1f} ms" for seconds in pair), change)
         table.add_row(f"  {timing.unit}/s", *(f"{timing.units / seconds:.1f}" for seconds in pair), "")
     table.add_row("weights in memory", *map(megabytes, memory), _ratio(*memory))
     return table
