@@ -278,35 +278,51 @@ OATS_INLINE uint64_t block_bits(const uint8_t *row, int64_t row_bytes, int64_t b
 // Some rows of S in the order in which `multiply` goes through them: block by block of columns, and in a block by
 // the number of values, so that loops of equal length follow each other and the CPU foresees their ends.
 struct Stream {
+    struct Place {  // of the next row with some number of values in some block
+        int64_t value, entry;
+    };
+    static constexpr int64_t counts = block_columns + 1;
+
     int64_t first, rows;
     float *values;
-    uint8_t *columns;  // within the block; `positions` may write 64 more
+    uint8_t *columns;  // within the block
     Entry *entries;    // blocks x rows
     int64_t *start;    // of each block in values and columns
+    Place *places;     // blocks x counts
 
+    // Rows are read as they lie in memory, and written to the places of their numbers of values.
     template <class V>
-    void build(const Sparse &S, const int64_t *row_start, int64_t *next) const {
+    void build(const Sparse &S, const int64_t *row_start) const {
         const int64_t row_bytes = S.row_bytes(), blocks = ceil_div(S.columns, block_columns);
-        const V *from = static_cast<const V *>(S.values);
-        int64_t at = 0;
-        for (int64_t r = 0; r < rows; r++) next[r] = row_start[first + r];
-        uint8_t count[task_rows];
+        std::memset(places, 0, sizeof(Place) * blocks * counts);
+        for (int64_t r = 0; r < rows; r++) {
+            const uint8_t *row = S.bitmask + (first + r) * row_bytes;
+            for (int64_t b = 0; b < blocks; b++) places[b * counts + popcount(block_bits(row, row_bytes, b))].entry++;
+        }
+        int64_t value = 0;
         for (int64_t b = 0; b < blocks; b++) {
-            start[b] = at;
-            uint16_t place[block_columns + 2] = {};
-            for (int64_t r = 0; r < rows; r++) {
-                count[r] = static_cast<uint8_t>(popcount(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b)));
-                place[count[r] + 1]++;
+            start[b] = value;
+            int64_t entry = b * rows;
+            for (int64_t n = 0; n < counts; n++) {
+                Place &place = places[b * counts + n];
+                const int64_t count = place.entry;
+                place = {value, entry};
+                entry += count;
+                value += count * n;
             }
-            for (int64_t n = 1; n <= block_columns; n++) place[n] = static_cast<uint16_t>(place[n] + place[n - 1]);
-            Entry *entry = entries + b * rows;
-            for (int64_t r = 0; r < rows; r++) entry[place[count[r]]++] = {static_cast<uint16_t>(r), count[r]};
-            for (int64_t e = 0; e < rows; e++) {
-                const int64_t r = entry[e].row, n = entry[e].count;
-                positions(block_bits(S.bitmask + (first + r) * row_bytes, row_bytes, b), columns + at);
-                widen(from + next[r], values + at, n);
-                next[r] += n;
-                at += n;
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const uint8_t *row = S.bitmask + (first + r) * row_bytes;
+            const V *from = static_cast<const V *>(S.values) + row_start[first + r];
+            for (int64_t b = 0; b < blocks; b++) {
+                const uint64_t bits = block_bits(row, row_bytes, b);
+                const int n = popcount(bits);
+                Place &place = places[b * counts + n];
+                entries[place.entry++] = {static_cast<uint16_t>(r), static_cast<uint16_t>(n)};
+                positions(bits, columns + place.value);
+                widen(from, values + place.value, n);
+                place.value += n;
+                from += n;
             }
         }
     }
@@ -510,19 +526,21 @@ inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank
         const auto start = [&](int64_t s) { return row_start[least(S.rows, (begin + s) * step)]; };
         const int64_t total = start(count) - start(0);
         Scratch<float> values(total);
-        Scratch<uint8_t> columns(total + 64 * count);
+        Scratch<uint8_t> columns(total);
         Scratch<Entry> entries(count * blocks * step);
-        Scratch<int64_t> block_start(count * blocks), next(count * step);
+        Scratch<int64_t> block_start(count * blocks);
+        Scratch<Stream::Place> places(count * blocks * Stream::counts);
         Scratch<Stream> stream(count);
         parallel(count, threads, [&](int64_t s, int) {
             const int64_t first = (begin + s) * step, at = start(s) - start(0);
             stream[s] = {first,
                          least(step, S.rows - first),
                          values + at,
-                         columns + (at + 64 * s),
+                         columns + at,
                          entries + s * blocks * step,
-                         block_start + s * blocks};
-            with_type(S.type, [&](auto type) { stream[s].build<decltype(type)>(S, row_start, next + s * step); });
+                         block_start + s * blocks,
+                         places + s * blocks * Stream::counts};
+            with_type(S.type, [&](auto type) { stream[s].build<decltype(type)>(S, row_start); });
         });
         parallel(tiles * ceil_div(count, group), threads, [&](int64_t i, int worker) {
             const int64_t s = i / tiles * group, v = first_vector(i % tiles), vectors = first_vector(i % tiles + 1) - v;

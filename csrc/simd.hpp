@@ -162,13 +162,14 @@ struct Vec {
     static Vec widen_h(__m256i x) { return {_mm512_cvtph_ps(x)}; }
 };
 
-// Positions of the ones in `mask`, ascending; writes 64 bytes, of which the first popcount(mask) count.
+// Positions of the ones in `mask`, ascending.
 inline void positions(uint64_t mask, uint8_t *out) {
     alignas(64) static constexpr uint8_t iota[64] = {
         0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
         22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
         44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-    _mm512_storeu_si512(out, _mm512_maskz_compress_epi8(mask, _mm512_load_si512(iota)));
+    const __mmask64 written = mask ? ~uint64_t{0} >> (64 - popcount(mask)) : 0;
+    _mm512_mask_storeu_epi8(out, written, _mm512_maskz_compress_epi8(mask, _mm512_load_si512(iota)));
 }
 
 #else
