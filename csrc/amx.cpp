@@ -29,7 +29,8 @@ struct Inputs {
     int64_t tiles, first;  // tiles of tokens in all, and where these begin
 
     bfloat16 *at(int64_t token_tile, int64_t step) const {
-        return data + ((step / block_steps * tiles + first + token_tile) * block_steps + step % block_steps) * tile_values;
+        const int64_t block = step / block_steps * tiles + first + token_tile;
+        return data + (block * block_steps + step % block_steps) * tile_values;
     }
     Inputs from(int64_t token_tile) const { return {data, tiles, first + token_tile}; }
     static int64_t size(int64_t tiles, int64_t steps) { return round_up(steps, block_steps) * tiles * tile_values; }
@@ -139,14 +140,14 @@ struct Product {
     bfloat16 *y() const { return static_cast<bfloat16 *>(io.y); }
     int64_t steps() const { return ceil_div(S.columns, depth); }
 
-    // Calls f(rows before, rank rows before, steps before, part) for each part.
+    // Calls f(rows before, ranks before, steps before, part) for each part.
     template <class F>
-    void for_parts(F f) const {
-        int64_t rows = 0, ranks = 0, steps = 0;
-        for (int64_t j = 0; j < L.parts; j++) {
-            f(rows, ranks, steps, L.part[j]);
-            rows += L.part[j].rows, ranks += L.part[j].rank, steps += ceil_div(L.part[j].rank, depth);
-        }
+    void for_parts_and_steps(F f) const {
+        int64_t step = 0;
+        for_parts(L, [&](int64_t row, int64_t rank, const Part &part) {
+            f(row, rank, step, part);
+            step += ceil_div(part.rank, depth);
+        });
     }
 };
 
@@ -167,7 +168,7 @@ inline void pack_inputs(const Product &p, int64_t token, const Inputs &inputs) {
 
 // The 32 rows of V that make one step of U, and zeros where a part's ranks end
 inline void spread_V(const Product &p, int64_t step, bfloat16 *weights) {
-    p.for_parts([&](int64_t, int64_t part_rank, int64_t part_step, const Part &part) {
+    p.for_parts_and_steps([&](int64_t, int64_t part_rank, int64_t part_step, const Part &part) {
         const int64_t first = (step - part_step) * depth;
         if (first < 0 || first >= part.rank) return;
         const auto V = static_cast<const bfloat16 *>(p.L.V) + (part_rank + first) * p.S.columns;
@@ -179,8 +180,8 @@ inline void spread_V(const Product &p, int64_t step, bfloat16 *weights) {
 
 // Two tiles of sums, one above the other, are one of inputs once each two rows are paired
 inline void write_inputs(const float *sums, int64_t step, int64_t token_tiles, const Inputs &z) {
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t t = 0; t < token_tiles; t++)
         for (int64_t i = 0; i < tile; i++) {
             const int64_t row = 2 * i;
@@ -218,7 +219,7 @@ inline void spread_S(const Product &p, int64_t first, int64_t count, int64_t who
 
 inline void spread_U(const Product &p, int64_t first, int64_t count, int64_t whole, bfloat16 *weights) {
     for (int64_t r = 0; r < whole; r++) spread_row(nullptr, 0, p.rank_steps, row_of_tiles(weights, r, p.rank_steps));
-    p.for_parts([&](int64_t part_row, int64_t, int64_t part_step, const Part &part) {
+    p.for_parts_and_steps([&](int64_t part_row, int64_t, int64_t part_step, const Part &part) {
         for (int64_t row = most(first, part_row); row < least(first + count, part_row + part.rows); row++)
             spread_row(static_cast<const bfloat16 *>(p.L.U) + row * p.L.width, part.rank, ceil_div(part.rank, depth),
                        row_of_tiles(weights, row - first, p.rank_steps) + part_step * tile_values);
@@ -248,7 +249,7 @@ void many_bfloat16(const Sparse &S, const int64_t *row_start, const LowRank &L, 
                    int threads) {
     if (!S.rows || !io.tokens) return;
     Product p{S, row_start, L, static_cast<const bfloat16 *>(bias), io, 0};
-    p.for_parts([&](int64_t, int64_t, int64_t, const Part &part) { p.rank_steps += ceil_div(part.rank, depth); });
+    for_parts(L, [&](int64_t, int64_t, const Part &part) { p.rank_steps += ceil_div(part.rank, depth); });
 
     // as many blocks of rows for each thread, of as many rows
     const int64_t shares = round_up(ceil_div(S.rows, most_rows), threads);

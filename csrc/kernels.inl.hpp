@@ -51,6 +51,23 @@ void with_type(Type type, F f) {
         f(float16{});
 }
 
+// Calls f(rows before, ranks before, part) for each part.
+template <class F>
+OATS_INLINE void for_parts(const LowRank &L, F f) {
+    int64_t row = 0, rank = 0;
+    for (int64_t j = 0; j < L.parts; j++) {
+        f(row, rank, L.part[j]);
+        row += L.part[j].rows;
+        rank += L.part[j].rank;
+    }
+}
+
+inline int64_t ranks_of(const LowRank &L) {
+    int64_t ranks = 0;
+    for_parts(L, [&](int64_t, int64_t, const Part &part) { ranks += part.rank; });
+    return ranks;
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Where each row's values start
 // ---------------------------------------------------------------------------------------------------------------
@@ -211,8 +228,7 @@ void for_tokens(int64_t tokens, F f) {
 
 inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
                        int threads) {
-    int64_t ranks = 0;
-    for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
+    const int64_t ranks = ranks_of(L);
     if (S.rows * S.columns * io.tokens < one_thread) threads = 1;
     const int64_t x_stride = round_up(S.columns, group);
     Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
@@ -238,16 +254,12 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
         const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 4));
         parallel(ceil_div(S.rows, chunk), threads, [&](int64_t i, int) {
             const int64_t begin = i * chunk, end = least(S.rows, begin + chunk);
-            int64_t part_row = 0, part_rank = 0;
-            for (int64_t j = 0; j < L.parts; j++) {
-                const int64_t first = most(begin, part_row), last = least(end, part_row + L.part[j].rows);
+            for_parts(L, [&](int64_t row, int64_t rank, const Part &part) {
+                const int64_t first = most(begin, row), last = least(end, row + part.rows);
                 if (first < last)
-                    for_tokens(io.tokens, [&]<int T>(int64_t token) {
-                        few_rows<T, V>(p, token, first, last, L.part[j].rank, part_rank);
-                    });
-                part_row += L.part[j].rows;
-                part_rank += L.part[j].rank;
-            }
+                    for_tokens(io.tokens,
+                               [&]<int T>(int64_t token) { few_rows<T, V>(p, token, first, last, part.rank, rank); });
+            });
         });
     });
     with_type(io.type, [&](auto type) {
@@ -460,15 +472,12 @@ void multiply(const ManyTokens &p, const Stream *streams, int64_t count, int64_t
             const Vec z = t + Vec::width <= tokens ? Vec::load(from) : Vec::load(from, most(0, tokens - t));
             z.store(tile.z + i * width + t);
         }
-    int64_t part_row = 0, part_rank = 0;
-    for (int64_t j = 0; j < p.L.parts; j++) {
-        const int64_t from = most(first, part_row), to = least(first + rows, part_row + p.L.part[j].rows);
+    for_parts(p.L, [&](int64_t row, int64_t rank, const Part &part) {
+        const int64_t from = most(first, row), to = least(first + rows, row + part.rows);
         if (from < to)
-            multiply_dense<K>(p.U + from * p.L.width, p.L.width, p.bias ? p.bias + from : nullptr, to - from,
-                              p.L.part[j].rank, tile.z + part_rank * width, tile.y + (from - first) * width);
-        part_row += p.L.part[j].rows;
-        part_rank += p.L.part[j].rank;
-    }
+            multiply_dense<K>(p.U + from * p.L.width, p.L.width, p.bias ? p.bias + from : nullptr, to - from, part.rank,
+                              tile.z + rank * width, tile.y + (from - first) * width);
+    });
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t column = b * block_columns;
         transpose_in(x, p.io.stride, p.io.tokens, token, width, column, least(p.S.columns, column + block_columns),
@@ -501,8 +510,7 @@ inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank
                         const Tokens &io, int threads) {
     constexpr int W = Vec::width;
     if (!S.rows || !io.tokens) return;
-    int64_t ranks = 0;
-    for (int64_t i = 0; i < L.parts; i++) ranks += L.part[i].rank;
+    const int64_t ranks = ranks_of(L);
     const ManyTokens p{S, L, static_cast<const float *>(L.U), bias, Vx, io, ranks};
     const int64_t blocks = ceil_div(S.columns, block_columns);
     // as many streams for each thread, of as many rows
