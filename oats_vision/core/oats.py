@@ -47,7 +47,7 @@ def oats(
     *,
     iterations: int = 80,
     solver: Solver = "fast",
-    extrapolation: float = 0.9,
+    extrapolation: float = 0.95,
     tolerance: float = 0.0,
 ) -> Factors:
     """Decompose a weight into sparse plus low-rank (OATS, Algorithm 2).
