@@ -204,8 +204,7 @@ inline void spread_S(const Product &p, int64_t first, int64_t count, int64_t who
         const uint8_t *bits = p.S.bitmask + (first + r) * row_bytes;
         const bfloat16 *value = static_cast<const bfloat16 *>(p.S.values) + p.row_start[first + r];
         for (int64_t s = 0; s < steps; s += 2, to += 2 * tile_values) {
-            fetch_ahead(bits + s * 4, 768);
-            fetch_ahead(value, 4096);
+            fetch_ahead(bits + s * 4, value);
             const uint64_t mask = read_bits(bits + s * 4, row_bytes - s * 4);
             const auto low = static_cast<__mmask32>(mask), high = static_cast<__mmask32>(mask >> 32);
             _mm512_store_si512(to, _mm512_maskz_expandloadu_epi16(low, value));

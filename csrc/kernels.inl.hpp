@@ -129,8 +129,13 @@ inline void interleave(float *x) {
 }
 
 // Weights are read once, from far away, and in several streams: the CPU's own fetching ahead stops at each page's end.
-OATS_INLINE void fetch_ahead(const void *p, int64_t bytes) {
-    __builtin_prefetch(static_cast<const char *>(p) + bytes);
+// The distances are of about as many columns in the bits as in the values; for each 64 columns.
+template <class V>
+OATS_INLINE void fetch_ahead(const uint8_t *bits, const V *values) {
+    const char *ahead = reinterpret_cast<const char *>(values) + 4096;
+    __builtin_prefetch(bits + 768);
+    __builtin_prefetch(ahead);
+    if (sizeof(V) == 4) __builtin_prefetch(ahead + 64);
 }
 
 // acc[t] += row . x[t], for a sparse row
@@ -155,9 +160,7 @@ OATS_INLINE void sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *val
     };
     int64_t byte = 0;
     for (; byte + 8 <= row_bytes; byte += 8) {
-        fetch_ahead(bits + byte, 768);
-        fetch_ahead(values, 4096);
-        if (sizeof(V) == 4) fetch_ahead(values, 4096 + 64);
+        fetch_ahead(bits + byte, values);
         add(read_bits(bits + byte, 8));
     }
     if (byte < row_bytes) add(read_bits(bits + byte, row_bytes - byte));

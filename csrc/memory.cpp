@@ -28,7 +28,7 @@ char *allocate(size_t bytes) {
 
 struct Stack {
     char *memory = nullptr;
-    size_t size = 0, used = 0;      // of what is kept
+    size_t size = 0, used = 0;       // of what is kept
     size_t lent = 0, most_lent = 0;  // in all
     ~Stack() { std::free(memory); }
 };
@@ -40,11 +40,12 @@ size_t whole_lines(size_t bytes) { return std::max(line, (bytes + line - 1) / li
 
 void *borrow(size_t bytes) {
     bytes = whole_lines(bytes);
-    if (!stack.lent && stack.size < std::min(stack.most_lent, most_kept)) {  // the last call had to ask for more
+    const size_t wanted = std::min(stack.most_lent, most_kept);
+    if (!stack.lent && stack.size < wanted) {  // the last call had to ask for more
         std::free(std::exchange(stack.memory, nullptr));
         stack.size = 0;
-        stack.memory = allocate(std::min(stack.most_lent, most_kept));
-        stack.size = std::min(stack.most_lent, most_kept);
+        stack.memory = allocate(wanted);
+        stack.size = wanted;
     }
     char *memory = stack.memory + stack.used;
     if (stack.used + bytes <= stack.size)

@@ -80,7 +80,7 @@ class Matrix {
 
     void many_bfloat16(Address x, int64_t tokens, int64_t stride, Address y, int threads) const {
         const nb::gil_scoped_release release;
-        if (!chosen->many_bfloat16) throw std::logic_error("no matrix units for bfloat16");
+        if (!chosen->many_bfloat16) throw std::invalid_argument("this CPU has no matrix units for bfloat16");
         chosen->many_bfloat16(sparse_, row_start_.data(), low_rank(U_), bias_,
                               io(x, static_cast<int>(Type::bfloat16), tokens, stride, y), threads);
     }

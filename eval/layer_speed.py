@@ -68,17 +68,21 @@ def main() -> None:
             for ratio in args.rank_ratios
             for storage in args.storage
         }
-        runnable = layers
+        runnable = {
+            key: [layer, *(copy.deepcopy(layer) for _ in range(args.layers - 1))] for key, layer in layers.items()
+        }
         if args.device != "cpu" and pattern.kind == "n:m":
-            runnable = {key: torch.compile(SemiStructuredLinear(layer, dtype)) for key, layer in layers.items()}
+            runnable = {
+                key: [torch.compile(SemiStructuredLinear(layer, dtype)) for layer in copies]
+                for key, copies in runnable.items()
+            }
         for tokens in args.tokens:
             x = torch.randn(tokens, n, dtype=dtype, device=args.device)
             times = max(1, 50 // tokens // args.layers)  # short calls are timed several at a time
             dense = [partial(F.linear, x, W, b) for W in weights]
             calls = {"dense": partial(repeat, dense, times)}
-            for key, layer in runnable.items():
-                copies = [layer, *(copy.deepcopy(layer) for _ in range(args.layers - 1))]
-                calls[str(key)] = partial(repeat, [partial(one, x) for one in copies], times)
+            for key, copies in runnable.items():
+                calls[str(key)] = partial(repeat, [partial(layer, x) for layer in copies], times)
             each = times * args.layers
             taken = {name: seconds / each for name, seconds in side_by_side(calls, args.repeats).items()}
             for (rate, ratio, storage), layer in layers.items():

@@ -175,11 +175,11 @@ class SparseLowRankLinear(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         # nn.Module looks up each attribute in several places, which for one token takes as long as the product
-        modules = self._modules
-        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters  # type: ignore[union-attr]
-        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]  # type: ignore[union-attr]
+        modules: dict[str, Any] = self._modules
+        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
+        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
         tensors = (values, bitmask, low_rank["U"], low_rank["V"], self._parameters["bias"])
-        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)  # type: ignore[arg-type]
+        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)

@@ -112,11 +112,14 @@ class Matrix:
             torch.get_num_threads(),
         )
 
+    def _check_features(self, x: Tensor) -> None:
+        if x.shape[-1] != self._in_features:
+            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[-1]}")
+
     def few_tokens(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), dtype of x, in one pass over the weights."""
+        self._check_features(x)
         *batch, in_features = x.shape
-        if in_features != self._in_features:
-            raise ValueError(f"the input must have {self._in_features} features, got {in_features}")
         x = x.contiguous()
         y = torch.empty((*batch, self._rows), dtype=x.dtype)
         tokens, threads = x.numel() // in_features, torch.get_num_threads()
@@ -125,8 +128,7 @@ class Matrix:
 
     def many_tokens(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
         """The same for many tokens, all but the sparse values in float32: U, V and bias as given to the matrix."""
-        if x.shape[1] != self._in_features:
-            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[1]}")
+        self._check_features(x)
         x = x if x.stride(1) == 1 else x.contiguous()
         U, V, bias = U.float(), V.float(), None if bias is None else bias.float()
         if x.dtype != torch.float32 or not U.is_contiguous():
@@ -150,10 +152,9 @@ class Matrix:
         Raises:
             ValueError: there are no such units, or a dtype is another.
         """
-        if not multiplies_bfloat16() or x.dtype != torch.bfloat16 or self._dtype != torch.bfloat16:
-            raise ValueError("needs matrix units for bfloat16, and weights and inputs in it")
-        if x.shape[1] != self._in_features:
-            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[1]}")
+        if x.dtype != torch.bfloat16 or self._dtype != torch.bfloat16:
+            raise ValueError(f"weights and inputs must be bfloat16, got {self._dtype} and {x.dtype}")
+        self._check_features(x)
         x = x if x.stride(1) == 1 else x.contiguous()
         y = torch.empty(len(x), self._rows, dtype=torch.bfloat16)
         self._matrix.many_bfloat16(x.data_ptr(), len(x), x.stride(0), y.data_ptr(), torch.get_num_threads())
