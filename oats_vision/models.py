@@ -151,7 +151,7 @@ def source_of(model: nn.Module) -> ModelSource:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers."):
-        return ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()))
+        return _huggingface_source(model)
     return ModelSource("module", f"{type(model).__module__}.{type(model).__qualname__}")
 
 
@@ -239,8 +239,7 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     labels = [str(model.config.id2label[i]) for i in range(len(model.config.id2label or ()))]
     names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
-    source = ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()), transform, dtype, names)
-    return model, source
+    return model, _huggingface_source(model, transform, dtype, names)
 
 
 def _from_gguf(path: Path, pretrained: bool):
@@ -255,7 +254,7 @@ def _from_gguf(path: Path, pretrained: bool):
     else:
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(**place))
     # what was dequantised from 8 bits or fewer is stored in half precision without a loss that counts
-    return model, ModelSource("huggingface", type(model).__name__, _plain(model.config.to_dict()), None, "float16")
+    return model, _huggingface_source(model, dtype="float16")
 
 
 def _from_torch_hub(name: str, pretrained: bool, trust_remote_code: bool):
@@ -298,6 +297,17 @@ def _safetensors_dtype(path: Path) -> str:
         largest = max(map(file.get_slice, names), key=lambda part: math.prod(part.get_shape()))
         dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         return dtypes.get(largest.get_dtype(), "float32")
+
+
+def _huggingface_source(
+    model: nn.Module,
+    transform: TransformConfig | None = None,
+    dtype: str = "float32",
+    names: list[str] | None = None,
+) -> ModelSource:
+    args = _plain(model.config.to_dict())  # type: ignore[operator, union-attr]
+    args.pop("_name_or_path", None)  # as it was typed, which depends on the folder: `origin` has it whole
+    return ModelSource("huggingface", type(model).__name__, args, transform, dtype, names)
 
 
 def _plain(value: Any) -> Any:

@@ -43,6 +43,14 @@ def test_compress_evaluate_merge_and_generate(quick, tmp_path):
     assert plain.generate(prompt, **options).shape == generated.shape
 
 
+def test_the_dense_model_of_a_relative_path_is_found_from_elsewhere(quick, language_directory, tmp_path):
+    quick[quick.index("--model") + 1] = language_directory.name
+    done = run(*quick, "--out", tmp_path / "out", cwd=language_directory.parent)
+    assert done.returncode == 0, done.stderr
+    again = run("eval", "perplexity", tmp_path / "out", "--data", "demo", "--sequence-length", 64, "--samples", 2)
+    assert again.returncode == 0, again.stderr
+
+
 def test_evaluation_table(quick, tmp_path):
     out = tmp_path / "out"
     done = run(*quick, "--out", out)
