@@ -65,9 +65,10 @@ struct Kernels {
                           int threads) = nullptr;
 };
 
-const Kernels *amx_kernels();       // null if not compiled in, or not runnable on this CPU
-const Kernels *avx512_kernels();    // likewise
-const Kernels *avx2_kernels();      // likewise
-const Kernels *portable_kernels();  // always there
+const Kernels *amx_kernels();         // null if not compiled in, or not runnable on this CPU
+const Kernels *avx512_kernels();      // likewise
+const Kernels *avx512_amd_kernels();  // likewise, on any maker's CPU
+const Kernels *avx2_kernels();        // likewise
+const Kernels *portable_kernels();    // always there
 
 }  // namespace oats

@@ -20,9 +20,20 @@ namespace {
 
 using Address = uintptr_t;
 
+bool made_by_amd() {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
+// The fastest first.
 std::vector<const Kernels *> runnable() {
+    const Kernels *avx512 = avx512_kernels(), *other_avx512 = avx512_amd_kernels();
+    if (made_by_amd()) std::swap(avx512, other_avx512);
     std::vector<const Kernels *> all;
-    for (const Kernels *k : {amx_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
+    for (const Kernels *k : {amx_kernels(), avx512, other_avx512, avx2_kernels(), portable_kernels()})
         if (k) all.push_back(k);
     return all;
 }
@@ -37,7 +48,6 @@ void use(const std::string &name) {
         }
     throw std::invalid_argument("this CPU does not run the " + name + " kernels");
 }
-
 
 // A packed sparse matrix with its low-rank term and bias. It does not own its tensors: the caller keeps them.
 class Matrix {

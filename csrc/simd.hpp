@@ -113,12 +113,18 @@ struct Vec {
         second.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     static void expand(uint32_t mask, const float16 *p, const float16 *, Vec &first, Vec &second) {
+#if defined(OATS_EXPAND_FLOATS)
+        const int low = popcount(mask & 0xffff), high = popcount(mask >> 16);
+        first.v = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(p, low).v);
+        second.v = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask >> 16), load(p + low, high).v);
+#else
         // by way of memory: the conversion of a register competes with the expansion for an execution port
         alignas(64) uint16_t halves[32];
         _mm512_store_si512(halves, _mm512_maskz_expandloadu_epi16(mask, p));
         asm volatile("" : "+m"(halves));
         first.v = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i *>(halves)));
         second.v = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i *>(halves + 16)));
+#endif
     }
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
