@@ -115,26 +115,39 @@ class MeanAndVariance(SecondMoment):
 class Gram:
     """Mean of x x^T over all tokens x: the second moments of all pairs of input features (for SparseGPT).
 
-    Products are summed in float32 over a batch and in float64 beyond.
+    Products are summed in float32 over a batch and in float64 beyond. The mean is symmetric: blocks of rows are
+    computed from the diagonal on, which is little more than half of the work.
     """
 
+    BLOCK = 512  # rows
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.upper = [
+            torch.zeros(min(self.BLOCK, in_features - first), in_features - first, dtype=torch.float64, device=device)
+            for first in range(0, in_features, self.BLOCK)
+        ]
         self.tokens = 0
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
         tokens = _tokens(inputs, mask)
-        for chunk in tokens.split(4096):
+        for chunk in tokens.chunk(max(1, -(-len(tokens) // 8192))):
             x = chunk if chunk.dtype == torch.float64 else chunk.float()
-            self.total += x.T @ x
+            for first, block in zip(range(0, x.shape[1], self.BLOCK), self.upper, strict=True):
+                block += x[:, first : first + len(block)].T @ x[:, first:]
         self.tokens += len(tokens)
 
     def compute(self) -> Tensor:
         """The mean of x x^T, (in_features, in_features), float64. Raises ValueError if no token was seen."""
         if not self.tokens:
             raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
-        return self.total / self.tokens
+        width = self.upper[0].shape[1]
+        mean = self.upper[0].new_empty(width, width)
+        for first, block in zip(range(0, width, self.BLOCK), self.upper, strict=True):
+            last = first + len(block)
+            mean[first:last, first:] = block / self.tokens
+            mean[last:, first:last] = mean[first:last, last:].T
+        return mean
 
 
 class NoScale:

@@ -88,3 +88,11 @@ def test_gram_mean_and_variance_are_numpys_whatever_the_batches():
     np.testing.assert_allclose(mean, flat.mean(0))
     np.testing.assert_allclose(variance, flat.var(0))
     np.testing.assert_allclose(moments.compute(), (flat**2).mean(0))
+
+
+@pytest.mark.parametrize("in_features", [Gram.BLOCK, 2 * Gram.BLOCK + 5])
+def test_gram_of_many_features_is_put_together_from_its_blocks(in_features):
+    x = torch.randn(9000, in_features, generator=torch.Generator().manual_seed(0)).double()  # more than one chunk
+    gram = Gram(in_features)
+    gram.update(x)
+    np.testing.assert_allclose(gram.compute(), (x.T @ x / len(x)).numpy(), rtol=1e-9, atol=1e-12)
