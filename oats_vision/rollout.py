@@ -19,26 +19,21 @@ DISCARDED = 0.4  # share of the smallest attentions that are dropped (OATS, sect
 VIEWS = {"whole": "S + U V", "sparse": "S only", "low_rank": "U V only"}
 
 
-@torch.no_grad()
-def rollouts(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Rollout maps of the compressed model, of its sparse and of its low-rank term.
+def views(model: nn.Module) -> dict[str, nn.Module]:
+    """The model itself (`whole`), and copies with its `sparse` and with its `low_rank` term alone.
 
     Args:
         model: compressed by `oats`, so that it has both terms.
-        images: preprocessed, (pictures, 3, height, width).
-
-    Returns:
-        For each of `whole`, `sparse` and `low_rank`: (pictures, rows, columns of patches), each from 0 to 1.
 
     Raises:
-        ModelError: a term is missing, or the model shows no attention.
+        ModelError: a term is missing.
     """
     parts = [
         part for module in model.modules() if isinstance(module, SparseLowRankLinear) for part in module.spec.parts
     ]
     if not any(part.rank for part in parts) or not any(part.nonzeros for part in parts):
         raise ModelError("a rollout of both terms needs a model with a sparse and a low-rank one: method oats")
-    return {view: rollout_map(one_term(model, view), images) for view in VIEWS}
+    return {view: one_term(model, view) for view in VIEWS}
 
 
 def one_term(model: nn.Module, view: str) -> nn.Module:
@@ -54,7 +49,17 @@ def one_term(model: nn.Module, view: str) -> nn.Module:
 
 @torch.no_grad()
 def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
-    """How much the class token (or, without one, the mean of all tokens) depends on each patch, from 0 to 1."""
+    """How much the class token (or, without one, the mean of all tokens) depends on each patch, from 0 to 1.
+
+    Args:
+        images: preprocessed, (pictures, 3, height, width).
+
+    Returns:
+        (pictures, rows, columns of patches).
+
+    Raises:
+        ModelError: the model shows no attention.
+    """
     first = next(model.parameters())
     with record_attention(model) as attentions:
         model(images.to(first.device, first.dtype))

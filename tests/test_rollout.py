@@ -9,7 +9,7 @@ from tiny import HF
 import oats_vision as ov
 from oats_vision.errors import ModelError
 from oats_vision.layers import SparseLowRankLinear
-from oats_vision.rollout import draw, one_term, record_attention, rollout, rollouts
+from oats_vision.rollout import draw, record_attention, rollout, rollout_map, views
 from oats_vision.transforms import as_seen
 
 
@@ -60,12 +60,13 @@ def test_attention_of_hugging_face_models_is_what_they_report(model_class, confi
 
 def test_the_two_terms_add_up_and_are_looked_at_one_by_one(tiny_vit, pictures, tmp_path):
     ov.compress(tiny_vit, pictures, rate=0.4, iterations=5)
-    sparse, low_rank = one_term(tiny_vit, "sparse"), one_term(tiny_vit, "low_rank")
+    seen = views(tiny_vit)
+    sparse, low_rank = seen["sparse"], seen["low_rank"]
     layers = [module for module in tiny_vit.modules() if isinstance(module, SparseLowRankLinear)]
     parts = [[m for m in model.modules() if isinstance(m, SparseLowRankLinear)] for model in (sparse, low_rank)]
     for whole, s, uv in zip(layers, *parts, strict=True):
         torch.testing.assert_close(whole.dense_weight(), s.dense_weight() + uv.dense_weight())
-    maps = rollouts(tiny_vit, pictures[0])
+    maps = {view: rollout_map(model, pictures[0]) for view, model in seen.items()}
     assert {view: grid.shape for view, grid in maps.items()} == dict.fromkeys(maps, (4, 4, 4))
     assert all(grid.min() >= 0 and grid.max() <= 1 for grid in maps.values())
     assert not torch.allclose(maps["sparse"], maps["low_rank"])
@@ -79,7 +80,7 @@ def test_the_two_terms_add_up_and_are_looked_at_one_by_one(tiny_vit, pictures, t
 def test_models_without_one_of_the_terms_have_no_rollout(tiny_vit, pictures):
     ov.compress(tiny_vit, pictures, rate=0.4, method="wanda")
     with pytest.raises(ModelError, match="method oats"):
-        rollouts(tiny_vit, pictures[0])
+        views(tiny_vit)
 
 
 def test_picture_as_the_model_sees_it_has_its_colours():

@@ -18,7 +18,7 @@ from oats_vision.data import UNREADABLE
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.html_report import write_html
 from oats_vision.models import ALIASES
-from oats_vision.rollout import draw, rollouts
+from oats_vision.rollout import draw, rollout_map, views
 from oats_vision.transforms import as_seen
 
 
@@ -85,6 +85,7 @@ def rollout(
     except OSError as problem:
         raise ConfigError(f"--out {out} cannot be made: {problem}") from None
     written: list[Path] = []
+    seen = views(model)
     with report.counting_progress(notes, "rollout", "pictures", len(pictures)) as progress:
         for done, path in enumerate(pictures, 1):
             try:
@@ -92,11 +93,11 @@ def rollout(
             except UNREADABLE as problem:
                 notes.print(f"{path} is no picture and is skipped: {problem}")
                 continue
-            maps = rollouts(model, transform(picture)[None])
+            maps = {view: rollout_map(one, transform(picture)[None])[0] for view, one in seen.items()}
             target = out / f"{path.stem}.png"
             if target in written:  # of another folder
                 target = out / f"{path.resolve().parent.name}_{path.stem}_{done}.png"
-            draw(as_seen(picture, transform), {view: grid[0] for view, grid in maps.items()}, target)
+            draw(as_seen(picture, transform), maps, target)
             written.append(target)
             progress(done)
     if not written:
