@@ -10,20 +10,20 @@ onnxruntime, openvino). `rank ratio 0` is a model pruned at the same rate in the
 
 import argparse
 import copy
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from layer_speed import random_layer, write_csv
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.benchmark import dense_twin, side_by_side
+from oats_vision.benchmark import dense_twin, plain_picture, side_by_side
 from oats_vision.checkpoint import load_transform
 from oats_vision.core.budget import Pattern
 from oats_vision.layers import compressed_layers
@@ -79,7 +79,9 @@ def main() -> None:
     rows = []
     for directory, size in track([(d, s) for d in args.directories for s in args.batch_sizes], "timing"):
         transform = load_transform(directory)
-        picture = torch.as_tensor(transform(Image.new("RGB", (256, 256), (120, 90, 60))))
+        if transform is None:
+            sys.exit(f"{directory} says nothing about its preprocessing: compress a model that has one")
+        picture = plain_picture(transform)
         batch = picture.expand(size, *picture.shape).contiguous()
         compressed = ov.load(directory)
         dense = dense_twin(compressed)

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from oats_vision.layers import merge
+from oats_vision.transforms import Transform
 
 
 @torch.inference_mode()
@@ -63,6 +65,11 @@ class Timing:
 def dense_twin(model: nn.Module) -> nn.Module:
     """A copy of a compressed model with dense layers of the same shapes."""
     return merge(copy.deepcopy(model))
+
+
+def plain_picture(transform: Transform) -> Tensor:
+    """A picture of one colour as the model takes it, (channels, height, width): what it shows costs no time."""
+    return torch.as_tensor(transform(Image.new("RGB", (256, 256), (120, 90, 60))))
 
 
 def time_pictures(

@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 from command import run
+from tiny import HF
 from torch import nn
 
 import oats_vision as ov
@@ -47,6 +49,16 @@ def test_bench_of_text_generates_token_by_token(language_directory, tmp_path):
         ("prompt of 20 tokens", 20),
         ("generating 3 tokens", 3),
     ]
+
+
+def test_a_model_of_pictures_without_preprocessing_is_a_clear_error(pictures, tmp_path):
+    model = hf.ViTModel(hf.ViTConfig(**HF))
+    ov.compress(model, pictures, rate=0.4, iterations=3)
+    ov.save(model, tmp_path / "vit_40")
+    done = run("bench", tmp_path / "vit_40")
+    assert done.returncode == 1
+    assert "preprocessing" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_sliced_model_or_no_model_is_a_clear_error(model_directory, tmp_path):

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import torch
 import typer
-from PIL import Image
 
 from oats_vision import checkpoint, report
-from oats_vision.benchmark import dense_twin, time_pictures, time_text, weight_bytes
-from oats_vision.cli.common import Json, choose_device, dtype_of, machine, machine_line, notes, results
+from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
+from oats_vision.cli.common import Json, choose_device, dtype_of, machine, machine_line, need_transform, notes, results
 from oats_vision.errors import ConfigError
 from oats_vision.kernels.semi_structured import to_semi_structured
 
@@ -43,16 +42,16 @@ def bench(
     dense = dense_twin(compressed)
     if target.type == "cuda" and dtype != "float32":
         to_semi_structured(compressed)  # the layers that are 2:4
+    vocabulary: int = getattr(getattr(compressed, "config", None), "vocab_size", 0)  # 0: a model of pictures
+    lengths = len(prompt) + 1 if vocabulary else len(batch_size)
     transform = checkpoint.load_transform(directory)
-    lengths = len(batch_size) if transform else len(prompt) + 1
+    picture = None if vocabulary else plain_picture(need_transform(transform, str(directory)))
     with report.counting_progress(notes, "timing", "rounds", lengths * repeats) as progress:
-        if transform:
-            picture = transform(Image.new("RGB", (256, 256), (120, 90, 60)))
-            picture = torch.as_tensor(picture).to(target, dtype_of("--dtype", dtype))
-            timings = time_pictures(dense, compressed, picture, batch_size, repeats, progress)
-        else:
-            vocabulary = int(compressed.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        if picture is None:
             timings = time_text(dense, compressed, vocabulary, prompt, new_tokens, repeats, progress)
+        else:
+            picture = picture.to(target, dtype_of("--dtype", dtype))
+            timings = time_pictures(dense, compressed, picture, batch_size, repeats, progress)
     memory = (weight_bytes(dense), weight_bytes(compressed))
     if as_json:
         result = {
