@@ -5,13 +5,37 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from oats_vision.benchmark import Timing
 from oats_vision.checkpoint import Sizes
 from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
 from oats_vision.pipeline import CompressionReport, Step
+
+LOGGED_EVERY = 15  # seconds
+
+
+class Bars(Progress):
+    """Progress bars; where they cannot be drawn, as in a log file, their lines now and then."""
+
+    def __init__(self, *columns: str | ProgressColumn, console: Console) -> None:
+        super().__init__(*columns, console=console)
+        self._logged = self.get_time()
+
+    def update(self, *args: Any, **fields: Any) -> None:
+        super().update(*args, **fields)
+        if not self.console.is_terminal and self.get_time() - self._logged >= LOGGED_EVERY:
+            self._logged = self.get_time()
+            self.console.print(self.get_renderable())
 
 
 @contextmanager
@@ -28,7 +52,7 @@ def compression_progress(console: Console) -> Iterator[Callable[[Step], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Bars(*columns, console=console) as bar:
         task = bar.add_task("", total=1.0, block=0, blocks="?", activity="loading pictures", error="")
 
         def show(step: Step) -> None:
@@ -55,7 +79,7 @@ def evaluation_progress(
 def counting_progress(console: Console, what: str, unit: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar over things that are counted."""
     columns = (SpinnerColumn(), TextColumn(what), BarColumn(bar_width=24), TextColumn(f"{{task.completed}} {unit}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+    with Bars(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)
 
