@@ -85,6 +85,7 @@ def main() -> None:
             "fast, no extrapolation": timed(args.repeats, **problem, extrapolation=0.0),
             "fast": timed(args.repeats, **problem),
             "fast, tolerance 1e-3 (default)": timed(args.repeats, **problem, tolerance=1e-3),
+            "fast, tolerance 1e-2": timed(args.repeats, **problem, tolerance=1e-2),
         }
         shape = f"{weight.shape[0]} x {weight.shape[1]}"
         for solver, (factors, seconds) in solvers.items():
