@@ -52,7 +52,7 @@ def evaluate_top1(
         mixed_precision: dtype of the matrix products (autocast).
 
     Raises:
-        ModelError: the model has no classification head.
+        ModelError: the model has no classification head, or its logits are not finite.
         DataError: the labels are not those of the head, or no picture could be read.
     """
     from torchmetrics.classification import MulticlassAccuracy  # a second to import
@@ -66,6 +66,10 @@ def evaluate_top1(
     for images, labels in batches:
         with autocast(first.device, mixed_precision):
             logits = classify(model, images.to(first.device, first.dtype)).float()
+        if not logits.isfinite().all():
+            raise ModelError(
+                "the logits are not finite: the model diverges on these pictures, or its dtype is too narrow"
+            )
         if not metrics:
             order = head_index(batches.classes, logits.shape[1], source_of(model).label_names)
             for k in {1, min(5, logits.shape[1])}:
