@@ -5,14 +5,16 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.cli.common import choose_device, machine_line
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import Batches, load_pictures
 from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
+from oats_vision.evaluation.top1 import autocast, classify
 
 KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
 Row = dict[str, str]
@@ -70,6 +72,32 @@ class Pictures:
             batch_size=self.config.batch_size or 1,
             workers=self.config.workers,
         )
+
+
+class Closeness(Pictures):
+    """What a study of closeness measures: the compressed model's probabilities against the dense model's."""
+
+    RESULTS: ClassVar = ["divergence", "agreement"]
+
+    def load(self) -> nn.Module:
+        model = super().load()
+        self.expected = self._log_probabilities(model)
+        return model
+
+    def measure(self, model: nn.Module, target: str) -> Row:
+        found = self._log_probabilities(model)
+        divergence = F.kl_div(found, self.expected, reduction="batchmean", log_target=True)
+        agreement = 100 * (found.argmax(1) == self.expected.argmax(1)).float().mean()
+        return {"divergence": f"{divergence:.6f}", "agreement": f"{agreement:.3f}"}
+
+    @torch.inference_mode()
+    def _log_probabilities(self, model: nn.Module) -> Tensor:
+        first, parts = next(model.parameters()), []
+        for images, _ in self.test:
+            with autocast(first.device, self.mixed):
+                logits = classify(model, images.to(first.device, first.dtype))
+            parts.append(logits.double().log_softmax(1).cpu())
+        return torch.cat(parts)
 
 
 class Texts:

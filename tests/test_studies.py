@@ -78,6 +78,20 @@ def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path)
         assert (tmp_path / "out" / f"perplexity_{text}.png").stat().st_size > 5000
 
 
+def test_closeness_falls_with_the_rate_in_both_measures(model_directory, tmp_path):
+    arguments = ["--model", model_directory, "--samples", 20, "--eval-samples", 100, "--seeds", 0, "--out", tmp_path]
+    done = _study("closeness_table", *arguments, "--methods", "magnitude", "wanda", "--rates", "0.1", "0.8")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["method"], row["rate"]): row for row in _rows(tmp_path / "closeness_table.csv")}
+    for method in ("magnitude", "wanda"):
+        slight, strong = rows[method, "0.1"], rows[method, "0.8"]
+        assert 0 < 10 * float(slight["divergence"]) < float(strong["divergence"])
+        assert 100 >= float(slight["agreement"]) > float(strong["agreement"])
+    for measure in ("divergence", "agreement"):
+        assert "±" in (tmp_path / f"{measure}.md").read_text()
+        assert (tmp_path / f"{measure}.png").stat().st_size > 5000
+
+
 def test_a_file_of_another_study_is_left_alone(model_directory, tmp_path):
     (tmp_path / "ablations.csv").write_text("a,b\n1,2\n")
     done = _study("ablations", "--model", model_directory, "--out", tmp_path)
