@@ -30,7 +30,7 @@ def main() -> None:
     flags.add_argument("--train", type=Path, required=True)
     flags.add_argument("--test", type=Path, required=True)
     flags.add_argument("--out", type=Path, required=True)
-    flags.set_defaults(epochs=13, width=256, heads=4, depth=6, padding=4)
+    flags.set_defaults(epochs=8, width=256, heads=4, depth=6, padding=4)
     args = flags.parse_args()
     start(args)
     pictures, labels, classes = read_folder(args.train)
