@@ -14,7 +14,7 @@ from oats_vision.cli.common import choose_device, machine_line
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import Batches, load_pictures
 from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
-from oats_vision.evaluation.top1 import autocast, classify
+from oats_vision.evaluation.top1 import classify
 
 KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
 Row = dict[str, str]
@@ -41,16 +41,20 @@ class Pictures:
         }
 
     def load(self) -> nn.Module:
-        """The dense model, after it was evaluated."""
+        """The dense model, after it was measured."""
         model, transform = load_dense(self.config)
         if transform is None:
             raise SystemExit(f"{self.config.model} says nothing about its preprocessing")
         self.transform = transform
         test = self._pictures(self.targets[0], self.config.eval_samples, self.config.seed, self.config.eval_split, True)
         self.test = _in_memory(test)
+        self.measure_dense(model)
+        return model
+
+    def measure_dense(self, model: nn.Module) -> None:
+        """Keep what `measure` compares with."""
         self.before = evaluate_top1(model, self.test, mixed_precision=self.mixed)
         console.print(f"{self.config.model}: dense top-1 {self.before.top1:.2f}% on {self.before.pictures} pictures")
-        return model
 
     def calibration(self, seed: int) -> Batches:
         return self._pictures(str(self.config.data), self.config.samples, seed, self.config.split, False)
@@ -79,10 +83,8 @@ class Closeness(Pictures):
 
     RESULTS: ClassVar = ["divergence", "agreement"]
 
-    def load(self) -> nn.Module:
-        model = super().load()
+    def measure_dense(self, model: nn.Module) -> None:
         self.expected = self._log_probabilities(model)
-        return model
 
     def measure(self, model: nn.Module, target: str) -> Row:
         found = self._log_probabilities(model)
@@ -92,12 +94,8 @@ class Closeness(Pictures):
 
     @torch.inference_mode()
     def _log_probabilities(self, model: nn.Module) -> Tensor:
-        first, parts = next(model.parameters()), []
-        for images, _ in self.test:
-            with autocast(first.device, self.mixed):
-                logits = classify(model, images.to(first.device, first.dtype))
-            parts.append(logits.double().log_softmax(1).cpu())
-        return torch.cat(parts)
+        batches = (classify(model, images, self.mixed) for images, _ in self.test)
+        return torch.cat([logits.double().log_softmax(1).cpu() for logits in batches])
 
 
 class Texts:

@@ -9,18 +9,16 @@ and a plot and a table of each measure; run it again to go on where it stopped.
 """
 
 from benches import Closeness
-from study import collect, method_cells, method_line, picture_parser, run, show_values
+from study import collect, method_cells, method_line, parse_methods, picture_parser, run, show_values
 
 METHODS = ["wanda", "sparsegpt", "oats-plain", "oats"]
+RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
 MEASURES = {"divergence": "divergence from dense (nats)", "agreement": "same class as dense (%)"}
 
 
 def main() -> None:
     flags = picture_parser(__doc__, "results/closeness_table")
-    flags.add_argument("--methods", nargs="+", default=METHODS, help="oats-plain: without the refit")
-    flags.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7])
-    flags.add_argument("--rank-ratio", type=float, nargs="+", default=[0.2], help="of OATS")
-    args = flags.parse_args()
+    args = parse_methods(flags, METHODS, RATES)
     rows = run(Closeness(args), args, "closeness_table", method_cells(args))
     for measure, name in MEASURES.items():
         values = collect(rows, method_line, "rate", measure)

@@ -8,17 +8,15 @@ Each method runs in its own paper's pattern (`oats-vision compress --help` names
 """
 
 from benches import Pictures
-from study import collect, method_cells, method_line, picture_parser, run, show
+from study import collect, method_cells, method_line, parse_methods, picture_parser, run, show
 
 METHODS = ["magnitude", "svd", "slicegpt", "wanda", "dsnot", "sparsegpt", "oats-plain", "oats"]
+RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
 
 
 def main() -> None:
     flags = picture_parser(__doc__, "results/method_table")
-    flags.add_argument("--methods", nargs="+", default=METHODS)
-    flags.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7])
-    flags.add_argument("--rank-ratio", type=float, nargs="+", default=[0.2], help="of OATS")
-    args = flags.parse_args()
+    args = parse_methods(flags, METHODS, RATES)
     rows = run(Pictures(args), args, "method_table", method_cells(args))
     show(rows, collect(rows, method_line, "rate"), f"{rows[0]['model']}, methods", "rate", args.out / "method_table")
 

@@ -9,19 +9,17 @@ Writes perplexity_table.csv, and for each text a plot and a table; run it again 
 from pathlib import Path
 
 from benches import Texts
-from study import collect, method_cells, method_line, parser, run, show_values
+from study import collect, method_cells, method_line, parse_methods, parser, run, show_values
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "oats-plain", "oats"]
+RATES = [0.3, 0.4, 0.5, 0.6]
 
 
 def main() -> None:
     flags = parser(__doc__, "results/perplexity_table")
     flags.add_argument("--eval-data", nargs="+", required=True, help="held-out texts, as --data")
     flags.add_argument("--sequence-length", type=int, help="tokens in a sequence, and in a window [default: 2048]")
-    flags.add_argument("--methods", nargs="+", default=METHODS, help="oats-plain: without the refit")
-    flags.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6])
-    flags.add_argument("--rank-ratio", type=float, nargs="+", default=[0.2], help="of OATS")
-    args = flags.parse_args()
+    args = parse_methods(flags, METHODS, RATES)
     rows = run(Texts(args), args, "perplexity_table", method_cells(args))
     for text in args.eval_data:
         chosen = [row for row in rows if row["eval_data"] == text]

@@ -167,6 +167,14 @@ def _append(file: Path, row: Row, columns: list[str]) -> None:
         os.fsync(stream.fileno())
 
 
+def parse_methods(flags: argparse.ArgumentParser, methods: list[str], rates: list[float]) -> argparse.Namespace:
+    """Parse the flags of a table of methods, what `method_cells` reads among them."""
+    flags.add_argument("--methods", nargs="+", default=methods, help="oats-plain: without the refit")
+    flags.add_argument("--rates", type=float, nargs="+", default=rates)
+    flags.add_argument("--rank-ratio", type=float, nargs="+", default=[0.2], help="of OATS")
+    return flags.parse_args()
+
+
 def method_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Settings for each of `--methods` (`oats-plain`: no refit) and `--rates`; OATS for each `--rank-ratio`."""
     return [

@@ -57,26 +57,21 @@ def evaluate_top1(
     """
     from torchmetrics.classification import MulticlassAccuracy  # a second to import
 
-    first = next(model.parameters())
+    device = next(model.parameters()).device
     metrics: dict[int, MulticlassAccuracy] = {}
     correct: list[Tensor] = []
     order = torch.empty(0)
     start = time.perf_counter()
     model.eval()
     for images, labels in batches:
-        with autocast(first.device, mixed_precision):
-            logits = classify(model, images.to(first.device, first.dtype)).float()
-        if not logits.isfinite().all():
-            raise ModelError(
-                "the logits are not finite: the model diverges on these pictures, or its dtype is too narrow"
-            )
+        logits = classify(model, images, mixed_precision).float()
         if not metrics:
             order = head_index(batches.classes, logits.shape[1], source_of(model).label_names)
             for k in {1, min(5, logits.shape[1])}:
-                metrics[k] = MulticlassAccuracy(logits.shape[1], top_k=k, average="micro").to(first.device)
+                metrics[k] = MulticlassAccuracy(logits.shape[1], top_k=k, average="micro").to(device)
         if int(labels.min()) < 0 or int(labels.max()) >= len(order):
             raise DataError(f"a label is outside the {logits.shape[1]} classes of the model's head")
-        labels = order[labels].to(first.device)
+        labels = order[labels].to(device)
         for metric in metrics.values():
             metric.update(logits, labels)
         correct.append((logits.argmax(1) == labels).cpu())
@@ -93,14 +88,18 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-def classify(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (batch, classes).
+def classify(model: nn.Module, images: Tensor, mixed_precision: torch.dtype | None = None) -> Tensor:
+    """Logits (batch, classes) of pictures that may lie on another device and in another dtype.
 
     Raises:
-        ModelError: the model gives features, not logits.
+        ModelError: the model gives features, not logits, or they are not finite.
     """
-    output = model(images)
+    first = next(model.parameters())
+    with autocast(first.device, mixed_precision):
+        output = model(images.to(first.device, first.dtype))
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or getattr(model, "num_classes", None) == 0:
         raise ModelError("the model has no classification head: top-1 needs one (a backbone gives features)")
+    if not logits.isfinite().all():  # argmax takes a NaN for the largest
+        raise ModelError("the logits are not finite: the model diverges on these pictures, or its dtype is too narrow")
     return logits
