@@ -135,6 +135,7 @@ struct Product {
     const bfloat16 *bias;
     const Tokens &io;
     int64_t rank_steps;  // of all parts: each begins with a tile of its own
+    Fit &fit;
 
     const bfloat16 *x() const { return static_cast<const bfloat16 *>(io.x); }
     bfloat16 *y() const { return static_cast<bfloat16 *>(io.y); }
@@ -197,7 +198,8 @@ inline void spread_S(const Product &p, int64_t first, int64_t count, int64_t who
     const int64_t row_bytes = p.S.row_bytes(), steps = p.steps();
     for (int64_t r = 0; r < whole; r++) {
         bfloat16 *to = row_of_tiles(weights, r, steps);
-        if (r >= count) {
+        if (r < count && !row_fits(p.S, p.row_start, first + r)) p.fit.lost();
+        if (r >= count || !p.fit) {
             spread_row(nullptr, 0, steps, to);
             continue;
         }
@@ -244,10 +246,11 @@ inline void write_outputs(const Product &p, int64_t first, int64_t rows, int64_t
         }
 }
 
-void many_bfloat16(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+bool many_bfloat16(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
                    int threads) {
-    if (!S.rows || !io.tokens) return;
-    Product p{S, row_start, L, static_cast<const bfloat16 *>(bias), io, 0};
+    if (!S.rows || !io.tokens) return true;
+    Fit fit;
+    Product p{S, row_start, L, static_cast<const bfloat16 *>(bias), io, 0, fit};
     for_parts(L, [&](int64_t, int64_t, const Part &part) { p.rank_steps += ceil_div(part.rank, depth); });
 
     // as many blocks of rows for each thread, of as many rows
@@ -304,6 +307,7 @@ void many_bfloat16(const Sparse &S, const int64_t *row_start, const LowRank &L, 
                 write_outputs(p, i * step, rows_of(i), (begin + first) * tile, n, sums);
             });
     }
+    return fit;
 }
 
 bool usable() {

@@ -15,7 +15,10 @@ struct Sparse {
     const void *values;
     const uint8_t *bitmask;
 
-    int64_t row_bytes() const { return (columns + 7) / 8; }
+    // inline in any build: a copy that one instruction set's code had made could be linked into another's
+    __attribute__((always_inline)) int64_t row_bytes() const { return (columns + 7) / 8; }
+    // the bits past the last column in a row's last byte, which must be zero
+    __attribute__((always_inline)) uint8_t past_columns() const { return columns % 8 ? static_cast<uint8_t>(0xff << columns % 8) : 0; }
 };
 
 // Rows of U (rows, rank) and of V (rank, columns) that belong together.
@@ -42,18 +45,20 @@ struct Tokens {
 // `nonzeros` ones or has ones past the last column.
 using RowStarts = bool (*)(const Sparse &sparse, int64_t *row_start, int threads);
 
+// All but `row_starts` and `sparse_step` return false where a row's bits are not those that its row start was counted
+// by, having read and written nothing out of bounds; the outputs are then undefined.
 struct Kernels {
     const char *name;
     RowStarts row_starts;
     // y = S x + U V x + bias: for few tokens, where reading the weights is most of the work.
-    void (*few_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+    bool (*few_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
                        int threads);
     // The same for many tokens, where arithmetic is most of the work. All but the values is float32, and Vx (sum of
     // the ranks, tokens) is V x.
-    void (*many_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const float *bias, const float *Vx,
+    bool (*many_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const float *bias, const float *Vx,
                         const Tokens &, int threads);
     // S with its zeros, (rows, columns), in the values' type.
-    void (*expand)(const Sparse &, const int64_t *row_start, void *dense, int threads);
+    bool (*expand)(const Sparse &, const int64_t *row_start, void *dense, int threads);
     // One round's sparse step of alternating thresholding, float32, all (rows, columns): with R = A - L,
     // S_new = the `keep` largest |R| of each row; S <- S_new, next <- A - (S_new + beta (S_new - S));
     // threshold[row] is the boundary of the last round on entry (or 0) and of this one on return. `next` may be `L`.
@@ -61,7 +66,7 @@ struct Kernels {
     double (*sparse_step)(int64_t rows, int64_t columns, int64_t keep, float beta, const float *A, const float *L,
                           float *S, float *next, float *threshold, int threads);
     // As few_tokens, for many tokens with weights, inputs and outputs in bfloat16; null without units for it.
-    void (*many_bfloat16)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+    bool (*many_bfloat16)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
                           int threads) = nullptr;
 };
 

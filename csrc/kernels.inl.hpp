@@ -84,25 +84,38 @@ inline int64_t ones_in(const uint8_t *bytes, int64_t count) {
     return ones;
 }
 
+// Whether a row's bits hold as many ones as were counted, and none past the last column. Each kernel asks this before it
+// follows the bits: whoever holds the tensor may have written to it since, and no more may be read than there is.
+inline bool row_fits(const Sparse &S, const int64_t *row_start, int64_t row) {
+    const int64_t row_bytes = S.row_bytes();
+    const uint8_t *bits = S.bitmask + row * row_bytes;
+    if (!row_bytes) return true;
+    return ones_in(bits, row_bytes) == row_start[row + 1] - row_start[row] && !(bits[row_bytes - 1] & S.past_columns());
+}
+
+// Set by any thread that meets a row that does not fit
+class Fit {
+  public:
+    void lost() { __atomic_store_n(&lost_, 1, __ATOMIC_RELAXED); }
+    operator bool() const { return !__atomic_load_n(&lost_, __ATOMIC_RELAXED); }
+
+  private:
+    int lost_ = 0;
+};
+
 inline bool row_starts(const Sparse &S, int64_t *row_start, int threads) {
     const int64_t row_bytes = S.row_bytes(), chunk = most(1, (int64_t{1} << 16) / most(row_bytes, 1));
-    // bits past the last column: they must be zero
-    const uint8_t past = S.columns % 8 ? static_cast<uint8_t>(0xff << S.columns % 8) : 0;
-    Scratch<uint8_t> bad(ceil_div(S.rows, chunk));
+    Fit fit;
     parallel(ceil_div(S.rows, chunk), threads, [&](int64_t c, int) {
-        uint8_t seen = 0;
         for (int64_t r = c * chunk; r < least(S.rows, (c + 1) * chunk); r++) {
             const uint8_t *bits = S.bitmask + r * row_bytes;
             row_start[r + 1] = ones_in(bits, row_bytes);
-            if (past) seen |= bits[row_bytes - 1] & past;
+            if (row_bytes && bits[row_bytes - 1] & S.past_columns()) fit.lost();
         }
-        bad[c] = seen;
     });
-    uint8_t seen = 0;
-    for (int64_t c = 0; c < ceil_div(S.rows, chunk); c++) seen |= bad[c];
     row_start[0] = 0;
     for (int64_t r = 0; r < S.rows; r++) row_start[r + 1] += row_start[r];
-    return !seen && row_start[S.rows] == S.nonzeros;
+    return fit && row_start[S.rows] == S.nonzeros;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -189,6 +202,7 @@ struct FewTokens {
     const void *bias;
     int64_t x_stride, z_stride;
     float *x, *z, *y;  // inputs (tokens, x_stride), V x (tokens, z_stride) and outputs (tokens, rows)
+    Fit &fit;
 };
 
 template <int T, class V>
@@ -207,6 +221,7 @@ void few_rows(const FewTokens &p, int64_t token, int64_t row, int64_t last, int6
     const V *values = static_cast<const V *>(p.S.values), *end = values + p.S.nonzeros;
     const int64_t row_bytes = p.S.row_bytes();
     for (; row < last; row++) {
+        if (!row_fits(p.S, p.row_start, row)) return p.fit.lost();
         Vec acc[T];
         OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
         sparse_dot<T>(p.S.bitmask + row * row_bytes, row_bytes, values + p.row_start[row], end,
@@ -229,13 +244,14 @@ void for_tokens(int64_t tokens, F f) {
     if (t < tokens) f.template operator()<1>(t);
 }
 
-inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
                        int threads) {
     const int64_t ranks = ranks_of(L);
     if (S.rows * S.columns * io.tokens < one_thread) threads = 1;
     const int64_t x_stride = round_up(S.columns, group);
     Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
-    const FewTokens p{S, row_start, L, bias, x_stride, ranks, x + 0, z + 0, y + 0};
+    Fit fit;
+    const FewTokens p{S, row_start, L, bias, x_stride, ranks, x + 0, z + 0, y + 0, fit};
 
     with_type(io.type, [&](auto type) {
         for (int64_t t = 0; t < io.tokens; t++) {
@@ -265,10 +281,12 @@ inline void few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
             });
         });
     });
+    if (!fit) return false;
     with_type(io.type, [&](auto type) {
         auto *to = static_cast<decltype(type) *>(io.y);
         for (int64_t i = 0; i < io.tokens * S.rows; i++) from_float(y[i], to[i]);
     });
+    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -305,12 +323,14 @@ struct Stream {
     int64_t *start;    // of each block in values and columns
     Place *places;     // blocks x counts
 
-    // Rows are read as they lie in memory, and written to the places of their numbers of values.
+    // Rows are read as they lie in memory, and written to the places of their numbers of values. False if a row does
+    // not fit.
     template <class V>
-    void build(const Sparse &S, const int64_t *row_start) const {
+    bool build(const Sparse &S, const int64_t *row_start) const {
         const int64_t row_bytes = S.row_bytes(), blocks = ceil_div(S.columns, block_columns);
         std::memset(places, 0, sizeof(Place) * blocks * counts);
         for (int64_t r = 0; r < rows; r++) {
+            if (!row_fits(S, row_start, first + r)) return false;
             const uint8_t *row = S.bitmask + (first + r) * row_bytes;
             for (int64_t b = 0; b < blocks; b++) places[b * counts + popcount(block_bits(row, row_bytes, b))].entry++;
         }
@@ -340,6 +360,7 @@ struct Stream {
                 from += n;
             }
         }
+        return true;
     }
 };
 
@@ -509,11 +530,12 @@ void multiply(const ManyTokens &p, const Stream *streams, int64_t count, int64_t
     transpose_out(p.io, token, width, first, rows, p.S.rows, tile.y);
 }
 
-inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const float *bias, const float *Vx,
+inline bool many_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const float *bias, const float *Vx,
                         const Tokens &io, int threads) {
     constexpr int W = Vec::width;
-    if (!S.rows || !io.tokens) return;
+    if (!S.rows || !io.tokens) return true;
     const int64_t ranks = ranks_of(L);
+    Fit fit;
     const ManyTokens p{S, L, static_cast<const float *>(L.U), bias, Vx, io, ranks};
     const int64_t blocks = ceil_div(S.columns, block_columns);
     // as many streams for each thread, of as many rows
@@ -551,8 +573,11 @@ inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank
                          entries + s * blocks * step,
                          block_start + s * blocks,
                          places + s * blocks * Stream::counts};
-            with_type(S.type, [&](auto type) { stream[s].build<decltype(type)>(S, row_start); });
+            with_type(S.type, [&](auto type) {
+                if (!stream[s].build<decltype(type)>(S, row_start)) fit.lost();
+            });
         });
+        if (!fit) return false;
         parallel(tiles * ceil_div(count, group), threads, [&](int64_t i, int worker) {
             const int64_t s = i / tiles * group, v = first_vector(i % tiles), vectors = first_vector(i % tiles + 1) - v;
             const Tile tile{x + worker * block_columns * width, z + worker * ranks * width,
@@ -570,18 +595,21 @@ inline void many_tokens(const Sparse &S, const int64_t *row_start, const LowRank
             }
         });
     }
+    return true;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // The dense matrix
 // ---------------------------------------------------------------------------------------------------------------
 
-inline void expand(const Sparse &S, const int64_t *row_start, void *dense, int threads) {
+inline bool expand(const Sparse &S, const int64_t *row_start, void *dense, int threads) {
     const int64_t row_bytes = S.row_bytes(), chunk = most(1, 65536 / most(S.columns, 1));
+    Fit fit;
     with_type(S.type, [&](auto type) {
         using V = decltype(type);
         parallel(ceil_div(S.rows, chunk), threads, [&](int64_t c, int) {
             for (int64_t r = c * chunk; r < least(S.rows, (c + 1) * chunk); r++) {
+                if (!row_fits(S, row_start, r)) return fit.lost();
                 const uint8_t *bits = S.bitmask + r * row_bytes;
                 const V *value = static_cast<const V *>(S.values) + row_start[r];
                 V *to = static_cast<V *>(dense) + r * S.columns;
@@ -610,6 +638,7 @@ inline void expand(const Sparse &S, const int64_t *row_start, void *dense, int t
             }
         });
     });
+    return fit;
 }
 
 // ---------------------------------------------------------------------------------------------------------------

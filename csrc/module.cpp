@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -65,42 +66,67 @@ class Matrix {
           V_(reinterpret_cast<const void *>(V)),
           width_(width),
           bias_(reinterpret_cast<const void *>(bias)),
-          row_start_(static_cast<size_t>(rows) + 1) {
+          row_start_(counted(threads)) {
         for (const auto &[part_rows, rank] : parts) parts_.push_back({part_rows, rank});
-        if (!chosen->row_starts(sparse_, row_start_.data(), threads))
-            throw std::invalid_argument("the bitmask does not fit the " + std::to_string(nonzeros) +
-                                        " values of a sparse matrix of " + std::to_string(rows) + " x " +
-                                        std::to_string(columns));
     }
 
-    void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) const {
-        const nb::gil_scoped_release release;
-        chosen->few_tokens(sparse_, row_start_.data(), low_rank(U_), bias_, io(x, x_type, tokens, stride, y), threads);
+    void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) {
+        run(threads, [&](const int64_t *row_start) {
+            return chosen->few_tokens(sparse_, row_start, low_rank(U_), bias_, io(x, x_type, tokens, stride, y),
+                                      threads);
+        });
     }
 
     // U and bias in float32, which the matrix's own may not be
     void many_tokens(Address U, Address bias, Address Vx, Address x, int64_t tokens, int64_t stride, Address y,
-                     int threads) const {
-        const nb::gil_scoped_release release;
+                     int threads) {
         expect_fresh(reinterpret_cast<void *>(y), static_cast<size_t>(tokens * sparse_.rows) * sizeof(float));
-        chosen->many_tokens(sparse_, row_start_.data(), low_rank(reinterpret_cast<const void *>(U)),
-                            reinterpret_cast<const float *>(bias), reinterpret_cast<const float *>(Vx),
-                            io(x, static_cast<int>(Type::float32), tokens, stride, y), threads);
+        run(threads, [&](const int64_t *row_start) {
+            return chosen->many_tokens(sparse_, row_start, low_rank(reinterpret_cast<const void *>(U)),
+                                       reinterpret_cast<const float *>(bias), reinterpret_cast<const float *>(Vx),
+                                       io(x, static_cast<int>(Type::float32), tokens, stride, y), threads);
+        });
     }
 
-    void many_bfloat16(Address x, int64_t tokens, int64_t stride, Address y, int threads) const {
-        const nb::gil_scoped_release release;
+    void many_bfloat16(Address x, int64_t tokens, int64_t stride, Address y, int threads) {
         if (!chosen->many_bfloat16) throw std::invalid_argument("this CPU has no matrix units for bfloat16");
-        chosen->many_bfloat16(sparse_, row_start_.data(), low_rank(U_), bias_,
-                              io(x, static_cast<int>(Type::bfloat16), tokens, stride, y), threads);
+        run(threads, [&](const int64_t *row_start) {
+            return chosen->many_bfloat16(sparse_, row_start, low_rank(U_), bias_,
+                                         io(x, static_cast<int>(Type::bfloat16), tokens, stride, y), threads);
+        });
     }
 
-    void expand(Address dense, int threads) const {
-        const nb::gil_scoped_release release;
-        chosen->expand(sparse_, row_start_.data(), reinterpret_cast<void *>(dense), threads);
+    void expand(Address dense, int threads) {
+        run(threads, [&](const int64_t *row_start) {
+            return chosen->expand(sparse_, row_start, reinterpret_cast<void *>(dense), threads);
+        });
     }
 
   private:
+    using RowStart = std::shared_ptr<const std::vector<int64_t>>;
+
+    RowStart counted(int threads) const {
+        std::vector<int64_t> row_start(static_cast<size_t>(sparse_.rows) + 1);
+        if (!chosen->row_starts(sparse_, row_start.data(), threads))
+            throw std::invalid_argument("the bitmask does not fit the " + std::to_string(sparse_.nonzeros) +
+                                        " values of a sparse matrix of " + std::to_string(sparse_.rows) + " x " +
+                                        std::to_string(sparse_.columns));
+        return std::make_shared<const std::vector<int64_t>>(std::move(row_start));
+    }
+
+    // Runs a kernel without the interpreter's lock, and once more where the bits had changed and are counted anew.
+    template <class Kernel>
+    void run(int threads, Kernel kernel) {
+        RowStart row_start = row_start_;  // another thread may put a new one in its place
+        {
+            const nb::gil_scoped_release release;
+            if (kernel(row_start->data())) return;
+            row_start = counted(threads);
+            if (!kernel(row_start->data())) throw std::invalid_argument("the bitmask was written to during a product");
+        }
+        row_start_ = row_start;
+    }
+
     LowRank low_rank(const void *U) const {
         return {U, V_, width_, static_cast<int64_t>(parts_.size()), parts_.data()};
     }
@@ -114,7 +140,7 @@ class Matrix {
     int64_t width_;
     const void *bias_;
     std::vector<Part> parts_;
-    std::vector<int64_t> row_start_;
+    RowStart row_start_;
 };
 
 double sparse_step(int64_t rows, int64_t columns, int64_t keep, float beta, Address A, Address L, Address S,
@@ -129,6 +155,7 @@ double sparse_step(int64_t rows, int64_t columns, int64_t keep, float beta, Addr
 }  // namespace oats
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // a traced or exported model may outlive the interpreter, which is no fault
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const oats::Kernels *k : oats::runnable()) names.emplace_back(k->name);

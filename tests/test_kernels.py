@@ -1,6 +1,7 @@
 """The products of compressed layers, on each instruction set that this CPU has, against float64."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -182,12 +183,21 @@ def test_shapes_that_do_not_fit_are_errors():
         arguments = [value if i == place else argument for i, argument in enumerate(good)]
         with pytest.raises(ValueError, match=r"must|fit"):
             native.Matrix(*arguments)
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(ValueError, match=r"U must be torch\.float32 \[6, 2\], got torch.float16"):
         native.Matrix(*good[:2], U.half(), *good[3:])
+    with pytest.raises(ValueError, match="on the CPU"):
+        native.Matrix(*good[:2], U.to("meta"), *good[3:])
+    with pytest.raises(ValueError, match="strides"):
+        native.Matrix(*good[:2], U.T.contiguous().T, *good[3:])
     with pytest.raises(ValueError, match="10 features"):
         native.Matrix(*good).few_tokens(torch.zeros(2, 11))
     with pytest.raises(ValueError, match="instruction set must be one of"), native.instruction_set("mmx"):
         pass
+
+
+def _python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
 
 
 def _layer(rows: int = 24, columns: int = 40, dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:
@@ -197,10 +207,11 @@ def _layer(rows: int = 24, columns: int = 40, dtype: torch.dtype = torch.float32
 
 
 @pytest.mark.parametrize("tokens", [3, 50])
-def test_it_is_one_operator_for_compile_and_export(tokens):
-    model = nn.Sequential(_layer(), nn.GELU(), _layer(8, 24, torch.float16)).eval()
+@pytest.mark.parametrize("gradients", [False, True])
+def test_it_is_one_operator_for_compile_and_export(tokens, gradients):
+    model = nn.Sequential(nn.Linear(40, 40), _layer(), nn.GELU(), _layer(8, 24, torch.float16)).eval()
     x = torch.randn(tokens, 40)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         expected = model(x)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
@@ -210,20 +221,166 @@ def test_it_is_one_operator_for_compile_and_export(tokens):
         torch.testing.assert_close(exported.module()(x[:2]), expected[:2], rtol=1e-4, atol=1e-4)
     names = [str(node.target) for node in exported.graph.nodes]
     assert sum("sparse_low_rank_linear" in name for name in names) == 2
-    layer = model[0]
-    tensors = (layer.sparse.values, layer.sparse.bitmask, layer.low_rank.U, layer.low_rank.V, layer.bias)
-    arguments = (x, *tensors, [24], [3])
-    torch.library.opcheck(torch.ops.oats_vision.sparse_low_rank_linear.default, arguments)
 
 
 @pytest.mark.parametrize("tokens", [2, 60])
-def test_gradients_of_the_input_are_those_of_the_dense_layer(tokens):
+def test_the_operator_keeps_the_rules_of_pytorch(tokens):
+    layer = _layer()
+    tensors = (layer.sparse.values, layer.sparse.bitmask, layer.low_rank.U, layer.low_rank.V, layer.bias)
+    for x in (torch.randn(tokens, 40), torch.randn(tokens, 40).requires_grad_()):
+        torch.library.opcheck(torch.ops.oats_vision.sparse_low_rank_linear.default, (x, *tensors, [24], [3]))
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    S = torch.randn(5, 9, dtype=torch.float64) * (torch.rand(5, 9) < 0.5)
+    packed = PackedSparse.pack(S, torch.float64)
+    x, U, V, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 9), (5, 3), (4, 9), (5,))
+    )
+    values = packed.values.detach().requires_grad_()
+
+    def product(x: Tensor, values: Tensor, U: Tensor, V: Tensor, bias: Tensor) -> Tensor:
+        return sparse_low_rank_linear(x, values, packed.bitmask, U, V, bias, [2, 3], [1, 3])
+
+    assert torch.autograd.gradcheck(product, (x, values, U, V, bias))
+    assert torch.autograd.gradgradcheck(product, (x, values, U, V, bias))
+
+
+@pytest.mark.parametrize("tokens", [2, 60])
+def test_gradients_of_a_layer_are_those_of_the_dense_layer(tokens):
     layer = _layer()
     x, y = (torch.randn(tokens, 40).requires_grad_() for _ in range(2))
     y.data = x.data
     layer(x).square().sum().backward()
     layer.merge()(y).square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-3)
+    layer.low_rank.requires_grad_()  # fine-tuning asks by name
+    layer(x.detach()).square().sum().backward()
+    assert layer.low_rank.U.grad.isfinite().all()
+    assert layer.sparse.values.grad is None
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_whatever_records_or_transforms_gets_operators_that_depend_on_the_input(tokens):
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = nn.Sequential(_layer(), nn.GELU(), _layer(8, 24))
+    x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
+    expected, tangent = model(other), torch.randn(tokens, 40)
+    dense = nn.Sequential(model[0].merge(), nn.GELU(), model[2].merge())
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(other), expected, **close)
+    torch.testing.assert_close(make_fx(model)(x)(other), expected, **close)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = model(mode.from_tensor(x))
+    assert fake.shape == expected.shape
+    torch.testing.assert_close(torch.vmap(model)(other), expected, **close)
+    torch.testing.assert_close(torch.vmap(model)(other.unflatten(0, (1, -1))), expected[None], **close)
+    for ours, theirs in zip(
+        torch.func.jvp(model, (other,), (tangent,)), torch.func.jvp(dense, (other,), (tangent,)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    loss = lambda one: lambda x: one(x).square().sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss(model))(x), torch.func.grad(loss(dense))(x), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", ["default float64", "default bfloat16", "default device", "autocast"])
+def test_outputs_do_not_depend_on_what_is_set_around_them(instruction_set, tokens, dtype, setting):
+    layer, x = _layer(dtype=dtype), torch.randn(tokens, 40)
+    with native.instruction_set(instruction_set):
+        expected = layer(x)
+        try:
+            if setting == "autocast":
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = layer(x)
+            elif setting == "default device":
+                with torch.device("meta"):
+                    y = layer(x)
+            else:
+                torch.set_default_dtype(getattr(torch, setting.removeprefix("default ")))
+                y = layer(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    if setting == "autocast":  # inputs and outputs are rounded to bfloat16, and so may weights and V x be
+        assert y.dtype == torch.bfloat16
+        size = F.linear(x.abs(), layer.dense_weight(torch.float32).abs() + 3, layer.bias.float().abs())
+        assert ((y.float() - expected).abs() <= 8 * ROUNDING[torch.bfloat16] * size).all()
+    else:
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("write", ["all ones", "one more in the last row", "past the last column", "to another row"])
+def test_a_write_past_the_version_counter_is_seen(instruction_set, tokens, dtype, write):
+    layer, x = _layer(24, 37, dtype), torch.randn(tokens, 37, dtype=dtype)
+    bitmask = layer.sparse.bitmask
+    with native.instruction_set(instruction_set):
+        layer(x)  # so that the matrix is cached
+        if write == "all ones":
+            bitmask.data.fill_(255)
+        elif write == "one more in the last row":
+            free = (~layer.sparse.mask()[-1]).nonzero()[-1]
+            bitmask.data[-1, free // 8] |= 1 << free % 8
+        elif write == "past the last column":
+            row = layer.sparse.mask()[-1].nonzero()[-1]
+            bitmask.data[-1, row // 8] &= ~(1 << row % 8) & 255
+            bitmask.data[-1, -1] |= 128
+        else:  # another matrix, but a sound one
+            bitmask.data.copy_(bitmask.flip(0).clone())
+            assert torch.equal(layer.sparse.dense() != 0, layer.sparse.mask())
+            W, b = layer.dense_weight(torch.float32), layer.bias.float()
+            torch.testing.assert_close(layer(x).float(), F.linear(x.float(), W, b), rtol=0.03, atol=0.3)
+            return
+        with pytest.raises(ValueError, match="the bitmask does not fit"):
+            layer(x)
+        with pytest.raises(ValueError, match="the bitmask does not fit"):
+            layer.sparse.dense()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_tensors_that_were_exchanged_are_seen(tokens):
+    layer, x = _layer(24, 24), torch.randn(tokens, 24)
+    expected = layer(x)
+    for change in (
+        lambda: layer.half(),
+        lambda: layer.float(),
+        lambda: setattr(layer.low_rank.V, "data", layer.low_rank.V.data.half().float()),
+        lambda: setattr(layer.sparse.values, "data", layer.sparse.values.data.clone()),
+    ):
+        change()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-1)
+    for name in ("U", "V"):  # the same memory in another order
+        factor = getattr(layer.low_rank, name)
+        kept, factor.data = factor.data, factor.data.T.contiguous().T
+        with pytest.raises(ValueError, match="strides"):
+            layer(x)
+        factor.data = kept
+    layer.low_rank.U.data = layer.low_rank.U.data.bfloat16()
+    with pytest.raises(ValueError, match=r"U must be torch\.float32"):
+        layer(x)
+
+
+def test_the_environment_forces_an_instruction_set():
+    program = """
+import torch
+from oats_vision.kernels import native
+print(native.available() and native._native.instruction_set(), native.multiplies_bfloat16(),
+      native.multiplies_16_bits_faster(torch.bfloat16), native.multiplies_16_bits_faster(torch.float16))
+"""
+    for name in native.instruction_sets():
+        done = _python(program, OATS_VISION_INSTRUCTION_SET=name)
+        assert done.stdout.split()[0] == name
+        if name in ("avx2", "portable") and name != native.instruction_sets()[0]:
+            assert done.stdout.split()[1:] == ["False"] * 3
+    done = _python(program, OATS_VISION_INSTRUCTION_SET="mmx")
+    assert "OATS_VISION_INSTRUCTION_SET must be one of" in done.stderr
 
 
 def test_weights_in_half_precision_take_inputs_in_single_and_under_autocast():
@@ -281,7 +438,8 @@ try:
 except ValueError as problem:
     print(problem)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = _python(program)
+    assert done.returncode == 0
     assert done.stderr.count("compiled kernels are missing") == 1
     assert "bitmask" in done.stdout
 

@@ -1,12 +1,19 @@
-"""The compiled kernels: tensors checked, and passed on as addresses. `available()` says whether they are there."""
+"""The compiled kernels: tensors checked, and passed on as addresses. `available()` says whether they are there.
+
+OATS_VISION_INSTRUCTION_SET=avx2 (one of `instruction_sets()`) in the environment makes them do as on a CPU that has no
+better one, and believe no more of its 16-bit arithmetic.
+"""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from oats_vision.errors import ConfigError
 
 try:
     from oats_vision.kernels import _native
@@ -16,17 +23,28 @@ except ImportError:  # installed without a compiler
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORCED = "OATS_VISION_INSTRUCTION_SET"
 
 
 @cache
 def available() -> bool:
-    """Whether the compiled kernels are there; says so once if they are not."""
+    """Whether the compiled kernels are there; says so once if they are not.
+
+    Raises:
+        ConfigError: the environment asks for an instruction set that is not there.
+    """
     if _native is None:
         log.warning(
             "the compiled kernels are missing, so that compressed layers are not faster than dense ones: "
             "install a C++ compiler, then reinstall oats_vision"
         )
-    return _native is not None
+        return False
+    forced = os.environ.get(FORCED)
+    if forced:
+        if forced not in instruction_sets():
+            raise ConfigError(f"{FORCED} must be one of {', '.join(instruction_sets())} on this CPU, got {forced!r}")
+        _native.use(forced)
+    return True
 
 
 def instruction_sets() -> list[str]:
@@ -43,6 +61,7 @@ def instruction_set(name: str) -> Iterator[None]:
     """
     if name not in instruction_sets():
         raise ValueError(f"instruction set must be one of {instruction_sets()}, got {name!r}")
+    available()  # what the environment forces comes first
     before = _native.instruction_set()
     _native.use(name)
     try:
@@ -56,10 +75,54 @@ def multiplies_bfloat16() -> bool:
     return _native is not None and _native.multiplies_bfloat16()
 
 
+def multiplies_16_bits_faster(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's dense products of this 16-bit dtype are faster on this CPU than those of float32.
+
+    Under an instruction set older than AVX-512 that is not this CPU's best, the answer is that of a CPU without units.
+    """
+    name = _native.instruction_set()
+    if name != instruction_sets()[0] and name in ("avx2", "portable"):
+        return False
+    return _has_units(dtype)
+
+
+@cache
+def _has_units(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def address(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], *, rows_apart: bool = False) -> int:
+    """Where a tensor's numbers lie, for native code, which trusts what is checked here and nowhere else.
+
+    Args:
+        name: what the error calls it.
+        dtype, shape: that the tensor must have.
+        rows_apart: rows of a matrix may have a distance of their own; else the memory has no gaps.
+
+    Raises:
+        ValueError: the tensor is not of that dtype and shape, not in the CPU's memory, or not laid out so.
+    """
+    if tensor.dtype is not dtype or tensor.shape != shape:
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+        raise ValueError(f"{name} must be a dense tensor on the CPU, got {tensor.layout} on {tensor.device}")
+    if not tensor.is_contiguous() and not (rows_apart and tensor.stride(1) == 1):
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """For a kernel to write to; whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 class Matrix:
     """A packed sparse matrix with its low-rank term and bias, as the kernels see it: S x + U (V x) + b.
 
-    It refers to the tensors' memory and does not keep them: use it while they are there.
+    It refers to the tensors' memory and does not keep them: use it while they are there. Their contents may change: the
+    bitmask is held against the values in each product, before it is followed.
 
     Args:
         values, bitmask: of S (out_features, in_features), as in `oats_vision.layers.PackedSparse`.
@@ -79,69 +142,76 @@ class Matrix:
         bias: Tensor | None,
         parts: Sequence[tuple[int, int]],
     ) -> None:
-        rows, in_features = len(bitmask), V.shape[1]
+        if not values.dim() == 1 or not bitmask.dim() == U.dim() == V.dim() == 2:
+            raise ValueError("values must have one dimension, bitmask, U and V two")
+        rows, in_features, width = len(bitmask), V.shape[1], U.shape[1]
         heights, ranks = sum(height for height, _ in parts), sum(rank for _, rank in parts)
-        if bitmask.dtype != torch.uint8 or bitmask.shape != (rows, -(-in_features // 8)):
-            raise ValueError(f"bitmask must be uint8 ({rows}, {-(-in_features // 8)}), got {list(bitmask.shape)}")
-        if heights != rows or U.dim() != 2 or len(U) != rows or len(V) != ranks or values.dim() != 1:
-            raise ValueError(f"U {list(U.shape)} and V {list(V.shape)} do not fit {rows} x {in_features}")
-        if any(height < 0 or not 0 <= rank <= U.shape[1] for height, rank in parts):
-            raise ValueError(f"a part's rank must be in [0, {U.shape[1]}], got {list(parts)}")
-        if bias is not None and bias.shape != (rows,):
-            raise ValueError(f"bias must have {rows} entries, got {list(bias.shape)}")
-        tensors = [values, U, V] + ([] if bias is None else [bias])
-        if any(t.dtype != values.dtype for t in tensors) or values.dtype not in TYPES:
-            raise ValueError(f"values, U, V and bias must have one dtype of {list(TYPES)}")
-        if not all(t.is_contiguous() and t.device.type == "cpu" for t in (bitmask, *tensors)):
-            raise ValueError("values, bitmask, U, V and bias must be contiguous and on the CPU")
-        self._rows = rows
-        self._dtype = values.dtype
-        self._in_features = in_features
+        if heights != rows or any(height < 0 or not 0 <= rank <= width for height, rank in parts):
+            raise ValueError(f"parts must make up {rows} rows, each with a rank in [0, {width}], got {list(parts)}")
+        dtype = values.dtype
+        if dtype not in TYPES:
+            raise ValueError(f"values must have a dtype of {', '.join(map(str, TYPES))}, got {dtype}")
+        self._rows, self._dtype, self._in_features, self._width, self._ranks = rows, dtype, in_features, width, ranks
         self._matrix = _native.Matrix(
-            values.data_ptr(),
-            TYPES[values.dtype],
+            address(values, "values", dtype, (len(values),)),
+            TYPES[dtype],
             len(values),
-            bitmask.data_ptr(),
+            address(bitmask, "bitmask", torch.uint8, (rows, -(-in_features // 8))),
             rows,
             in_features,
-            U.data_ptr(),
-            V.data_ptr(),
-            U.shape[1],
+            address(U, "U", dtype, (rows, width)),
+            address(V, "V", dtype, (ranks, in_features)),
+            width,
             list(parts),
-            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else address(bias, "bias", dtype, (rows,)),
             torch.get_num_threads(),
         )
 
-    def _check_features(self, x: Tensor) -> None:
-        if x.shape[-1] != self._in_features:
-            raise ValueError(f"the input must have {self._in_features} features, got {x.shape[-1]}")
-
     def few_tokens(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), dtype of x, in one pass over the weights."""
-        self._check_features(x)
+        """(..., in_features) -> (..., out_features), dtype of x, in one pass over the weights.
+
+        Raises:
+            ValueError: x has another width, dtype or device, or the bitmask does not fit the values any more.
+        """
         *batch, in_features = x.shape
+        if in_features != self._in_features or x.dtype not in TYPES:
+            raise ValueError(f"the input must have {self._in_features} features, got {x.dtype} {list(x.shape)}")
         x = x.contiguous()
-        y = torch.empty((*batch, self._rows), dtype=x.dtype)
-        tokens, threads = x.numel() // in_features, torch.get_num_threads()
-        self._matrix.few_tokens(x.data_ptr(), TYPES[x.dtype], tokens, in_features, y.data_ptr(), threads)
+        y = _buffer((*batch, self._rows), x.dtype)
+        self._matrix.few_tokens(
+            address(x, "the input", x.dtype, (*batch, in_features)),
+            TYPES[x.dtype],
+            y.numel() // max(self._rows, 1),
+            in_features,
+            address(y, "the output", x.dtype, (*batch, self._rows)),
+            torch.get_num_threads(),
+        )
         return y
 
     def many_tokens(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
-        """The same for many tokens, all but the sparse values in float32: U, V and bias as given to the matrix."""
-        self._check_features(x)
-        x = x if x.stride(1) == 1 else x.contiguous()
-        U, V, bias = U.float(), V.float(), None if bias is None else bias.float()
-        if x.dtype != torch.float32 or not U.is_contiguous():
-            raise ValueError(f"x must be float32 and U contiguous, got {x.dtype}")
-        y, projected = torch.empty(len(x), self._rows), V @ x.T
+        """The same for many tokens (tokens, in_features) in float32, all but the sparse values: U, V, bias as given.
+
+        Raises:
+            ValueError: as in `few_tokens`.
+        """
+        tokens, rows, single = len(x), self._rows, torch.float32
+        x, U, V = _plain_rows(x), U.to(single), V.to(single)
+        bias = None if bias is None else bias.to(single)
+        where = (
+            address(U, "U", single, (rows, self._width)),
+            0 if bias is None else address(bias, "bias", single, (rows,)),
+        )
+        features = address(x, "the input", single, (tokens, self._in_features), rows_apart=True)
+        address(V, "V", single, (self._ranks, self._in_features))
+        projected, y = _buffer((self._ranks, tokens), single), _buffer((tokens, rows), single)
+        torch.mm(V, x.T, out=projected)  # into a buffer, which autocast lets be
         self._matrix.many_tokens(
-            U.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            projected.data_ptr(),
-            x.data_ptr(),
-            len(x),
+            *where,
+            address(projected, "V x", single, (self._ranks, tokens)),
+            features,
+            tokens,
             x.stride(0),
-            y.data_ptr(),
+            address(y, "the output", single, (tokens, rows)),
             torch.get_num_threads(),
         )
         return y
@@ -150,22 +220,40 @@ class Matrix:
         """The same for many tokens in bfloat16 (tokens, in_features) on the CPU's matrix units, weights likewise.
 
         Raises:
-            ValueError: there are no such units, or a dtype is another.
+            ValueError: there are no such units, or as in `few_tokens`.
         """
-        if x.dtype != torch.bfloat16 or self._dtype != torch.bfloat16:
-            raise ValueError(f"weights and inputs must be bfloat16, got {self._dtype} and {x.dtype}")
-        self._check_features(x)
-        x = x if x.stride(1) == 1 else x.contiguous()
-        y = torch.empty(len(x), self._rows, dtype=torch.bfloat16)
-        self._matrix.many_bfloat16(x.data_ptr(), len(x), x.stride(0), y.data_ptr(), torch.get_num_threads())
+        if self._dtype != torch.bfloat16:
+            raise ValueError(f"weights must be bfloat16, got {self._dtype}")
+        tokens, x = len(x), _plain_rows(x)
+        y = _buffer((tokens, self._rows), torch.bfloat16)
+        self._matrix.many_bfloat16(
+            address(x, "the input", torch.bfloat16, (tokens, self._in_features), rows_apart=True),
+            tokens,
+            x.stride(0),
+            address(y, "the output", torch.bfloat16, (tokens, self._rows)),
+            torch.get_num_threads(),
+        )
         return y
+
+    def expand(self) -> Tensor:
+        """S with its zeros, (out_features, in_features), dtype of the values."""
+        dense = _buffer((self._rows, self._in_features), self._dtype)
+        self._matrix.expand(
+            address(dense, "the output", self._dtype, (self._rows, self._in_features)), torch.get_num_threads()
+        )
+        return dense
+
+
+def _plain_rows(x: Tensor) -> Tensor:
+    """A matrix whose rows have no gaps; between rows there may be some."""
+    return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
 
 
 class MatrixCache:
-    """The `Matrix` of a layer's tensors, made again when they have changed; copies start empty."""
+    """The `Matrix` of a layer's tensors, made again when these are others; copies start empty."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, ...] = ()
+        self._key: tuple[object, ...] = ()
         self._matrix: Matrix | None = None
 
     def get(
@@ -179,16 +267,17 @@ class MatrixCache:
         ranks: Sequence[int],
     ) -> Matrix:
         """The matrix of these tensors. Raises ValueError as `Matrix` does."""
+        # all that was checked; what the tensors hold is checked in each product
         key = (
-            values.data_ptr(),
-            values.numel(),
-            bitmask.data_ptr(),
-            U.data_ptr(),
-            V.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            -1 if bitmask.is_inference() else bitmask._version,  # the bitmask alone says what may be read
+            *_layout(values),
+            *_layout(bitmask),
+            *_layout(U),
+            *_layout(V),
+            *(() if bias is None else _layout(bias)),
+            *out_features,
+            *ranks,
         )
-        if self._matrix is None or key != self._key or key[-1] < 0:
+        if self._matrix is None or key != self._key:
             self._matrix = Matrix(values, bitmask, U, V, bias, list(zip(out_features, ranks, strict=True)))
             self._key = key
         return self._matrix
@@ -200,6 +289,11 @@ class MatrixCache:
         return MatrixCache, ()
 
 
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor lies and how: equal for two tensors that native code may take for one."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     """The matrix with its zeros, (out_features, in_features), dtype of the values.
 
@@ -208,10 +302,7 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     """
     rows = len(bitmask)
     U, V = values.new_empty(rows, 0), values.new_empty(0, in_features)
-    matrix = Matrix(values.contiguous(), bitmask.contiguous(), U, V, None, [(rows, 0)])
-    dense = torch.empty(rows, in_features, dtype=values.dtype)
-    matrix._matrix.expand(dense.data_ptr(), torch.get_num_threads())
-    return dense
+    return Matrix(values.contiguous(), bitmask.contiguous(), U, V, None, [(rows, 0)]).expand()
 
 
 def sparse_step(
@@ -228,13 +319,17 @@ def sparse_step(
 
     Returns:
         |R - S'|^2.
+
+    Raises:
+        ValueError: a tensor is of another shape, dtype, layout or device.
     """
+    if A.dim() != 2:
+        raise ValueError(f"A must have two dimensions, got {list(A.shape)}")
     rows, columns = A.shape
-    tensors = (A, L, S, next)
-    if any(t.shape != A.shape or not t.is_contiguous() for t in tensors) or threshold.shape != (rows,):
-        raise ValueError("A, L, S and next must have one shape, and threshold an entry for each row")
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (*tensors, threshold)):
-        raise ValueError("the step is for float32 on the CPU")
-    a, low_rank, sparse, following, boundary = (t.data_ptr() for t in (*tensors, threshold))
+    matrices = {"A": A, "L": L, "S": S, "next": next}
+    a, low_rank, sparse, following = (
+        address(tensor, name, torch.float32, (rows, columns)) for name, tensor in matrices.items()
+    )
+    boundary = address(threshold, "threshold", torch.float32, (rows,))
     threads = torch.get_num_threads()
     return _native.sparse_step(rows, columns, keep, extrapolation, a, low_rank, sparse, following, boundary, threads)

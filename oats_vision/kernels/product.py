@@ -7,11 +7,12 @@ of one dense product: on other devices, and in float16 where PyTorch's product i
 """
 
 from collections.abc import Sequence
-from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from oats_vision.kernels import native
@@ -44,11 +45,31 @@ def sparse_low_rank_linear(
     Raises:
         ValueError: the bitmask does not fit the values, or the input does not fit the matrix.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, U, V, bias)):
-        return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)  # differentiable step by step
-    if torch.compiler.is_compiling():
-        return _operator(x, values, bitmask, U, V, bias, out_features, ranks)
-    return _product(x, values, bitmask, U, V, bias, out_features, ranks, cache)  # without an operator's overhead
+    tensors = (values, bitmask, U, V, bias)
+    if not torch.compiler.is_compiling() and _transforms():
+        return _by_dense(x, *tensors, out_features, ranks)  # PyTorch's own operators, which all of them know
+    if _records() or not _is_plain(x, *tensors):
+        return _operator(x, *tensors, out_features, ranks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return _operator(x, *tensors, out_features, ranks)  # it knows its gradients
+    return _product(x, *tensors, out_features, ranks, cache)  # without an operator's overhead
+
+
+def _transforms() -> bool:
+    """Whether functions are transformed here (vmap, jvp, torch.func), or exported to ONNX by tracing."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch._C._is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def _records() -> bool:
+    """Whether operators are recorded here and not only run: by compile, export, make_fx, fake tensors, a trace."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are tensors with memory, and none of a class that stands for one."""
+    return all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
 
 
 def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
@@ -57,11 +78,12 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     Raises:
         ValueError: the bitmask does not fit the values.
     """
+    only_runs = not (_records() or _transforms()) and _is_plain(values, bitmask)
     usable = values.device.type == "cpu" and values.dtype in native.TYPES and not values.requires_grad
-    if usable and not torch.compiler.is_compiling() and native.available():
+    if only_runs and usable and native.available():
         return native.expand(values, bitmask, in_features)
     mask = unpack(bitmask, in_features)
-    if not torch.compiler.is_compiling() and int(mask.sum()) != len(values):
+    if only_runs and int(mask.sum()) != len(values):
         raise ValueError(f"the bitmask has {int(mask.sum())} positions for {len(values)} values")
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
@@ -69,8 +91,8 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
 def unpack(bitmask: Tensor, in_features: int) -> Tensor:
     """Where the non-zeros are: bool (out_features, in_features)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    bits = (bitmask.unsqueeze(-1) >> shifts) & 1
-    return bits.view(torch.bool).flatten(1)[:, :in_features]
+    bits = (bitmask.unsqueeze(-1) >> shifts) % 2  # `& 1` has no equal in ONNX
+    return bits.bool().flatten(1)[:, :in_features]
 
 
 def _product(
@@ -89,7 +111,7 @@ def _product(
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
     tokens = x.numel() // max(shape[-1], 1)
     by_units = tokens > FEW_FOR_UNITS and dtype == values.dtype == torch.bfloat16 and native.multiplies_bfloat16()
-    if tokens > FEW_TOKENS and not by_units and dtype != torch.float32 and _has_matrix_units(dtype):
+    if tokens > FEW_TOKENS and not by_units and dtype != torch.float32 and native.multiplies_16_bits_faster(dtype):
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
     matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, out_features, ranks)
     if by_units:
@@ -142,14 +164,6 @@ def _low_rank(
     return torch.cat([torch.addmm(b, z, u[:, : z.shape[1]].T) for z, u, b in parts], dim=1)
 
 
-@cache
-def _has_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether dense products of this 16-bit dtype are faster on this CPU than those of float32."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
 # compiled models call the operator with their tensors alone
 _caches = WeakIdKeyDictionary()  # by bitmask
 
@@ -183,3 +197,39 @@ def _(
     ranks: list[int],
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(bitmask))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.out_features, ctx.ranks = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of y = S x + U (V x) + b: dx = (S^T + V^T U^T) dy, dS = dy x^T where S has a value, dU = dy (V x)^T, ..."""
+    x, values, bitmask, U, V, bias = ctx.saved_tensors
+    wanted: dict[str, bool] = dict(
+        zip(("x", "values", "bitmask", "U", "V", "bias"), ctx.needs_input_grad, strict=False)
+    )
+    dtype = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
+    dy, flat = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+    U_parts = [u[:, :rank] for u, rank in zip(U.to(dtype).split(ctx.out_features), ctx.ranks, strict=True)]
+    dy_parts = dy.split(ctx.out_features, dim=1)
+    dz = torch.cat([d @ u for d, u in zip(dy_parts, U_parts, strict=True)], dim=1)  # (tokens, ranks)
+    out: dict[str, Tensor] = {}
+    if wanted["x"]:
+        S = expand(values, bitmask, x.shape[-1]).to(dtype)
+        out["x"] = (dy @ S + dz @ V.to(dtype)).view(x.shape).to(x.dtype)
+    if wanted["values"]:
+        out["values"] = (dy.T @ flat)[unpack(bitmask, x.shape[-1])].to(values.dtype)
+    if wanted["U"]:
+        z = (flat @ V.to(dtype).T).split(ctx.ranks, dim=1)
+        rows = [d.T @ part for d, part in zip(dy_parts, z, strict=True)]
+        out["U"] = torch.cat([F.pad(r, (0, U.shape[1] - r.shape[1])) for r in rows]).to(U.dtype)
+    if wanted["V"]:
+        out["V"] = (dz.T @ flat).to(V.dtype)
+    if wanted["bias"]:
+        out["bias"] = dy.sum(0).to(bias.dtype)
+    return (*(out.get(name) for name in wanted), None, None)
+
+
+_operator.register_autograd(_gradients, setup_context=_save)
