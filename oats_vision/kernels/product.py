@@ -168,7 +168,14 @@ def _low_rank(
 _caches = WeakIdKeyDictionary()  # by bitmask
 
 
-@torch.library.custom_op("oats_vision::sparse_low_rank_linear", mutates_args=())
+# spelled out, since what can be read off annotations differs between releases of PyTorch
+_SCHEMA = (
+    "(Tensor x, Tensor values, Tensor bitmask, Tensor U, Tensor V, Tensor? bias, int[] out_features, int[] ranks)"
+    " -> Tensor"
+)
+
+
+@torch.library.custom_op("oats_vision::sparse_low_rank_linear", mutates_args=(), schema=_SCHEMA)
 def _operator(
     x: Tensor,
     values: Tensor,
