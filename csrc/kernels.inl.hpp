@@ -151,9 +151,9 @@ OATS_INLINE void fetch_ahead(const uint8_t *bits, const V *values) {
     if (sizeof(V) == 4) __builtin_prefetch(ahead + 64);
 }
 
-// acc[t] += row . x[t], for a sparse row
+// acc[t] += row . x[t], for a sparse row; returns where the next row's values are
 template <int T, class V>
-OATS_INLINE void sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *values, const V *end, const float *x,
+OATS_INLINE const V *sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *values, const V *end, const float *x,
                             int64_t x_stride, Vec (&acc)[T]) {
     constexpr int W = Vec::width;
     Vec other[T];  // a second sum hides the latency of the first
@@ -178,6 +178,7 @@ OATS_INLINE void sparse_dot(const uint8_t *bits, int64_t row_bytes, const V *val
     }
     if (byte < row_bytes) add(read_bits(bits + byte, row_bytes - byte));
     OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = acc[t] + other[t];
+    return values;
 }
 
 // acc[t] += row . x[t], for a dense row
@@ -221,11 +222,16 @@ void few_rows(const FewTokens &p, int64_t token, int64_t row, int64_t last, int6
     const V *values = static_cast<const V *>(p.S.values), *end = values + p.S.nonzeros;
     const int64_t row_bytes = p.S.row_bytes();
     for (; row < last; row++) {
-        if (!row_fits(p.S, p.row_start, row)) return p.fit.lost();
+        const uint8_t *bits = p.S.bitmask + row * row_bytes;
+        // whatever the bits are, a row that is full would still end before the values do: what it read is seen after
+        const bool reads_on = p.row_start[row] + row_bytes * 8 <= p.S.nonzeros;
+        if (!reads_on && !row_fits(p.S, p.row_start, row)) return p.fit.lost();
         Vec acc[T];
         OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
-        sparse_dot<T>(p.S.bitmask + row * row_bytes, row_bytes, values + p.row_start[row], end,
-                      p.x + token * p.x_stride, p.x_stride, acc);
+        const V *next = sparse_dot<T>(bits, row_bytes, values + p.row_start[row], end, p.x + token * p.x_stride,
+                                      p.x_stride, acc);
+        if (next != values + p.row_start[row + 1] || (row_bytes && bits[row_bytes - 1] & p.S.past_columns()))
+            return p.fit.lost();
         if (rank)
             dense_dot<T>(static_cast<const V *>(p.L.U) + row * p.L.width, rank, p.z + token * p.z_stride + rank_start,
                          p.z_stride, acc);

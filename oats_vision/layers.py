@@ -181,6 +181,10 @@ class SparseLowRankLinear(nn.Module):
         tensors = (values, bitmask, low_rank["U"], low_rank["V"], self._parameters["bias"])
         return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._cache = MatrixCache()  # which would keep the memory of tensors that move to another device
+        return super()._apply(*args, **kwargs)
+
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

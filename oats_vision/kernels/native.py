@@ -93,6 +93,9 @@ def _has_units(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+_CPU = torch.device("cpu")
+
+
 def address(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], *, rows_apart: bool = False) -> int:
     """Where a tensor's numbers lie, for native code, which trusts what is checked here and nowhere else.
 
@@ -114,15 +117,15 @@ def address(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """For a kernel to write to; whatever the default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    """For a kernel to write to: its address needs no check, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 class Matrix:
     """A packed sparse matrix with its low-rank term and bias, as the kernels see it: S x + U (V x) + b.
 
-    It refers to the tensors' memory and does not keep them: use it while they are there. Their contents may change: the
-    bitmask is held against the values in each product, before it is followed.
+    It holds the memory that it was made of, and what was checked of it. Only its contents may change: the bitmask is
+    held against the values in each product, before it is followed.
 
     Args:
         values, bitmask: of S (out_features, in_features), as in `oats_vision.layers.PackedSparse`.
@@ -151,7 +154,9 @@ class Matrix:
         dtype = values.dtype
         if dtype not in TYPES:
             raise ValueError(f"values must have a dtype of {', '.join(map(str, TYPES))}, got {dtype}")
-        self._rows, self._dtype, self._in_features, self._width, self._ranks = rows, dtype, in_features, width, ranks
+        self._rows, self._in_features, self._dtype = rows, in_features, dtype
+        U_address = address(U, "U", dtype, (rows, width))
+        bias_address = 0 if bias is None else address(bias, "bias", dtype, (rows,))
         self._matrix = _native.Matrix(
             address(values, "values", dtype, (len(values),)),
             TYPES[dtype],
@@ -159,13 +164,17 @@ class Matrix:
             address(bitmask, "bitmask", torch.uint8, (rows, -(-in_features // 8))),
             rows,
             in_features,
-            address(U, "U", dtype, (rows, width)),
+            U_address,
             address(V, "V", dtype, (ranks, in_features)),
             width,
             list(parts),
-            0 if bias is None else address(bias, "bias", dtype, (rows,)),
+            bias_address,
             torch.get_num_threads(),
         )
+        # others than the caller's tensors, which may come to stand for other memory
+        self._sparse = values.detach(), bitmask.detach()
+        self._U, self._V, self._bias = U.detach(), V.detach(), None if bias is None else bias.detach()
+        self._addresses = U_address, bias_address
 
     def few_tokens(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), dtype of x, in one pass over the weights.
@@ -181,37 +190,36 @@ class Matrix:
         self._matrix.few_tokens(
             address(x, "the input", x.dtype, (*batch, in_features)),
             TYPES[x.dtype],
-            y.numel() // max(self._rows, 1),
+            x.numel() // max(in_features, 1),
             in_features,
-            address(y, "the output", x.dtype, (*batch, self._rows)),
+            y.data_ptr(),
             torch.get_num_threads(),
         )
         return y
 
-    def many_tokens(self, x: Tensor, U: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
-        """The same for many tokens (tokens, in_features) in float32, all but the sparse values: U, V, bias as given.
+    def many_tokens(self, x: Tensor) -> Tensor:
+        """The same for many tokens (tokens, in_features) in float32, whatever dtype the weights have.
 
         Raises:
             ValueError: as in `few_tokens`.
         """
-        tokens, rows, single = len(x), self._rows, torch.float32
-        x, U, V = _plain_rows(x), U.to(single), V.to(single)
-        bias = None if bias is None else bias.to(single)
-        where = (
-            address(U, "U", single, (rows, self._width)),
-            0 if bias is None else address(bias, "bias", single, (rows,)),
-        )
+        x, tokens, single = _plain_rows(x), len(x), torch.float32
         features = address(x, "the input", single, (tokens, self._in_features), rows_apart=True)
-        address(V, "V", single, (self._ranks, self._in_features))
-        projected, y = _buffer((self._ranks, tokens), single), _buffer((tokens, rows), single)
+        U, V, bias = self._U, self._V, self._bias
+        U_address, bias_address = self._addresses
+        if self._dtype != single:  # copies, for the time of the product
+            U, V, bias = U.to(single), V.to(single), None if bias is None else bias.to(single)
+            U_address, bias_address = U.data_ptr(), 0 if bias is None else bias.data_ptr()
+        projected, y = _buffer((len(V), tokens), single), _buffer((tokens, self._rows), single)
         torch.mm(V, x.T, out=projected)  # into a buffer, which autocast lets be
         self._matrix.many_tokens(
-            *where,
-            address(projected, "V x", single, (self._ranks, tokens)),
+            U_address,
+            bias_address,
+            projected.data_ptr(),
             features,
             tokens,
             x.stride(0),
-            address(y, "the output", single, (tokens, rows)),
+            y.data_ptr(),
             torch.get_num_threads(),
         )
         return y
@@ -224,23 +232,16 @@ class Matrix:
         """
         if self._dtype != torch.bfloat16:
             raise ValueError(f"weights must be bfloat16, got {self._dtype}")
-        tokens, x = len(x), _plain_rows(x)
+        x, tokens = _plain_rows(x), len(x)
+        features = address(x, "the input", torch.bfloat16, (tokens, self._in_features), rows_apart=True)
         y = _buffer((tokens, self._rows), torch.bfloat16)
-        self._matrix.many_bfloat16(
-            address(x, "the input", torch.bfloat16, (tokens, self._in_features), rows_apart=True),
-            tokens,
-            x.stride(0),
-            address(y, "the output", torch.bfloat16, (tokens, self._rows)),
-            torch.get_num_threads(),
-        )
+        self._matrix.many_bfloat16(features, tokens, x.stride(0), y.data_ptr(), torch.get_num_threads())
         return y
 
     def expand(self) -> Tensor:
         """S with its zeros, (out_features, in_features), dtype of the values."""
         dense = _buffer((self._rows, self._in_features), self._dtype)
-        self._matrix.expand(
-            address(dense, "the output", self._dtype, (self._rows, self._in_features)), torch.get_num_threads()
-        )
+        self._matrix.expand(dense.data_ptr(), torch.get_num_threads())
         return dense
 
 
@@ -250,7 +251,7 @@ def _plain_rows(x: Tensor) -> Tensor:
 
 
 class MatrixCache:
-    """The `Matrix` of a layer's tensors, made again when these are others; copies start empty."""
+    """The `Matrix` of a layer's tensors, made again when these are in other memory; copies start empty."""
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
@@ -267,17 +268,17 @@ class MatrixCache:
         ranks: Sequence[int],
     ) -> Matrix:
         """The matrix of these tensors. Raises ValueError as `Matrix` does."""
-        # all that was checked; what the tensors hold is checked in each product
+        # the matrix holds its memory, so that no other tensor can come to lie at these addresses
         key = (
-            *_layout(values),
-            *_layout(bitmask),
-            *_layout(U),
-            *_layout(V),
-            *(() if bias is None else _layout(bias)),
-            *out_features,
-            *ranks,
+            values.data_ptr(),
+            bitmask.data_ptr(),
+            U.data_ptr(),
+            V.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            values.dtype,
         )
         if self._matrix is None or key != self._key:
+            self._matrix = None  # whose memory is free for the new one
             self._matrix = Matrix(values, bitmask, U, V, bias, list(zip(out_features, ranks, strict=True)))
             self._key = key
         return self._matrix
@@ -287,11 +288,6 @@ class MatrixCache:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return MatrixCache, ()
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor lies and how: equal for two tensors that native code may take for one."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:

@@ -20,6 +20,12 @@ from oats_vision.kernels import native
 FEW_TOKENS = 16  # up to here, spreading out values in registers beats building the stream of a sparse product
 FEW_FOR_UNITS = 4  # and here, filling the tiles of matrix units
 
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+# looked up once: these are asked in every product
+_transforming = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+
 
 def sparse_low_rank_linear(
     x: Tensor,
@@ -45,31 +51,33 @@ def sparse_low_rank_linear(
     Raises:
         ValueError: the bitmask does not fit the values, or the input does not fit the matrix.
     """
-    tensors = (values, bitmask, U, V, bias)
     if not torch.compiler.is_compiling() and _transforms():
-        return _by_dense(x, *tensors, out_features, ranks)  # PyTorch's own operators, which all of them know
-    if _records() or not _is_plain(x, *tensors):
-        return _operator(x, *tensors, out_features, ranks)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return _operator(x, *tensors, out_features, ranks)  # it knows its gradients
-    return _product(x, *tensors, out_features, ranks, cache)  # without an operator's overhead
+        # PyTorch's own operators, which all of them know
+        return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
+    if _records() or not _are_plain(x, values, bitmask, U, V, bias) or _asks_for_gradients(x, values, U, V, bias):
+        return _operator(x, values, bitmask, U, V, bias, out_features, ranks)
+    return _product(x, values, bitmask, U, V, bias, out_features, ranks, cache)  # without an operator's overhead
 
 
 def _transforms() -> bool:
     """Whether functions are transformed here (vmap, jvp, torch.func), or exported to ONNX by tracing."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _transforming() is not None or forward_ad._current_level >= 0:
         return True
-    return torch._C._is_tracing() and torch.onnx.is_in_onnx_export()
+    return _tracing() and torch.onnx.is_in_onnx_export()
 
 
 def _records() -> bool:
     """Whether operators are recorded here and not only run: by compile, export, make_fx, fake tensors, a trace."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or _modes() > 0 or _tracing()
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+def _are_plain(*tensors: Tensor | None) -> bool:
     """Whether all are tensors with memory, and none of a class that stands for one."""
-    return all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def _asks_for_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
@@ -78,7 +86,7 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     Raises:
         ValueError: the bitmask does not fit the values.
     """
-    only_runs = not (_records() or _transforms()) and _is_plain(values, bitmask)
+    only_runs = not (_records() or _transforms()) and _are_plain(values, bitmask)
     usable = values.device.type == "cpu" and values.dtype in native.TYPES and not values.requires_grad
     if only_runs and usable and native.available():
         return native.expand(values, bitmask, in_features)
@@ -119,7 +127,7 @@ def _product(
         return y.view(*shape[:-1], y.shape[1])
     if tokens <= FEW_TOKENS:
         return matrix.few_tokens(x)
-    y = matrix.many_tokens(x.reshape(-1, shape[-1]).float(), U, V, bias).to(dtype)
+    y = matrix.many_tokens(x.reshape(-1, shape[-1]).float()).to(dtype)
     return y.view(*shape[:-1], y.shape[1])
 
 
