@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.data import open_dataset
 from oats_vision.errors import DataError
 from oats_vision.models import demo_directory
+from oats_vision.tables import open_dataset
 
 log = logging.getLogger(__name__)
 

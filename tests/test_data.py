@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import datasets
@@ -122,6 +123,8 @@ def test_demo_sets_are_different_and_balanced():
         (lambda path: _file(path), {}, "is a file"),
         (lambda path: _flat(path), {"labelled": True}, "has no labels"),
         (lambda path: f"hf:{path}/nothing", {}, "cannot be loaded"),
+        (lambda path: _script(path), {}, "cannot be loaded"),
+        (lambda path: _damaged(path), {}, "cannot be loaded"),
         (lambda path: _no_pictures(path), {}, "no column of pictures, only text"),
         (lambda path: _splits(path), {}, "no split 'train', only other"),
     ],
@@ -142,6 +145,19 @@ def _flat(path: Path) -> Path:
     return path
 
 
+def _script(path: Path) -> str:
+    """A dataset made of code, which must not run."""
+    (path / "set").mkdir()
+    (path / "set" / "set.py").write_text("raise SystemExit('code of a dataset ran')")
+    return f"hf:{path / 'set'}"
+
+
+def _damaged(path: Path) -> Path:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(path / "set")
+    next((path / "set").glob("*.arrow")).write_bytes(b"no table")
+    return path / "set"
+
+
 def _no_pictures(path: Path) -> Path:
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(path / "set")
     return path / "set"
@@ -150,3 +166,219 @@ def _no_pictures(path: Path) -> Path:
 def _splits(path: Path) -> Path:
     datasets.DatasetDict({"other": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(path / "set")
     return path / "set"
+
+
+def test_labels_are_not_looked_at_unless_they_are_needed(folder):
+    (folder / "empty").mkdir()
+    (folder / ".hidden").mkdir()
+    (folder / "linked").symlink_to(folder / "class0")  # read once, under its own name
+    _write(folder / "beside.png", 250)
+    labelled = load_pictures(folder, TRANSFORM, batch_size=4, labelled=True)
+    assert labelled.classes == ["class0", "class1", "class2"]
+    everything = load_pictures(folder, TRANSFORM, batch_size=4)
+    assert set(_values(everything)) == {*_values(labelled), 250}
+    assert everything.classes is None
+
+
+def test_what_is_left_out_is_said(folder, caplog):
+    (folder / "empty").mkdir()
+    _write(folder / "beside.png", 250)
+    load_pictures(folder, TRANSFORM, batch_size=4, labelled=True)
+    assert "1 pictures" in caplog.text
+    assert "without a picture are left out: empty" in caplog.text
+
+
+def test_the_reason_of_an_unreadable_picture_is_said(folder, caplog):
+    (folder / "class1" / "4.png").write_bytes(b"no picture")
+    list(load_pictures(folder, TRANSFORM, batch_size=4))
+    assert "4.png is skipped: cannot identify image file" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["folder", "table", "stream"])
+def test_no_readable_picture_is_an_error(tmp_path, source):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    if source != "folder":
+        _dataset(tmp_path / "set", image=[{"bytes": b"no picture", "path": None}])
+    where = tmp_path if source == "folder" else tmp_path / "set"
+    with pytest.raises(DataError, match=r"no picture could be read \(1 skipped\)"):
+        list(load_pictures(where, TRANSFORM, batch_size=4, streaming=source == "stream"))
+
+
+SIX = [Image.fromarray(np.full((6, 6, 3), 20 * i, np.uint8)) for i in range(6)]
+KINDS = {"coarse": datasets.ClassLabel(names=["low", "high"]), "fine": datasets.ClassLabel(names=list("abcdef"))}
+NUMBER, TEXT = datasets.Value("int64"), datasets.Value("string")
+
+
+def _bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _dataset(path: Path, types: dict | None = None, **columns) -> Path:
+    """A saved dataset, its pictures of the library's type unless `types` says otherwise."""
+    types = {"image": datasets.Image(), **(types or {})}
+    features = {name: types[name] for name in columns}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("types", "columns"),
+    [
+        ({"label": TEXT}, {"image": SIX, "label": list("catdog")}),
+        ({"label": NUMBER}, {"image": SIX, "label": [None] * 6}),
+        ({"mask": datasets.Image()}, {"mask": SIX[::-1], "image": SIX}),
+        ({"jpg": datasets.Value("binary")}, {"jpg": [_bytes(picture) for picture in SIX]}),
+        (
+            {"img": {"bytes": datasets.Value("binary"), "path": TEXT}},
+            {"img": [{"bytes": _bytes(picture), "path": None} for picture in SIX]},
+        ),
+    ],
+)
+def test_calibration_takes_pictures_in_any_form_and_no_labels(tmp_path, types, columns, streaming):
+    source = _dataset(tmp_path / "set", types, **columns)
+    batches = load_pictures(source, TRANSFORM, batch_size=4, streaming=streaming)
+    assert _values(batches) == [0, 20, 40, 60, 80, 100]
+    assert {label for _, labels in batches for label in labels.tolist()} == {-1}
+
+
+def test_columns_of_paths(folder, tmp_path):
+    files = sorted(str(file) for file in folder.rglob("*.png"))
+    source = _dataset(tmp_path / "set", {"image_path": TEXT}, image_path=files)
+    assert _values(load_pictures(source, TRANSFORM, batch_size=4)) == _values(
+        load_pictures(folder, TRANSFORM, batch_size=4)
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"coarse": [0, 1] * 3, "label": [5, 4, 3, 2, 1, 0]}, ([5, 4, 3, 2, 1, 0], None)),
+        ({"coarse": [0, 1] * 3, "fine_label": range(6)}, ([0, 1, 2, 3, 4, 5], None)),
+        ({"coarse": [0, 1] * 3, "other": [7] * 6}, ([0, 1] * 3, ["low", "high"])),
+        ({"fine": range(6), "coarse": [0, 1] * 3}, ([0, 1, 2, 3, 4, 5], list("abcdef"))),
+    ],
+)
+def test_the_column_of_labels_goes_by_its_name_and_then_by_its_type(tmp_path, columns, expected, streaming, caplog):
+    types = {name: KINDS.get(name, NUMBER) for name in columns}
+    source = _dataset(tmp_path / "set", types, image=SIX, **{name: list(values) for name, values in columns.items()})
+    batches = load_pictures(source, TRANSFORM, batch_size=4, labelled=True, streaming=streaming)
+    assert (torch.cat([labels for _, labels in batches]).tolist(), batches.classes) == expected
+    assert ("several columns of labels (fine, coarse)" in caplog.text) == ("fine" in columns)
+
+
+def test_labels_that_are_text_are_classes_in_alphabetical_order(tmp_path):
+    source = _dataset(tmp_path / "set", {"label": TEXT}, image=SIX, label=["dog", "cat", "dog", "ant", "cat", "dog"])
+    batches = load_pictures(source, TRANSFORM, batch_size=4, labelled=True)
+    assert batches.classes == ["ant", "cat", "dog"]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [2, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        (NUMBER, [0, 1, None, 0, 1, 0], "no label in column 'label'"),
+        (KINDS["coarse"], [-1] * 6, "no label in column 'label'"),
+        (datasets.Value("float32"), [0.5] * 6, "column 'label' holds float"),
+        (TEXT, ["cat", None] * 3, "column 'label'"),
+    ],
+)
+def test_labels_that_are_needed_and_not_there_are_an_error(tmp_path, kind, labels, message, streaming):
+    source = _dataset(tmp_path / "set", {"label": kind}, image=SIX, label=labels)
+    with pytest.raises(DataError, match=message):
+        list(load_pictures(source, TRANSFORM, batch_size=4, labelled=True, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_picture_of_a_dataset_fails_alone(tmp_path, streaming):
+    rows = [{"bytes": _bytes(picture), "path": None} for picture in SIX]
+    rows[1]["bytes"] = rows[1]["bytes"][:50]
+    rows[4] = None
+    source = _dataset(tmp_path / "set", {"label": NUMBER}, image=rows, label=list(range(6)))
+    batches = load_pictures(source, TRANSFORM, batch_size=2, labelled=True, streaming=streaming)
+    read = [(pictures, labels) for pictures, labels in batches]
+    assert torch.cat([labels for _, labels in read]).tolist() == [0, 2, 3, 5]
+    assert [round(255 * float(picture.mean())) for pictures, _ in read for picture in pictures] == [0, 40, 60, 100]
+    assert batches.skipped == 2
+
+
+def test_a_stream_that_breaks_is_an_error_and_not_its_end(tmp_path, monkeypatch):
+    def rows(self):
+        yield {"image": SIX[0]}
+        raise ConnectionError("the line is dead")
+
+    source = _dataset(tmp_path / "set", image=SIX)
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", rows)
+    with pytest.raises(DataError, match="cannot be read any further: the line is dead"):
+        list(load_pictures(source, TRANSFORM, batch_size=1, streaming=True))
+
+
+def test_folders_and_datasets_give_the_same_pictures(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    left_half = np.zeros((8, 8, 3), np.uint8)
+    left_half[:, :4] = 200
+    (tmp_path / "p").mkdir()
+    Image.fromarray(left_half).save(tmp_path / "p" / "turned.png", exif=exif)
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(tmp_path / "p" / "wide.png")
+    files = sorted((tmp_path / "p").iterdir())
+    source = _dataset(tmp_path / "set", image=[str(file) for file in files])
+    sources = [(tmp_path / "p", False), (source, False), (source, True)]
+    first, *others = (
+        torch.cat([x for x, _ in load_pictures(place, TRANSFORM, batch_size=2, streaming=streaming)])
+        for place, streaming in sources
+    )
+    assert first[0, 0, :4].mean() > 0.7  # the left half is on top now
+    for other in others:
+        assert torch.equal(first, other)
+
+
+def test_the_fingerprint_knows_the_labels(tmp_path):
+    source = _dataset(
+        tmp_path / "set", {"coarse": KINDS["coarse"], "label": NUMBER}, image=SIX, coarse=[0, 1] * 3, label=range(6)
+    )
+    needed, unneeded = (
+        load_pictures(source, TRANSFORM, batch_size=2, labelled=labelled).fingerprint() for labelled in (True, False)
+    )
+    assert needed != unneeded
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda picture: TRANSFORM(picture).numpy(),
+        lambda picture: {"pixel_values": TRANSFORM(picture)[None]},
+        lambda picture: {"pixel_values": [TRANSFORM(picture).numpy()]},
+        lambda picture: TRANSFORM(picture)[:1],
+    ],
+)
+def test_arrays_dictionaries_and_one_channel_are_taken(folder, transform):
+    batches = load_pictures(folder, transform, batch_size=4)
+    assert _values(batches) == _values(load_pictures(folder, TRANSFORM, batch_size=4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda picture: picture, "the transform gives Image: let it give a tensor of floats"),
+        (lambda picture: torch.tensor(np.asarray(picture)), "the transform gives torch.uint8: let it give a tensor"),
+        (lambda picture: TRANSFORM(picture).permute(1, 2, 0), r"shape \(8, 8, 3\): it must be \(channels"),
+        (lambda picture: TRANSFORM(picture)[0], r"shape \(8, 8\)"),
+        (lambda picture: TRANSFORM(picture) / 0, "3.png has values that are not finite"),
+        (
+            v2.Compose([v2.Resize(8), v2.PILToTensor(), v2.ToDtype(torch.float32)]),
+            "different sizes after preprocessing",
+        ),
+    ],
+)
+def test_what_is_no_batch_is_one_line_from_any_process(tmp_path, transform, message, workers):
+    _write(tmp_path / "3.png", 50)
+    Image.new("RGB", (30, 10)).save(tmp_path / "wide.png")
+    with pytest.raises(DataError, match=message) as error:
+        list(load_pictures(tmp_path, transform, batch_size=4, workers=workers))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,131 @@
+"""Where pictures lie, one by one with their labels: a folder, a dataset's table, the embedded demo set."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from oats_vision.errors import DataError
+from oats_vision.models import demo_directory
+from oats_vision.pictures import picture_files
+from oats_vision.tables import read_labels, undecoded
+
+log = logging.getLogger(__name__)
+
+
+class Example(NamedTuple):
+    """What `open_picture` takes; the label, -1 if there is none; a name for messages."""
+
+    picture: Any
+    label: int
+    name: str
+
+
+class Examples(Sequence[Example]):
+    """Pictures that can be opened one by one."""
+
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        """Bytes that tell these examples from any others: what the pictures hold, and their labels."""
+        raise NotImplementedError
+
+
+class DemoExamples(Examples):
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.images, self.labels = arrays["images"], arrays["labels"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Example(Image.fromarray(self.images[index]), int(self.labels[index]), f"demo picture {index}")
+
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        yield self.images[indices].tobytes()
+        yield self.labels[indices].tobytes()
+
+
+def demo_examples(calibration: bool) -> tuple[Examples, list[str]]:
+    directory = demo_directory()
+    names = json.loads((directory / "config.json").read_text())["label_names"]
+    return DemoExamples(directory / ("calibration.npz" if calibration else "test.npz")), names
+
+
+class FileExamples(Examples):
+    def __init__(self, files: list[Path], labels: list[int]) -> None:
+        self.files, self.labels = files, labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Example(self.files[index], self.labels[index], str(self.files[index]))
+
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        for index in indices:
+            try:
+                content = self.files[index].read_bytes()
+            except OSError:  # it is skipped when it is its turn
+                content = b""
+            yield hashlib.sha256(content).digest() + self.labels[index].to_bytes(4, "little", signed=True)
+
+
+def folder_examples(path: Path, labelled: bool) -> tuple[Examples, list[str] | None]:
+    """Pictures below a folder; with labels if it has one folder a class."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a folder of pictures, hf:name or demo")
+    if not path.is_dir():
+        raise DataError(f"{path} is a file: give the folder that holds the pictures")
+    files = picture_files(path)
+    if not labelled:
+        if not files:
+            raise DataError(f"{path} has no picture (looked for {', '.join(IMG_EXTENSIONS)})")
+        return FileExamples(files, [-1] * len(files)), None
+    inside = [(file, places[0]) for file in files if len(places := file.relative_to(path).parts) > 1]
+    classes = sorted({name for _, name in inside})
+    if not classes:
+        raise DataError(f"{path} has no labels: it must hold one folder of pictures for each class")
+    if len(inside) < len(files):
+        log.warning("%d pictures of %s are in no class folder and are left out", len(files) - len(inside), path)
+    empty = sorted(_folder_names(path) - set(classes))
+    if empty:
+        log.warning("class folders of %s without a picture are left out: %s", path, ", ".join(empty[:5]))
+    number = {name: i for i, name in enumerate(classes)}
+    inside.sort(key=lambda file: number[file[1]])  # "a-b/1" sorts before "a/1"
+    return FileExamples([file for file, _ in inside], [number[name] for _, name in inside]), classes
+
+
+def _folder_names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+
+
+class TableExamples(Examples):
+    """Rows of a dataset; pictures are decoded one by one, so that a broken one fails alone."""
+
+    def __init__(self, pictures: Any, column: str, labels: list[int], source: str, fingerprint: str) -> None:
+        self.pictures, self.column, self.labels = pictures, column, labels
+        self.source, self.made_of = source, fingerprint
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Example(self.pictures[index][self.column], self.labels[index], f"{self.source}, row {index}")
+
+    def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
+        yield self.made_of.encode()
+        yield np.asarray([self.labels[index] for index in indices]).tobytes()
+
+
+def table_examples(dataset: Any, columns: tuple[str, str | None], source: str) -> tuple[Examples, list[str] | None]:
+    """Rows of a dataset that is on this machine, with the labels of the second column."""
+    image, label = columns
+    labels, classes = read_labels(dataset, label, source) if label else ([-1] * len(dataset), None)
+    # the library's fingerprint changes with the files read and with everything done to them
+    return TableExamples(undecoded(dataset, image), image, labels, source, dataset._fingerprint), classes
