@@ -237,7 +237,7 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     except (OSError, ValueError):
         transform = None  # a model without a processor still loads; pictures then need a transform from the user
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    labels = [str(model.config.id2label[i]) for i in range(len(model.config.id2label or ()))]
+    labels = [str(name) for _, name in sorted((model.config.id2label or {}).items())]  # may be numbered from 1
     names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
     return model, _huggingface_source(model, transform, dtype, names)
 

@@ -1,9 +1,11 @@
 """Top-1 and top-5 accuracy of an image classifier."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,17 @@ from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.labels import head_index
 from oats_vision.models import source_of
+
+log = logging.getLogger(__name__)
+
+HEADS = (
+    "head",
+    "heads",
+    "mlp_head",
+    "linear_head",
+    "fc",
+    "classifier",
+)  # what the last layer of a classifier is called
 
 
 @dataclass(frozen=True)
@@ -61,23 +74,27 @@ def evaluate_top1(
     metrics: dict[int, MulticlassAccuracy] = {}
     correct: list[Tensor] = []
     order = torch.empty(0)
+    head = highest = 0
     start = time.perf_counter()
     model.eval()
     for images, labels in batches:
         logits = classify(model, images, mixed_precision).float()
         if not metrics:
-            order = head_index(batches.classes, logits.shape[1], source_of(model).label_names)
-            for k in {1, min(5, logits.shape[1])}:
-                metrics[k] = MulticlassAccuracy(logits.shape[1], top_k=k, average="micro").to(device)
-        if int(labels.min()) < 0 or int(labels.max()) >= len(order):
-            raise DataError(f"a label is outside the {logits.shape[1]} classes of the model's head")
+            head = logits.shape[1]
+            order = head_index(batches.classes, head, source_of(model).label_names)
+            for k in {1, min(5, head)}:
+                metrics[k] = MulticlassAccuracy(head, top_k=k, average="micro").to(device)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(order):
+            raise DataError(f"label {low if low < 0 else high} is outside the {head} classes of the model's head")
+        highest = max(highest, high)
         labels = order[labels].to(device)
         for metric in metrics.values():
             metric.update(logits, labels)
         correct.append((logits.argmax(1) == labels).cpu())
         progress(sum(map(len, correct)))
-    if not metrics:
-        raise DataError(f"no picture could be read ({batches.skipped} skipped)")
+    if batches.classes is None and 2 * (highest + 1) <= head:
+        log.warning("labels are 0 to %d, taken as the first outputs of a head of %d: are they its own?", highest, head)
     hits = torch.cat(correct)
     values = [100 * float(metrics[k].compute()) for k in (1, max(metrics))]
     return Top1(values[0], values[1], len(hits), batches.skipped, time.perf_counter() - start, hits)
@@ -98,8 +115,21 @@ def classify(model: nn.Module, images: Tensor, mixed_precision: torch.dtype | No
     with autocast(first.device, mixed_precision):
         output = model(images.to(first.device, first.dtype))
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or getattr(model, "num_classes", None) == 0:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or _is_backbone(model):
         raise ModelError("the model has no classification head: top-1 needs one (a backbone gives features)")
     if not logits.isfinite().all():  # argmax takes a NaN for the largest
         raise ModelError("the logits are not finite: the model diverges on these pictures, or its dtype is too narrow")
     return logits
+
+
+def _is_backbone(model: nn.Module) -> bool:
+    """Whether what is called a head by its usual names holds no matrix; a model may have none of these names."""
+    if getattr(model, "num_classes", None) == 0:
+        return True
+    heads = [getattr(model, name, 0) for name in HEADS]
+    heads = [head for head in heads if head is None or isinstance(head, nn.Module)]
+    return bool(heads) and not any(tensor.ndim > 1 for head in filter(None, heads) for tensor in _tensors(head))
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    return chain(module.parameters(), module.buffers())

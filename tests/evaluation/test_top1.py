@@ -41,3 +41,61 @@ def test_a_model_that_diverges_has_no_accuracy():
 def test_a_label_outside_the_head_is_an_error(label):
     with pytest.raises(DataError, match="outside the 5 classes"):
         evaluate_top1(_classifier(5), _batches(torch.tensor([0, label])))
+
+
+class _Backbone(nn.Module):
+    """(batch, 3, 2, 2) -> features (batch, 6), after what stands where a head would."""
+
+    def __init__(self, **heads: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 6)).double()
+        for name, head in heads.items():
+            setattr(self, name, head)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        features = self.layers(pictures)
+        for head in (getattr(self, name, None) for name in ("head", "fc", "classifier")):
+            features = head(features) if head is not None else features
+        return features
+
+
+HEADLESS = {
+    "identity": {"head": nn.Identity()},
+    "none": {"fc": None},
+    "dropout": {"classifier": nn.Sequential(nn.Dropout(), nn.Identity())},
+    "norm": {"head": nn.LayerNorm(6, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("head", HEADLESS)
+def test_features_are_not_taken_for_logits(head):
+    with pytest.raises(ModelError, match="no classification head"):
+        evaluate_top1(_Backbone(**HEADLESS[head]), _batches(torch.tensor([0, 1, 2])))
+
+
+def test_a_timm_model_whose_head_was_taken_off_has_none(tiny_vit):
+    batches = Batches([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), 0)], 2)
+    assert evaluate_top1(tiny_vit, batches).pictures == 2
+    tiny_vit.head = nn.Identity()  # num_classes still says 10
+    with pytest.raises(ModelError, match="no classification head"):
+        evaluate_top1(tiny_vit, batches)
+
+
+@pytest.mark.parametrize(
+    "heads", [{}, {"head": nn.Linear(6, 6).double()}, {"fc": None, "head": nn.Linear(6, 4).double()}]
+)
+def test_any_last_layer_may_be_the_head(heads):
+    assert evaluate_top1(_Backbone(**heads), _batches(torch.tensor([0, 1, 2]))).pictures == 3
+
+
+def test_numbers_that_use_little_of_the_head_are_said(caplog):
+    evaluate_top1(_classifier(20), _batches(torch.tensor([0, 9])))
+    assert "labels are 0 to 9, taken as the first outputs of a head of 20" in caplog.text
+    caplog.clear()
+    evaluate_top1(_classifier(20), _batches(torch.tensor([0, 10])))
+    assert not caplog.text
+
+
+def test_no_picture_is_an_error():
+    with pytest.raises(DataError, match="no picture could be read"):
+        evaluate_top1(_classifier(5), Batches([(torch.empty(0), torch.empty(0), 3)], 3))
