@@ -22,6 +22,7 @@ from oats_vision.tables import (
     label_column,
     open_dataset,
     picture_column,
+    rows,
     undecoded,
 )
 from oats_vision.transforms import Transform
@@ -187,7 +188,7 @@ class _StreamedPictures(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         image, label = self.columns
         taken, skipped = 0, 0
-        for number, row in enumerate(self._rows()):
+        for number, row in enumerate(rows(self.stream, self.source)):
             name = f"{self.source}, row {number}"
             picture = self.read(row[image], name)
             if picture is None:
@@ -199,18 +200,6 @@ class _StreamedPictures(IterableDataset[Item]):
                 return
         if skipped:
             yield Item(None, -1, "", skipped)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """The stream's rows; one that breaks is an error, as it would look like one that ended."""
-        rows = iter(self.stream)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as problem:  # whatever the library's readers and the network raise
-                raise DataError(f"{self.source} cannot be read any further: {problem}") from problem
-            yield row
 
 
 def _collate(items: list[Item]) -> tuple[Tensor, Tensor, int] | DataError:

@@ -1,6 +1,7 @@
 """Datasets of the `datasets` library: how they are opened, and which of their columns hold pictures and labels."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,28 @@ def _load(source: str, split: str, streaming: bool) -> Any:
             return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         return datasets.load_from_disk(source)
     except Exception as problem:  # whatever its readers, the hub and the network raise
-        reason = " ".join(str(problem).split())
-        raise DataError(f"{source} (split {split!r}) cannot be loaded: {reason[:300]}") from problem
+        raise DataError(f"{source} (split {split!r}) cannot be loaded: {_one_line(problem)}") from problem
+
+
+def rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
+    """A dataset's rows, one by one.
+
+    Raises:
+        DataError: it breaks, which would look like its end.
+    """
+    iterator = iter(dataset)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as problem:  # as above
+            raise DataError(f"{source} cannot be read any further: {_one_line(problem)}") from problem
+        yield row
+
+
+def _one_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
 def picture_column(dataset: Any, source: str) -> str:

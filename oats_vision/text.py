@@ -1,8 +1,7 @@
 """Text for calibration and evaluation: files, Hugging Face datasets, the embedded demo text, as token ids."""
 
-import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oats_vision.documents import FIELDS, read_documents, texts
 from oats_vision.errors import DataError
 from oats_vision.models import demo_directory
-from oats_vision.tables import open_dataset
+from oats_vision.tables import open_dataset, rows
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Sequences:
 
 
 def load_sequences(
-    source: str,
+    source: str | Path,
     tokenizer: Any,
     *,
     samples: int = 128,
@@ -52,9 +52,11 @@ def load_sequences(
 ) -> Sequences:
     """Calibration text: documents in an order chosen by the seed, joined by the end-of-text token, cut into rows.
 
+    Documents without text are left out.
+
     Args:
-        source: a text file (one document), a .jsonl file (a document a line, in its `text`), `c4`, `wikitext`,
-            `fineweb`, `hf:name[:config]`, a directory written by `datasets`, or `demo`.
+        source: a text file (one document), JSON lines or a JSON list (objects with a `text`), compressed by gzip or
+            not, `c4`, `wikitext`, `fineweb`, `hf:name[:config]`, a directory written by `datasets`, or `demo`.
         tokenizer: of the model, see `oats_vision.load_tokenizer`.
         samples: rows to take; fewer, with a warning, if the text is too short.
         length: tokens in a row.
@@ -66,11 +68,12 @@ def load_sequences(
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     wanted, ids = samples * length, list[int]()
+    source = str(source)
     documents = _documents(source, split, streaming, seed)
-    single = _is_single(source)
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-        if len(ids) >= wanted and not single:
+        if document.strip():  # rows of WikiText are lines, many of them empty
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if len(ids) >= wanted:
             break
     rows = len(ids) // length
     if not rows:
@@ -85,7 +88,7 @@ def load_sequences(
     return Sequences(table[chosen], batch_size)
 
 
-def load_tokens(source: str, tokenizer: Any, *, split: str = "test", streaming: bool = False) -> Tensor:
+def load_tokens(source: str | Path, tokenizer: Any, *, split: str = "test", streaming: bool = False) -> Tensor:
     """A whole text as one sequence of token ids, (tokens,), int64, for perplexity.
 
     Documents are joined by two line ends and tokenised as one text, with the special tokens that the tokenizer
@@ -94,13 +97,10 @@ def load_tokens(source: str, tokenizer: Any, *, split: str = "test", streaming: 
     Raises:
         DataError: missing or without text.
     """
-    text = "\n\n".join(_documents(source, split, streaming, None))
+    text = "\n\n".join(_documents(str(source), split, streaming, None))
+    if not text.strip():
+        raise DataError(f"{source} has no text in split {split!r}")
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-
-
-def _is_single(source: str) -> bool:
-    """Whether a source is one long document, whose rows are all candidates."""
-    return source == "demo" or (Path(source).is_file() and Path(source).suffix != ".jsonl")
 
 
 def _documents(source: str, split: str, streaming: bool, seed: int | None) -> Iterable[str]:
@@ -112,38 +112,30 @@ def _documents(source: str, split: str, streaming: bool, seed: int | None) -> It
     name, config, large = DATASETS.get(source, (None, "", False))
     path = demo_directory() / "alice.txt" if source == "demo" else Path(source)
     if name is None and not source.startswith("hf:") and not path.is_dir():
-        documents = _read(path, source)
+        if not path.exists():
+            raise DataError(
+                f"{source} does not exist: give a text or .jsonl file, {', '.join(DATASETS)}, hf:name or demo"
+            )
+        documents = read_documents(path, source)
         if seed is not None:
             order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
             documents = [documents[i] for i in order.tolist()]
         return documents
     streaming = streaming or large
     dataset = open_dataset(f"hf:{name}:{config}" if name else source, split, streaming)
-    column = next((column for column in ("text", "content") if column in (dataset.features or {})), None)
-    if column is None:
-        raise DataError(f"{source} has no column of text, only {', '.join(dataset.features or {}) or 'unknown ones'}")
+    column = _text_column(dataset.features or {}, source)
     if seed is not None:
         dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER) if streaming else dataset.shuffle(seed=seed)
-    return (row[column] for row in dataset)
+    return texts((row[column] for row in rows(dataset, source)), source)
 
 
-def _read(path: Path, source: str) -> list[str]:
-    """Documents of a file: one, or one a line of a .jsonl file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+def _text_column(features: Mapping[str, Any], source: str) -> str:
+    column = next((column for column in FIELDS if column in features), None)
+    if column is None:
         raise DataError(
-            f"{source} does not exist: give a text or .jsonl file, {', '.join(DATASETS)}, hf:name or demo"
-        ) from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{source} cannot be read as UTF-8 text: {problem}") from None
-    if path.suffix != ".jsonl":
-        documents = [text]
-    else:
-        try:
-            documents = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as problem:
-            raise DataError(f"{source} must have a JSON object with a field `text` in each line: {problem!r}") from None
-    if not any(map(str.strip, documents)):
-        raise DataError(f"{source} is empty")
-    return documents
+            f"{source} has no column of text, only {', '.join(features) or 'unknown ones'}: name it `{FIELDS[0]}`"
+        )
+    kind = getattr(features[column], "dtype", "a list or a structure")
+    if kind not in ("string", "large_string"):
+        raise DataError(f"{source}: column {column!r} holds {kind}: it must hold text")
+    return column

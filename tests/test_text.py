@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import datasets
@@ -67,6 +68,16 @@ def test_fewer_rows_than_asked_for_are_taken_and_said(tokenizer, tmp_path, caplo
         ("binary.txt", b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
         ("a.jsonl", '{"text": "x"}\n{"words": 3}\n', "a field `text` in each line"),
         ("a.jsonl", "text\n", "a field `text` in each line"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y"\n', "a field `text` in each line: line 2: "),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', "a field `text` in each line: line 2 is list"),
+        ("a.json", '[{"text": "x"}, {"title": "y", "url": "z"}]', "each line: entry 2 has title, url"),
+        ("a.json", '{"data": []}', "each line: entry 1 has data"),
+        ("a.json", "no JSON", "a field `text` in each line: line 1: "),
+        ("a.json", "[" * 100_000, "a field `text` in each line: line 1: "),
+        ("a.ndjson", '{"text": "x"}\n{"text": 12.5}\n', "the text of row 2 is float, 12.5"),
+        ("a.jsonl", '{"text": null}\n{"text": " "}\n', "is empty"),
+        ("a.json.gz", b"\x1f\x8bno", "cannot be read as UTF-8 text"),
+        ("a.txt", gzip.compress(b"the cat" * 90)[:-20], "cannot be read as UTF-8 text"),
         (None, "", "does not exist: give a text or .jsonl file, c4, wikitext, fineweb"),
     ],
 )
@@ -76,6 +87,101 @@ def test_bad_text_is_a_clear_error(tokenizer, tmp_path, name, content, message):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         load_sequences(str(file), tokenizer, samples=2, length=64)
+
+
+DOCUMENTS = ["one\u2028line", "two\x85lines\r\nof it", 'a "third"\u2029']
+OBJECTS = [{"text": text, "url": "https://example.org"} for text in DOCUMENTS]
+LINES = "\n".join(json.dumps(entry, ensure_ascii=False) for entry in OBJECTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.JSONL", LINES.replace("\n", "\r\n")),
+        ("a.ndjson", "\n" + LINES + "\n\n"),
+        ("a.json", LINES),
+        ("a.json", "\ufeff" + LINES),
+        ("a.json", json.dumps(OBJECTS, indent=1)),
+        ("a.json", json.dumps(DOCUMENTS)),
+        ("a.jsonl", LINES.replace('"text"', '"content"')),
+        ("a", LINES),
+        ("a.txt", " " + json.dumps(OBJECTS)),
+        ("a.json.gz", gzip.compress(LINES.encode())),
+        ("a.JSON.GZ", gzip.compress(json.dumps(OBJECTS).encode())),
+    ],
+)
+def test_json_is_read_as_json_by_name_or_content(tokenizer, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert tokenizer.decode(load_tokens(tmp_path / name, tokenizer)) == "\n\n".join(DOCUMENTS)
+    ids = load_sequences(tmp_path / name, tokenizer, samples=9, length=4).ids
+    assert "https" not in tokenizer.decode(ids.flatten())
+
+
+@pytest.mark.parametrize("content", ["{the cat}\n", '[1] {"text": 3}\n', '{"title": "mat"}\n', '{"text": '])
+def test_text_that_looks_like_json_is_text(tokenizer, tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    assert tokenizer.decode(load_tokens(tmp_path / "a.txt", tokenizer)) == content
+
+
+def test_a_mark_of_utf8_is_no_text(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe cat\r\nsat")
+    assert tokenizer.decode(load_tokens(tmp_path / "a.txt", tokenizer)) == "the cat\nsat"
+
+
+def test_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the \ud83d cat \U0001f600"}))
+    assert tokenizer.decode(load_tokens(tmp_path / "a.jsonl", tokenizer)) == "the ? cat \U0001f600"
+
+
+ROWS = ["the cat sat", "", None, " \n", "the mat and the cat"]
+
+
+@pytest.mark.parametrize("form", ["lines", "dataset", "stream"])
+def test_rows_without_text_are_no_documents(tokenizer, tmp_path, caplog, form):
+    source = tmp_path / "rows"
+    if form == "lines":
+        source.write_text("\n".join(json.dumps({"text": row}) for row in ROWS))
+    else:
+        features = datasets.Features({"text": datasets.Value("string")})
+        datasets.Dataset.from_dict({"text": ROWS}, features=features).save_to_disk(source)
+    streaming = form == "stream"
+    length = sum(len(tokenizer(row)["input_ids"]) + 1 for row in (ROWS[0], ROWS[4]))
+    ids = load_sequences(source, tokenizer, samples=1, length=length, streaming=streaming).ids
+    assert sorted(tokenizer.decode(ids[0]).split("<end>")) == ["", ROWS[0], ROWS[4]]
+    with pytest.raises(DataError, match=f"has {length} tokens"):
+        load_sequences(source, tokenizer, samples=1, length=length + 1, streaming=streaming)
+    assert "1 rows without text (null) were skipped" in caplog.text
+    # the convention of published figures joins all rows, empty ones too
+    whole = load_tokens(source, tokenizer, split="train", streaming=streaming)
+    assert tokenizer.decode(whole) == "\n\n".join(row for row in ROWS if row is not None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"], "title": ["b"]}, "no column of text, only body, title: name it `text`"),
+        ({"text": [1, 2]}, "column 'text' holds int64: it must hold text"),
+        ({"text": [["a"], ["b"]]}, "column 'text' holds"),
+        ({"text": ["", " "]}, "has no text in split 'train'"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_hold_no_text_are_clear_errors(tokenizer, tmp_path, columns, message, streaming):
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=message):
+        load_tokens(tmp_path / "set", tokenizer, split="train", streaming=streaming)
+
+
+def test_a_stream_of_text_that_breaks_is_an_error(tokenizer, tmp_path, monkeypatch):
+    def rows(self):
+        yield {"text": "the cat"}
+        raise ConnectionError("the line is dead")
+
+    datasets.Dataset.from_dict({"text": ["the cat"]}).save_to_disk(tmp_path / "set")
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", rows)
+    with pytest.raises(DataError, match="cannot be read any further: the line is dead"):
+        load_tokens(tmp_path / "set", tokenizer, split="train", streaming=True)
 
 
 def test_data_without_text_and_unreachable_data_are_clear_errors(tokenizer, tmp_path, monkeypatch):
