@@ -6,6 +6,7 @@ from typing import Any
 import timm.data
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose, Grayscale
 
 # What a transform is made from: {"kind": "timm", input_size, interpolation, mean, std, crop_pct, crop_mode} or
 # {"kind": "huggingface", ...fields of an image processor}
@@ -23,6 +24,8 @@ class HuggingFaceTransform:
         return f"HuggingFaceTransform({self.processor.to_json_string()})"
 
     def __call__(self, picture: Image.Image) -> Tensor:
+        if len(getattr(self.processor, "image_mean", None) or "RGB") == 1:  # a model of one channel
+            picture = picture.convert("L")
         return self.processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
@@ -37,7 +40,7 @@ def timm_transform_config(fields: Mapping[str, Any]) -> TransformConfig:
 
 
 def build_transform(config: TransformConfig) -> Transform:
-    """PIL picture (RGB) -> float32 tensor (3, height, width), as the configuration says.
+    """PIL picture (RGB) -> float32 tensor (channels, height, width), as the configuration says.
 
     Raises:
         KeyError, ValueError or TypeError: the configuration is not one of ours.
@@ -51,7 +54,8 @@ def build_transform(config: TransformConfig) -> Transform:
     if kind != "timm":
         raise ValueError(f"transform kind must be 'timm' or 'huggingface', got {kind!r}")
     fields["input_size"] = tuple(fields["input_size"])
-    return timm.data.create_transform(**fields, is_training=False)
+    transform = timm.data.create_transform(**fields, is_training=False)
+    return Compose([Grayscale(), transform]) if fields["input_size"][0] == 1 else transform
 
 
 def as_seen(picture: Image.Image, transform: Transform) -> Image.Image:
@@ -60,4 +64,4 @@ def as_seen(picture: Image.Image, transform: Transform) -> Image.Image:
     values = transform(picture)
     black, white = (transform(Image.new("RGB", picture.size, colour)) for colour in ("black", "white"))
     whole = ((values - black) / (white - black) * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(whole.permute(1, 2, 0).numpy())
+    return Image.fromarray(whole.expand(3, -1, -1).permute(1, 2, 0).numpy())

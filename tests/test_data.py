@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from oats_vision.data import load_pictures
 from oats_vision.errors import DataError
+from oats_vision.transforms import as_seen, build_transform
 
 TRANSFORM = v2.Compose([v2.Resize((8, 8)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
@@ -382,3 +383,23 @@ def test_what_is_no_batch_is_one_line_from_any_process(tmp_path, transform, mess
     with pytest.raises(DataError, match=message) as error:
         list(load_pictures(tmp_path, transform, batch_size=4, workers=workers))
     assert "\n" not in str(error.value)
+
+
+ONE_CHANNEL = [
+    {"kind": "timm", "input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0},
+    {
+        "kind": "huggingface",
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 8, "width": 8},
+        "image_mean": [0.5],
+        "image_std": [0.5],
+    },
+]
+
+
+@pytest.mark.parametrize("config", ONE_CHANNEL, ids=["timm", "huggingface"])
+def test_models_of_one_channel_are_given_grey_pictures(folder, config):
+    transform = build_transform(config)
+    ((pictures, _),) = load_pictures(folder, transform, batch_size=12)
+    assert pictures.shape == (12, 1, 8, 8)
+    assert as_seen(Image.new("RGB", (9, 9), (90, 90, 90)), transform).getpixel((4, 4)) == (90, 90, 90)
