@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from oats_vision.errors import DataError
 from oats_vision.models import demo_directory
-from oats_vision.pictures import picture_files
+from oats_vision.pictures import picture_names
 from oats_vision.tables import read_labels, undecoded
 
 log = logging.getLogger(__name__)
@@ -58,19 +59,19 @@ def demo_examples(calibration: bool) -> tuple[Examples, list[str]]:
 
 
 class FileExamples(Examples):
-    def __init__(self, files: list[Path], labels: list[int]) -> None:
+    def __init__(self, files: list[str], labels: list[int]) -> None:
         self.files, self.labels = files, labels
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: Any) -> Any:
-        return Example(self.files[index], self.labels[index], str(self.files[index]))
+        return Example(self.files[index], self.labels[index], self.files[index])
 
     def fingerprint(self, indices: list[int]) -> Iterator[bytes]:
         for index in indices:
             try:
-                content = self.files[index].read_bytes()
+                content = Path(self.files[index]).read_bytes()
             except OSError:  # it is skipped when it is its turn
                 content = b""
             yield hashlib.sha256(content).digest() + self.labels[index].to_bytes(4, "little", signed=True)
@@ -82,12 +83,13 @@ def folder_examples(path: Path, labelled: bool) -> tuple[Examples, list[str] | N
         raise DataError(f"{path} does not exist: give a folder of pictures, hf:name or demo")
     if not path.is_dir():
         raise DataError(f"{path} is a file: give the folder that holds the pictures")
-    files = picture_files(path)
+    files = picture_names(str(path))
     if not labelled:
         if not files:
             raise DataError(f"{path} has no picture (looked for {', '.join(IMG_EXTENSIONS)})")
         return FileExamples(files, [-1] * len(files)), None
-    inside = [(file, places[0]) for file in files if len(places := file.relative_to(path).parts) > 1]
+    below = [(file, file.removeprefix(str(path)).lstrip(os.sep)) for file in files]
+    inside = [(file, name.split(os.sep, 1)[0]) for file, name in below if os.sep in name]
     classes = sorted({name for _, name in inside})
     if not classes:
         raise DataError(f"{path} has no labels: it must hold one folder of pictures for each class")

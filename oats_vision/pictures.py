@@ -51,14 +51,19 @@ def open_picture(source: Any) -> Image.Image:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """All picture files below a folder, sorted by path.
+    """All picture files below a folder, see `picture_names`."""
+    return [Path(name) for name in picture_names(str(folder))]
+
+
+def picture_names(folder: str) -> list[str]:
+    """Paths of all picture files below a folder, sorted; plain text, as a million of Path objects fills a gigabyte.
 
     Links to folders are followed, and each folder is read once, under its own name rather than a link's, so that
     links never loop. Hidden files and folders are left out.
     """
-    found: list[Path] = []
+    found: list[str] = []
     seen: set[str] = set()
-    folders, links = [str(folder)], list[str]()
+    folders, links = [folder], list[str]()
     while folders or links:
         here = folders.pop() if folders else links.pop(0)  # links wait until all real folders were read
         if (place := os.path.realpath(here)) in seen:
@@ -75,8 +80,8 @@ def picture_files(folder: Path) -> list[Path]:
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                found.append(Path(entry.path))
-    return sorted(found, key=str)
+                found.append(entry.path)
+    return sorted(found)
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:

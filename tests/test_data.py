@@ -245,6 +245,22 @@ def test_calibration_takes_pictures_in_any_form_and_no_labels(tmp_path, types, c
     assert {label for _, labels in batches for label in labels.tolist()} == {-1}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_format_that_a_directory_asks_for_is_not_followed(tmp_path, streaming):
+    features = datasets.Features({"image": datasets.Image(), "label": NUMBER})
+    dataset = datasets.Dataset.from_dict({"image": SIX, "label": range(6)}, features=features).with_format("torch")
+    dataset.save_to_disk(tmp_path / "set")
+    batches = load_pictures(tmp_path / "set", TRANSFORM, batch_size=6, labelled=True, streaming=streaming)
+    ((_, labels),) = batches
+    assert labels.tolist() == list(range(6))
+
+
+def test_class_folders_of_a_relative_place(folder, monkeypatch):
+    for place, start in ((".", folder), ("..", folder / "class0"), ("pictures/", folder.parent)):
+        monkeypatch.chdir(start)
+        assert load_pictures(place, TRANSFORM, batch_size=4, labelled=True).classes == ["class0", "class1", "class2"]
+
+
 def test_columns_of_paths(folder, tmp_path):
     files = sorted(str(file) for file in folder.rglob("*.png"))
     source = _dataset(tmp_path / "set", {"image_path": TEXT}, image_path=files)
