@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 FIELDS = ("text", "content")  # where a row of a dataset or a JSON object has its text
 JSON = (".json", ".jsonl", ".ndjson")
+HEADING = re.compile(r" = [^=].* = $")
 
 
 def read_documents(path: Path, source: str) -> list[str]:
@@ -56,6 +57,21 @@ def texts(values: Iterable[Any], source: str) -> Iterator[str]:
     finally:  # also where the reader had enough
         if nulls:
             log.warning("%s: %d rows without text (null) were skipped", source, nulls)
+
+
+def articles(lines: Iterable[str]) -> Iterator[str]:
+    """The articles of WikiText, whose rows are lines: each begins with a heading of the first level.
+
+    >>> list(articles([" = Fish = \\n", "", " = = Fins = = \\n", " Many . \\n", " = Fowl = \\n"]))
+    [' = Fish = \\n = = Fins = = \\n Many . \\n', ' = Fowl = \\n']
+    """
+    article: list[str] = []
+    for line in lines:
+        if article and HEADING.match(line):
+            yield "".join(article)
+            article.clear()
+        article.append(line)
+    yield "".join(article)
 
 
 def _starts_as_json(text: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.documents import FIELDS, read_documents, texts
+from oats_vision.documents import FIELDS, articles, read_documents, texts
 from oats_vision.errors import DataError
 from oats_vision.models import demo_directory
 from oats_vision.tables import open_dataset, rows
@@ -71,7 +71,7 @@ def load_sequences(
     source = str(source)
     documents = _documents(source, split, streaming, seed)
     for document in documents:
-        if document.strip():  # rows of WikiText are lines, many of them empty
+        if document.strip():
             ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(ids) >= wanted:
             break
@@ -116,17 +116,22 @@ def _documents(source: str, split: str, streaming: bool, seed: int | None) -> It
             raise DataError(
                 f"{source} does not exist: give a text or .jsonl file, {', '.join(DATASETS)}, hf:name or demo"
             )
-        documents = read_documents(path, source)
-        if seed is not None:
-            order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-            documents = [documents[i] for i in order.tolist()]
-        return documents
+        return _shuffled(read_documents(path, source), seed)
     streaming = streaming or large
     dataset = open_dataset(f"hf:{name}:{config}" if name else source, split, streaming)
     column = _text_column(dataset.features or {}, source)
+    if seed is not None and "wikitext" in source.lower():  # lines, which make no documents one by one
+        return _shuffled(list(articles(texts((row[column] for row in rows(dataset, source)), source))), seed)
     if seed is not None:
         dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER) if streaming else dataset.shuffle(seed=seed)
     return texts((row[column] for row in rows(dataset, source)), source)
+
+
+def _shuffled(documents: list[str], seed: int | None) -> list[str]:
+    if seed is None:
+        return documents
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return [documents[i] for i in order.tolist()]
 
 
 def _text_column(features: Mapping[str, Any], source: str) -> str:

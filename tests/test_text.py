@@ -54,6 +54,16 @@ def test_saved_datasets(tokenizer, tmp_path, streaming):
     assert tokenizer.decode(whole) == "\n\n".join(dataset["text"])
 
 
+def test_wikitext_is_read_article_by_article(tokenizer, tmp_path):
+    lines = ["", " = Cat = \n", "", " sat on the mat 0 \n", " = = Mat = = \n", " mat 1 \n", " = Best = \n", " mat 2 \n"]
+    datasets.Dataset.from_dict({"text": lines}).save_to_disk(tmp_path / "wikitext-2")
+    ids = load_sequences(str(tmp_path / "wikitext-2"), tokenizer, samples=2, length=40).ids
+    documents = tokenizer.decode(ids.flatten()).split("<end>")
+    first = " = Cat = \n sat on the mat 0 \n = = Mat = = \n mat 1 \n"
+    assert first in documents or first.startswith(documents[-1])  # the order is the seed's
+    assert len(documents) == 2
+
+
 def test_fewer_rows_than_asked_for_are_taken_and_said(tokenizer, tmp_path, caplog):
     (tmp_path / "short.txt").write_text("the cat sat on the mat " * 20)
     assert 0 < len(load_sequences(str(tmp_path / "short.txt"), tokenizer, samples=99, length=10)) < 99
