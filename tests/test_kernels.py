@@ -261,6 +261,18 @@ def test_gradients_of_a_layer_are_those_of_the_dense_layer(tokens):
     assert layer.sparse.values.grad is None
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 40), (2, 50, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_outputs_can_be_changed_in_place_where_gradients_are_asked_for(shape, dtype, instruction_set):
+    layer, x = _layer(dtype=dtype), torch.randn(shape, dtype=dtype, requires_grad=True)
+    with native.instruction_set(instruction_set):
+        y = layer(x)
+        y += 1
+        y.float().sum().backward()
+    assert x.grad.shape == shape
+
+
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_whatever_records_or_transforms_gets_operators_that_depend_on_the_input(tokens):
     from torch._subclasses import FakeTensorMode

@@ -198,19 +198,20 @@ class Matrix:
         return y
 
     def many_tokens(self, x: Tensor) -> Tensor:
-        """The same for many tokens (tokens, in_features) in float32, whatever dtype the weights have.
+        """The same for many tokens in float32, whatever dtype the weights have.
 
         Raises:
             ValueError: as in `few_tokens`.
         """
-        x, tokens, single = _plain_rows(x), len(x), torch.float32
+        y, x, single = _buffer((*x.shape[:-1], self._rows), torch.float32), _matrix(x), torch.float32
+        tokens = len(x)
         features = address(x, "the input", single, (tokens, self._in_features), rows_apart=True)
         U, V, bias = self._U, self._V, self._bias
         U_address, bias_address = self._addresses
         if self._dtype != single:  # copies, for the time of the product
             U, V, bias = U.to(single), V.to(single), None if bias is None else bias.to(single)
             U_address, bias_address = U.data_ptr(), 0 if bias is None else bias.data_ptr()
-        projected, y = _buffer((len(V), tokens), single), _buffer((tokens, self._rows), single)
+        projected = _buffer((len(V), tokens), single)
         torch.mm(V, x.T, out=projected)  # into a buffer, which autocast lets be
         self._matrix.many_tokens(
             U_address,
@@ -225,17 +226,16 @@ class Matrix:
         return y
 
     def many_bfloat16(self, x: Tensor) -> Tensor:
-        """The same for many tokens in bfloat16 (tokens, in_features) on the CPU's matrix units, weights likewise.
+        """The same for many tokens in bfloat16 on the CPU's matrix units, weights likewise.
 
         Raises:
             ValueError: there are no such units, or as in `few_tokens`.
         """
         if self._dtype != torch.bfloat16:
             raise ValueError(f"weights must be bfloat16, got {self._dtype}")
-        x, tokens = _plain_rows(x), len(x)
-        features = address(x, "the input", torch.bfloat16, (tokens, self._in_features), rows_apart=True)
-        y = _buffer((tokens, self._rows), torch.bfloat16)
-        self._matrix.many_bfloat16(features, tokens, x.stride(0), y.data_ptr(), torch.get_num_threads())
+        y, x = _buffer((*x.shape[:-1], self._rows), torch.bfloat16), _matrix(x)
+        features = address(x, "the input", torch.bfloat16, (len(x), self._in_features), rows_apart=True)
+        self._matrix.many_bfloat16(features, len(x), x.stride(0), y.data_ptr(), torch.get_num_threads())
         return y
 
     def expand(self) -> Tensor:
@@ -245,9 +245,10 @@ class Matrix:
         return dense
 
 
-def _plain_rows(x: Tensor) -> Tensor:
-    """A matrix whose rows have no gaps; between rows there may be some."""
-    return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+def _matrix(x: Tensor) -> Tensor:
+    """(..., features) as (tokens, features), rows without gaps; between rows there may be some."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 class MatrixCache:

@@ -114,21 +114,17 @@ def _product(
     ranks: Sequence[int],
     cache: native.MatrixCache | None,
 ) -> Tensor:
-    dtype, shape = x.dtype, x.shape
+    dtype = x.dtype
     if not x.is_cpu or dtype not in native.TYPES or values.dtype not in native.TYPES or not native.available():
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
-    tokens = x.numel() // max(shape[-1], 1)
+    tokens = x.numel() // max(x.shape[-1], 1)
     by_units = tokens > FEW_FOR_UNITS and dtype == values.dtype == torch.bfloat16 and native.multiplies_bfloat16()
     if tokens > FEW_TOKENS and not by_units and dtype != torch.float32 and native.multiplies_16_bits_faster(dtype):
         return _by_dense(x, values, bitmask, U, V, bias, out_features, ranks)
     matrix = (cache or native.MatrixCache()).get(values, bitmask, U, V, bias, out_features, ranks)
     if by_units:
-        y = matrix.many_bfloat16(x.reshape(-1, shape[-1]))
-        return y.view(*shape[:-1], y.shape[1])
-    if tokens <= FEW_TOKENS:
-        return matrix.few_tokens(x)
-    y = matrix.many_tokens(x.reshape(-1, shape[-1]).float()).to(dtype)
-    return y.view(*shape[:-1], y.shape[1])
+        return matrix.many_bfloat16(x)
+    return matrix.few_tokens(x) if tokens <= FEW_TOKENS else matrix.many_tokens(x.float()).to(dtype)
 
 
 def _by_dense(
@@ -197,7 +193,8 @@ def _operator(
     cache = _caches.get(bitmask)
     if cache is None:
         cache = _caches[bitmask] = native.MatrixCache()
-    return _product(x, values, bitmask, U, V, bias, out_features, ranks, cache)
+    y = _product(x, values, bitmask, U, V, bias, out_features, ranks, cache)
+    return y.clone() if y._is_view() else y  # models add to it in place, which autograd allows for no view
 
 
 @_operator.register_fake
