@@ -1,6 +1,8 @@
 """Model families: those that ship with the package, and those that a user registers."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -32,11 +34,14 @@ def adapters() -> list[Adapter]:
 
 def remember_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Note on a model, before its blocks are changed, which adapter it belongs to and what that finds in it."""
-    blocks, norm, prefix = adapter.blocks(model), adapter.final_norm(model), adapter.prefix_tokens(model)
-    found = replace(
-        adapter, blocks=lambda model: blocks, final_norm=lambda model: norm, prefix_tokens=lambda model: prefix
-    )
+    names = ("blocks", "final_norm", "prefix_tokens", "class_token", "pooled_before_norm")
+    answers: dict[str, Any] = {name: _always(getattr(adapter, name)(model)) for name in names}
+    found = replace(adapter, **answers)
     model._oats_vision_adapter = found  # type: ignore[assignment]  # a plain attribute
+
+
+def _always(answer: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: answer
 
 
 def find_adapter(model: nn.Module) -> Adapter:

@@ -50,7 +50,9 @@ class Adapter:
     residual: how a block of the family uses its residual stream; SliceGPT needs it.
     final_norm: path of the norm after the last block, `""` if there is none, for features.
     unit: what calibration data are counted in, `pictures` or `sequences` (of text).
-    prefix_tokens: tokens before the patches (class token, registers); with 0 there is no class token.
+    prefix_tokens: tokens before the patches (class token, registers).
+    class_token: whether the first of them is a class token; registers alone are none. By default: if there is any.
+    pooled_before_norm: whether the model's own features are norm(mean of tokens), not mean(norm(tokens)).
     """
 
     name: str
@@ -65,6 +67,12 @@ class Adapter:
     unit: Literal["pictures", "sequences"] = "pictures"
     final_norm: Callable[[nn.Module], str] = lambda model: ""
     prefix_tokens: Callable[[nn.Module], int] = lambda model: 1
+    class_token: Callable[[nn.Module], bool] = None  # type: ignore[assignment]  # set below
+    pooled_before_norm: Callable[[nn.Module], bool] = lambda model: False
+
+    def __post_init__(self) -> None:
+        if self.class_token is None:
+            object.__setattr__(self, "class_token", lambda model: self.prefix_tokens(model) > 0)
 
     def named_blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The blocks in the order they run, with their full names."""

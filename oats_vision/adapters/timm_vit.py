@@ -20,6 +20,14 @@ def _prefix(model: nn.Module) -> int:
     return int(model.num_prefix_tokens)  # type: ignore[arg-type]  # an int of every timm ViT
 
 
+def _class_token(model: nn.Module) -> bool:
+    return model.cls_token is not None
+
+
+def _pooled_before_norm(model: nn.Module) -> bool:
+    return isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+
+
 def _call_qkv_as_module(model: nn.Module) -> None:
     """Eva's attention reads `qkv.weight` past the module unless its bias is added separately."""
     for module in model.modules():
@@ -37,6 +45,8 @@ ADAPTERS = [
         residual=Residual(*STREAM, "ls1", "ls2"),
         final_norm=_norm,
         prefix_tokens=_prefix,
+        class_token=_class_token,
+        pooled_before_norm=_pooled_before_norm,
     ),
     Adapter(
         name="timm_eva",
@@ -48,5 +58,7 @@ ADAPTERS = [
         residual=Residual(*STREAM, "gamma_1", "gamma_2"),
         final_norm=_norm,
         prefix_tokens=_prefix,
+        class_token=_class_token,
+        pooled_before_norm=_pooled_before_norm,
     ),
 ]
