@@ -229,7 +229,7 @@ def add_evaluation(path: Path, result: dict[str, Any]) -> None:
     try:
         content = json.loads(file.read_text()) if file.exists() else {}
         kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
-    except (OSError, ValueError, AttributeError) as problem:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as problem:
         raise CheckpointError(f"{file} is damaged: {problem}") from None
     try:
         write_json(file, content | {"evaluations": [*kept, result]})

@@ -1,7 +1,6 @@
 """One self-contained page about a checkpoint: `oats-vision inspect DIR --html report.html`."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,18 @@ from torch import Tensor
 
 from oats_vision import checkpoint
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluation import Difference, Ratio
+from oats_vision.evaluations import read_evaluations
 from oats_vision.files import replacing
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.pipeline import CompressionReport
 
 POINTS = 80  # of a spectrum that are drawn
+STYLE: Any = {
+    "svg.fonttype": "none",  # text as text
+    "svg.hashsalt": "oats_vision",
+    "text.parse_math": False,  # a layer's name may have a $
+    "text.usetex": False,
+}
 HEADINGS = ["layer", "part", "shape", "rank", "non-zeros", "kept", "error", "output error", "rounds"]
 
 
@@ -43,6 +48,7 @@ def write_html(directory: Path, file: Path, progress: Callable[[int], None] = la
 
 def html_report(directory: Path, progress: Callable[[int], None] = lambda layers: None) -> str:
     """The page as text: summary, accuracy, errors, budget, spectra, and a table of layers that sorts."""
+    evaluations = read_evaluations(directory)
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     report = CompressionReport.from_dict(config)
@@ -59,9 +65,9 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     if report.layers:
         errors = [layer.error for layer in report.layers]
         cards.append((f"{sum(errors) / len(errors):.4f}", f"mean {report.error_name}"))
-    spectra = {}
+    spectra = []
     for i, layer in enumerate(report.layers):
-        spectra[layer.name] = spectrum(layer.name, layer.spec, tensors)
+        spectra.append(spectrum(layer.name, layer.spec, tensors))
         progress(i + 1)
     environment = Environment(loader=PackageLoader("oats_vision"), autoescape=select_autoescape())
     return environment.get_template("report.html").render(
@@ -69,11 +75,11 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         subtitle=f"{directory.name}: {config['source']['kind']} {name}, adapter {config['adapter']}, "
         f"{settings.summary}, written by {config['written_by']}",
         cards=cards,
-        accuracy=_accuracy(directory),
+        accuracy=[row for evaluation in evaluations for row in evaluation.rows()],
         protocol=f"top1 {directory.name} --data LABELLED_PICTURES"
         if report.unit == "pictures"
         else f"perplexity {directory.name} --data TEXT",
-        plots=[Markup(plot) for plot in _plots(report, sizes)],
+        plots=_plots(report, sizes),
         layers=report.layers,
         headings=HEADINGS,
         rows=_rows(report),
@@ -133,59 +139,15 @@ def _number(value: float | None) -> tuple[str, str]:
     return ("", "-1") if value is None else (f"{value:.4f}", f"{value:.8f}")
 
 
-def _accuracy(directory: Path) -> list[list[str]]:
-    """What was measured: by `compress` with --eval-data, and by `oats-vision eval`."""
-    try:
-        content = json.loads((directory / checkpoint.REPORT).read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{directory / checkpoint.REPORT} is damaged: {problem}") from None
-    rows = []
-    for protocol, change in (("top1", "difference"), ("perplexity", "ratio")):
-        first = content.get(protocol)
-        if first:
-            data = content["run"].get("eval_data") or content["run"]["model"]
-            result = {**first, "difference": {_METRIC[protocol]: first[change]}}
-            rows += _accuracy_rows(f"{protocol}, when compressed", data, result)
-    for result in content.get("evaluations", []):
-        data = result.get("data") or f"{result['train']} → {result['val']}"
-        rows += _accuracy_rows(result["protocol"], data, result)
-    return rows
-
-
-_METRIC = {"top1": "top-1", "perplexity": "perplexity"}
-
-
-def _accuracy_rows(protocol: str, data: str, result: dict[str, Any]) -> list[list[str]]:
-    """Protocol, data, metric, both values and the change, for each metric of an evaluation."""
-    rows = []
-    scores = {what: _metrics(result[what]) for what in ("dense", "compressed") if what in result}
-    for metric in scores["compressed"]:
-        values = [scores[what][metric] if what in scores else "" for what in ("dense", "compressed")]
-        difference = result["difference"].get(metric)
-        rows.append([protocol, data, metric, *values, _interval(difference) if difference else ""])
-    return rows
-
-
-def _metrics(score: dict[str, Any]) -> dict[str, str]:
-    if "perplexity" in score:
-        return {"perplexity": f"{score['perplexity']:.3f}"}
-    top1 = score["top1"]
-    values = (
-        {f"k = {k}" if k.isdigit() else k: value for k, value in top1.items()}
-        if isinstance(top1, dict)
-        else {"top-1": top1}
-    )
-    return {metric: f"{value:.2f}%" for metric, value in values.items()}
-
-
-def _interval(change: dict[str, float]) -> str:
-    return str(Difference(**change) if "points" in change else Ratio(**change))
-
-
-def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[str]:
+def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[Markup]:
     """Error of each linear by block, and where the bytes go; of a sliced model the signal kept by block."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        return [_svg(figure) for figure in _figures(report, sizes)]
+
+
+def _figures(report: CompressionReport, sizes: checkpoint.Sizes) -> list[Any]:
     if report.slicing:
         attention, mlp = report.slicing.kept[::2], report.slicing.kept[1::2]
         lines = {"attention": list(attention), "MLP": list(mlp)}
@@ -207,22 +169,23 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[str]:
     return [_line_plot(by_kind, report.error_name, "Error of each linear, by block"), _budget_plot(budget)]
 
 
-def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> str:
+def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, values in lines.items():
-        axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=name)
+    drawn = [
+        axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2)[0] for values in lines.values()
+    ]
     axes.set(xlabel="block", ylabel=label, title=title)
     axes.locator_params(axis="x", integer=True)
     axes.set_ylim(bottom=0 if "error" in label else None)
-    axes.legend(fontsize=8)
+    axes.legend(drawn, list(lines), fontsize=8)  # by itself it leaves out names that start with _
     axes.grid(alpha=0.3)
-    return _svg(figure)
+    return figure
 
 
-def _budget_plot(budget: dict[str, Any]) -> str:
+def _budget_plot(budget: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.4), layout="constrained")
@@ -233,15 +196,12 @@ def _budget_plot(budget: dict[str, Any]) -> str:
         left += size / 1e6
     axes.set(xlabel="MB", title="Bytes of the compressed layers, of those they had", yticks=[])
     figure.legend(fontsize=9, ncols=2, loc="outside lower center", frameon=False)
-    return _svg(figure)
+    return figure
 
 
-def _svg(figure: Any) -> str:
-    """Inline SVG: no XML header, text as text."""
-    import matplotlib
-
+def _svg(figure: Any) -> Markup:
+    """Inline SVG, without the XML header."""
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "oats_vision"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
-    return text[text.index("<svg") :]
+    return Markup(text[text.index("<svg") :])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_r
 from oats_vision.pipeline import CompressionReport, Step
 
 LOGGED_EVERY = 15  # seconds
+_text = partial(TextColumn, markup=False)  # what is shown may be a name with brackets
 
 
 class Bars(Progress):
@@ -43,13 +45,13 @@ def compression_progress(console: Console) -> Iterator[Callable[[Step], None]]:
     """A bar with block, linear, error of the last layer, and time left."""
     columns = (
         SpinnerColumn(),
-        TextColumn("block {task.fields[block]}/{task.fields[blocks]}"),
+        _text("block {task.fields[block]}/{task.fields[blocks]}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[activity]}"),
-        TextColumn("{task.fields[error]}"),
+        _text("{task.percentage:>3.0f}%"),
+        _text("{task.fields[activity]}"),
+        _text("{task.fields[error]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        _text("left"),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console) as bar:
@@ -78,9 +80,17 @@ def evaluation_progress(
 @contextmanager
 def counting_progress(console: Console, what: str, unit: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar over things that are counted."""
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(bar_width=24), TextColumn(f"{{task.completed}} {unit}"))
-    with Bars(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=total)
+    columns = (
+        SpinnerColumn(),
+        _text("{task.description}"),
+        BarColumn(bar_width=24),
+        _text("{task.completed} {task.fields[unit]}"),
+        TimeElapsedColumn(),
+        _text("left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, unit=unit)
         yield lambda done: bar.update(task, completed=done)
 
 
@@ -140,7 +150,8 @@ def layer_table(report: CompressionReport) -> Table:
     """One row for each compressed layer."""
     table = Table(title="compressed layers", title_justify="left")
     for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "output error", "rounds"):
-        table.add_column(heading, justify="left" if heading in ("layer", "part") else "right")
+        named = heading in ("layer", "part")
+        table.add_column(heading, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for layer in report.layers:
         for i, part in enumerate(layer.spec.parts):
             size = part.out_features * layer.spec.in_features
@@ -169,7 +180,7 @@ def comparison_table(title: str, models: list[str], rows: dict[str, list[str]], 
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for model in models:
-        table.add_column(model, justify="right")
+        table.add_column(model, justify="right", overflow="fold")
     if differences:
         table.add_column("difference [95% interval]", justify="right")
     for metric, values in rows.items():
@@ -180,6 +191,8 @@ def comparison_table(title: str, models: list[str], rows: dict[str, list[str]], 
 def key_values(title: str, rows: dict[str, Any]) -> Table:
     """Two columns: name and value."""
     table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(overflow="fold")  # names and paths whole, however long
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table

@@ -4,14 +4,17 @@ import io
 import json
 import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
+from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, read_weights
@@ -96,6 +99,58 @@ def test_page_in_a_browser(saved, browser, tmp_path):
     picture = np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("L"))
     assert picture.shape[1] >= 1000
     assert 0.01 < (picture < 128).mean() < 0.3  # neither blank nor broken
+
+
+class _OddlyNamed(nn.Module):
+    """An MLP whose linears have names that are markup, formulas or hidden elsewhere."""
+
+    NAMES = ("$x^{", "_private", "<script>alert('1')</script>", '"><b>[/red]', "__proto__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            self.add_module(name, nn.Linear(48, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.children():
+            x = linear(x)
+        return x
+
+
+class _Page(HTMLParser):
+    """The elements of a page, and its texts by the element that they are in."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self.open[-1] if self.open else "", []).append(data.strip())
+
+
+def test_odd_names_are_shown_as_they_are(saved, pictures, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    for block in model.blocks:
+        block.mlp = _OddlyNamed()
+    ov.compress(model, pictures, rate=0.5, iterations=2)
+    directory, page = tmp_path / "out <i>$a$ [b]", tmp_path / "report [draft].html"
+    ov.save(model, directory)
+    add_evaluation(directory, _evaluation("<u>top1", data='"/><script>alert(2)</script>'))
+    write_html(directory, page)
+    write_html(saved, tmp_path / "plain.html")
+    found, plain = _Page(page.read_text()), _Page((tmp_path / "plain.html").read_text())
+    assert set(found.open) <= set(plain.open)  # no element came from a name
+    assert found.open.count("script") == 1
+    for name in _OddlyNamed.NAMES:
+        assert {f"blocks.0.mlp.{name}"} <= set(found.texts["td"]) & set(found.texts["option"])
+        assert f"mlp.{name}" in found.texts["text"]  # of the plot
+    assert any(directory.name in text for text in found.texts["p"])
+    assert {"<u>top1", '"/><script>alert(2)</script>'} <= set(found.texts["td"])
 
 
 def test_spectrum_is_numpys(saved, tiny_vit):

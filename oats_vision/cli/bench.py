@@ -21,7 +21,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate (text)")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="of each measurement; medians are shown")] = 7,
     dtype: Annotated[str, typer.Option(help="precision to compute in: float32, bfloat16 or float16")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU [default: PyTorch's own]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU", show_default="PyTorch's own")] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")] = False,
     as_json: Json = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from oats_vision import report
 from oats_vision.config import RunConfig
@@ -16,22 +17,28 @@ from oats_vision.evaluation import Perplexity, Top1, evaluate_top1
 from oats_vision.evaluation import perplexity as perplexity_protocol
 from oats_vision.transforms import Transform
 
-notes = Console(stderr=True)  # progress and warnings; results go to standard output
+
+def plain_console(**options: Any) -> Console:
+    """A console that shows strings as they are: names, paths and errors may hold `[...]` or `:smile:`."""
+    return Console(markup=False, highlight=False, emoji=False, **options)
+
+
+notes = plain_console(stderr=True)  # progress and warnings; results go to standard output
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object to standard output, and nothing else there")]
 
 
 def results() -> Console:
     """Standard output; wide enough for the tables when it is a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=120)
 
 
 def option(name: str, *flags: str) -> Any:
     """An option of RunConfig; unset flags leave the field to the YAML file or the default."""
     field = RunConfig.model_fields[name]
     default = "" if field.default is None else f" [default: {field.default}]"
-    return typer.Option(*flags, help=f"{field.description}{default}", show_default=False)
+    return typer.Option(*flags, help=escape(f"{field.description}{default}"), show_default=False)
 
 
 def dtype_of(flag: str, name: str) -> torch.dtype:

@@ -17,7 +17,7 @@ from oats_vision.transforms import Transform
 
 Model = Annotated[str, typer.Argument(help="a compressed checkpoint, or any model that `compress` takes")]
 Dense = Annotated[
-    str | None, typer.Option(help="the dense model to compare with [default: the one that was compressed]")
+    str | None, typer.Option(help="the dense model to compare with", show_default="the one that was compressed")
 ]
 NoDense = Annotated[bool, typer.Option("--no-dense", help="evaluate the compressed model alone")]
 Device = Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")]

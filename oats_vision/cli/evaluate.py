@@ -29,8 +29,8 @@ Train = Annotated[str, typer.Option(help="labelled pictures to learn from: one f
 Val = Annotated[str, typer.Option(help="labelled pictures to evaluate on")]
 TrainSplit = Annotated[str, typer.Option(help="split of --train, if a Hugging Face dataset")]
 ValSplit = Annotated[str, typer.Option(help="split of --val, if a Hugging Face dataset")]
-TrainSamples = Annotated[int | None, typer.Option(help="learn from that many pictures only [default: all]")]
-ValSamples = Annotated[int | None, typer.Option(help="evaluate on that many pictures only [default: all]")]
+TrainSamples = Annotated[int | None, typer.Option(help="learn from that many pictures only", show_default="all")]
+ValSamples = Annotated[int | None, typer.Option(help="evaluate on that many pictures only", show_default="all")]
 Cache = Annotated[Path, typer.Option(help="folder that features are kept in, under what they are made of")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="neither read nor write cached features")]
 CACHE = Path("~/.cache/oats_vision")
@@ -40,7 +40,7 @@ def top1(
     model: Model,
     data: Annotated[str, typer.Option(help="labelled pictures: one folder a class, hf:name or demo")],
     split: Annotated[str, typer.Option(help="split of a Hugging Face dataset")] = "validation",
-    samples: Annotated[int | None, typer.Option(help="evaluate on that many pictures only [default: all]")] = None,
+    samples: Annotated[int | None, typer.Option(help="evaluate on that many pictures only", show_default="all")] = None,
     dense: Dense = None,
     no_dense: NoDense = False,
     batch_size: Batch = 64,
@@ -148,7 +148,9 @@ def knn(
     model: Model,
     train: Train,
     val: Val,
-    k: Annotated[list[int] | None, typer.Option(help="neighbours; may be repeated [default: 10 20 100 200]")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option(help="neighbours; may be repeated", show_default="10 20 100 200")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="of the votes")] = TEMPERATURE,
     train_split: TrainSplit = "train",
     val_split: ValSplit = "validation",

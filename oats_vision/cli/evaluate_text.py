@@ -20,9 +20,9 @@ def perplexity(
     split: Annotated[str, typer.Option(help="split of a dataset")] = "test",
     sequence_length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
     stride: Annotated[
-        int | None, typer.Option(help="tokens that windows move by [default: --sequence-length, no overlap]")
+        int | None, typer.Option(help="tokens that windows move by", show_default="--sequence-length, no overlap")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="the first windows only [default: all]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="the first windows only", show_default="all")] = None,
     dense: Dense = None,
     no_dense: NoDense = False,
     batch_size: Annotated[int, typer.Option(min=1, help="windows in a batch")] = 1,
@@ -59,10 +59,12 @@ def lm(
     model: Model,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="of the LM evaluation harness; may be repeated [default: the eight of the OATS paper]"),
+        typer.Option(help="of the LM evaluation harness; may be repeated", show_default="the eight of the OATS paper"),
     ] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="examples in the prompt [default: the task's own]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task at most [default: all]")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="examples in the prompt", show_default="the task's own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task at most", show_default="all")] = None,
     task_folder: Annotated[Path | None, typer.Option(help="folder of task definitions of your own")] = None,
     dense: Dense = None,
     no_dense: NoDense = False,

@@ -1,0 +1,97 @@
+"""report.json holds what was measured, or anything at all."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from oats_vision.checkpoint import add_evaluation
+from oats_vision.errors import CheckpointError
+from oats_vision.evaluations import read_evaluations
+
+GOOD = {
+    "protocol": "top1",
+    "data": "imagenet/val",
+    "dense": {"top1": 91.0, "pictures": 400},
+    "compressed": {"top1": 90.25},
+    "difference": {"top-1": {"points": -0.75, "low": -1.2, "high": -0.3, "p_value": 0.01}},
+    "machine": {"device": "cpu"},
+}
+ROW = ["top1", "imagenet/val", "top-1", "91.00%", "90.25%", "-0.75 points [-1.20, -0.30]"]
+
+
+def _write(directory: Path, content: object) -> Path:
+    (directory / "report.json").write_text(json.dumps(content))
+    return directory
+
+
+def test_every_kind_of_evaluation_has_its_rows(tmp_path):
+    ratio = {"value": 1.25, "low": 1.2, "high": 1.3}
+    content = {
+        "run": {"model": "a/model", "eval_data": None},
+        "perplexity": {"dense": {"perplexity": 8.0}, "compressed": {"perplexity": 10.0}, "ratio": ratio},
+        "evaluations": [
+            GOOD,
+            {"protocol": "k-NN", "train": "a", "val": "b", "compressed": {"top1": {"10": 50.0}}, "difference": {}},
+        ],
+    }
+    rows = [row for evaluation in read_evaluations(_write(tmp_path, content)) for row in evaluation.rows()]
+    assert rows == [
+        ["perplexity, when compressed", "a/model", "perplexity", "8.000", "10.000", "1.2500 x [1.2000, 1.3000]"],
+        ROW,
+        ["k-NN", "a → b", "k = 10", "", "50.00%", ""],
+    ]
+    assert read_evaluations(tmp_path / "none") == []
+
+
+ODD = {
+    "null": None,
+    "a word": "top1",
+    "a list": [GOOD],
+    "no protocol": {name: value for name, value in GOOD.items() if name != "protocol"},
+    "no compressed model": {name: value for name, value in GOOD.items() if name != "compressed"},
+    "score of words": GOOD | {"compressed": {"top1": "most"}},
+    "score that is a list": GOOD | {"compressed": {"top1": [90.25]}},
+    "not a number": GOOD | {"compressed": {"top1": float("nan")}},
+    "beyond all numbers": GOOD | {"dense": {"top1": 10**400}},
+    "half a difference": GOOD | {"difference": {"top-1": {"points": -0.75}}},
+    "data that is a number": GOOD | {"data": 7},
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_an_odd_evaluation_is_left_out_and_said(odd, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = read_evaluations(_write(tmp_path, {"evaluations": [odd, GOOD]}))
+    assert [evaluation.rows() for evaluation in found] == [[ROW]]
+    assert "report.json: evaluation 1 is left out: " in caplog.text
+
+
+@pytest.mark.parametrize("odd", [[], 5, {"dense": 1, "compressed": None}, {"dense": {}, "compressed": {"top1": {}}}])
+def test_what_compress_measured_may_be_odd_too(odd, tmp_path):
+    content = {"run": ["demo"], "top1": odd, "perplexity": odd, "evaluations": [GOOD]}
+    assert [evaluation.rows() for evaluation in read_evaluations(_write(tmp_path, content))] == [[ROW]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '"text"', "7", '{"evaluations": null}', '{"evaluations": {"a": 1}}', "[" * 100_000, "\0"],
+    ids=lambda text: text[:12] or "empty",
+)
+def test_what_is_no_report_is_one_clear_error_for_reader_and_writer(text, tmp_path):
+    (tmp_path / "report.json").write_text(text)
+    for use in (read_evaluations, lambda path: add_evaluation(path, GOOD)):
+        with pytest.raises(CheckpointError, match=r"report\.json is damaged"):
+            use(tmp_path)
+    assert (tmp_path / "report.json").read_text() == text
+
+
+def test_bytes_that_are_no_text_and_a_folder_are_errors(tmp_path):
+    (tmp_path / "report.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_evaluations(tmp_path)
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_evaluations(tmp_path)
