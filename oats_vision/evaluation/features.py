@@ -4,26 +4,33 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from enum import Enum
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.adapters import find_adapter
+from oats_vision.adapters import Adapter, find_adapter
 from oats_vision.block_calls import first_output
 from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.top1 import autocast
 from oats_vision.files import replacing
+from oats_vision.models import source_of
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is extracted and of the cache's files
+CHUNK = 1024  # pictures that are looked at together
+FORMAT = 2  # of what is extracted and of the cache's files
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class Features:
     """What probes are trained on, float16.
 
     class_tokens: after the final norm, of the last blocks, the last one last: (pictures, blocks, width); for a
-        model without a class token the mean of the patch tokens.
-    patch_mean: mean patch token of the last block, (pictures, width).
+        model without a class token what stands for `patch_mean` in each block.
+    patch_mean: mean patch token of the last block, (pictures, width): after the norm, or, where the model itself
+        norms what it has pooled, before it.
     labels: (pictures,), int64. classes: their names, if known.
     seconds: that extraction took, reading of pictures included; 0 if read from the cache.
     """
@@ -47,10 +55,18 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, blocks: int, patch_mean: bool) -> Tensor:
-        """Class tokens of the last `blocks` blocks, and the mean patch token: (pictures, width of all), float32."""
-        parts = [self.class_tokens[:, -blocks:].flatten(1)] + ([self.patch_mean] if patch_mean else [])
+    def select(self, blocks: int, patch_mean: bool, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Class tokens of the last `blocks` blocks, and the mean patch token: (rows, width of all), float32.
+
+        Of the whole set that takes up to as many bytes again as the features: ask for a batch of `rows`.
+        """
+        parts = [self.class_tokens[rows, -blocks:].flatten(1)] + ([self.patch_mean[rows]] if patch_mean else [])
         return torch.cat(parts, 1).float()
+
+    def to(self, device: torch.device | str) -> "Features":
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("class_tokens", "patch_mean", "labels")}
+        return replace(self, **moved)
 
     @property
     def class_count(self) -> int:
@@ -73,35 +89,44 @@ def extract_features(
         blocks: how many of the last blocks' class tokens to keep; fewer if the model has fewer.
 
     Raises:
-        ModelError: the inner blocks of a sliced model, whose streams have a basis of their own, are asked for.
-        DataError: no picture could be read, or there are fewer than two classes.
+        ModelError: the inner blocks of a sliced model, whose streams have a basis of their own, are asked for; the
+            model reads no pictures; or its features are not finite.
+        DataError: no picture could be read, one is not finite, or there are fewer than two classes.
     """
     adapter = find_adapter(model)
+    if adapter.unit != "pictures":
+        raise ModelError(f"features are of pictures, and {source_of(model).name} reads text")
     modules = [block for _, block in adapter.named_blocks(model)][-blocks:]
-    norm = model.get_submodule(adapter.final_norm(model)) if adapter.final_norm(model) else nn.Identity()
-    prefix = adapter.prefix_tokens(model)
     first = next(model.parameters())
     outputs: list[Tensor] = []
     handles = [m.register_forward_hook(lambda _, args, out: outputs.append(first_output(out))) for m in modules]
     tokens, means, labels = [], [], []
+    done = 0
     start = time.perf_counter()
     model.eval()
     try:
         for images, targets in batches:
             outputs.clear()
+            which = f"pictures {done + 1} to {done + len(targets)}"
+            if not images.isfinite().all():
+                raise DataError(f"{which} of the data are not finite after their preprocessing")
             with autocast(first.device, mixed_precision):
                 model(images.to(first.device, first.dtype))
+                if len(outputs) != len(modules):
+                    raise ModelError(f"{len(outputs)} of the last {len(modules)} blocks ran: each should run once")
                 if any(output.shape[-1] != outputs[-1].shape[-1] for output in outputs):
                     raise ModelError("the inner blocks of a sliced model have no features: use the last block only")
-                # one norm for what is needed of all blocks; without a class token that is all tokens
-                states = [output if prefix == 0 else output[:, :1] for output in outputs[:-1]]
-                normed = [norm(state) for state in states] + [norm(outputs[-1])]
-            patches = normed[-1][:, prefix:].mean(1)
-            summaries = [state.mean(1) if prefix == 0 else state[:, 0] for state in normed]
+                summaries, patches = _pooled(model, adapter, outputs)
             tokens.append(torch.stack(summaries, 1).half().cpu())
             means.append(patches.half().cpu())
+            if not (tokens[-1].isfinite().all() and means[-1].isfinite().all()):
+                raise ModelError(
+                    f"the features of {source_of(model).name} are not finite in float16 from {which} of the data: "
+                    "its weights are not, or its dtype is too narrow"
+                )
             labels.append(targets)
-            progress(sum(map(len, labels)))
+            done += len(targets)
+            progress(done)
     finally:
         for handle in handles:
             handle.remove()
@@ -115,11 +140,32 @@ def extract_features(
         batches.skipped,
         time.perf_counter() - start,
     )
-    if not features.patch_mean.isfinite().all():
-        raise ModelError("the features are not finite in float16: the backbone diverges on these pictures")
     if len(features.labels.unique()) < 2:
         raise DataError("the data has one class: a probe needs pictures of at least two")
     return features
+
+
+def _pooled(model: nn.Module, adapter: Adapter, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """What stands for a picture in each block's output, and the mean patch token of the last one.
+
+    Args:
+        outputs: of the blocks, (pictures, tokens, width).
+
+    Returns:
+        Of each block (pictures, width): the class token, or the mean patch token of models without one; and the
+        mean patch token. All after the final norm, which follows the mean if it does so in the model itself.
+    """
+    path, prefix = adapter.final_norm(model), adapter.prefix_tokens(model)
+    norm = model.get_submodule(path) if path else nn.Identity()
+
+    def patch_mean(output: Tensor) -> Tensor:
+        patches = output[:, prefix:]
+        return norm(patches.mean(1)) if adapter.pooled_before_norm(model) else norm(patches).mean(1)
+
+    mean = patch_mean(outputs[-1])
+    if adapter.class_token(model):
+        return [norm(output[:, :1])[:, 0] for output in outputs], mean
+    return [*map(patch_mean, outputs[:-1]), mean], mean
 
 
 def cached_features(
@@ -133,8 +179,9 @@ def cached_features(
 ) -> Features:
     """`extract_features`, or what an earlier call with the same model and pictures left in `directory`.
 
-    The key holds the model's weights and structure, the pictures' contents, labels, order and preprocessing, and
-    how features were extracted. Streams have no fingerprint and are not cached.
+    The key holds all of the model that decides its outputs, the pictures' contents, labels, order and preprocessing,
+    and how features were extracted. Names of classes are those of the pictures now. Streams have no fingerprint and
+    are not cached.
 
     Raises:
         DataError: a file in the cache is damaged, or is not what its name says.
@@ -152,19 +199,73 @@ def cached_features(
     if file.exists():
         features = _read(file, key)
         progress(len(features))
-        return features
+        return replace(features, classes=batches.classes)
     features = extract_features(model, batches, **options, progress=progress)
     _write(file, key, features)
     return features
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's structure and of all its tensors."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.state_dict().items():
+    """SHA-256 of what a model computes: its tensors, and the classes and settings of its modules.
+
+    Settings are the modules' attributes with plain values, such as a number of heads, a configuration, or the name
+    of an activation.
+    """
+    digest = hashlib.sha256()
+    seen: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        settings = {key: _plain(value, seen) for key, value in sorted(vars(module).items()) if _is_setting(key)}
+        digest.update(json.dumps([name, _name(type(module)), settings]).encode())
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+_OF_EVERY_MODULE = set(vars(nn.Module()))  # parameters, buffers, hooks, training
+
+
+def _is_setting(attribute: str) -> bool:
+    return attribute not in _OF_EVERY_MODULE and not attribute.startswith("_oats_vision")
+
+
+def _plain(value: Any, seen: dict[int, Any]) -> Any:
+    """A value as JSON can hold it, the same in each process; objects that have no plain form as their class.
+
+    Args:
+        seen: configurations by their id: all modules of a transformers model share one.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, torch.dtype, torch.Size, Enum)):
+        return repr(value)
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), seen)
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(_bytes(value)).hexdigest()]
+    if isinstance(value, Mapping):
+        return [[_plain(key, seen), _plain(entry, seen)] for key, entry in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, seen) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(_plain(entry, seen)) for entry in value)
+    if isinstance(value, partial):
+        return [_plain(part, seen) for part in (value.func, value.args, value.keywords)]
+    if hasattr(value, "__qualname__"):  # a function, a method or a class
+        return _name(value)
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = _name(type(value))  # for objects that hold themselves
+    if hasattr(value, "to_json_string"):  # a configuration of transformers
+        seen[id(value)] = value.to_json_string()
+    elif hasattr(value, "__dict__") and (is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace))):
+        seen[id(value)] = [_name(type(value)), _plain(vars(value), seen)]
+    return seen[id(value)]
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -179,7 +280,7 @@ def _content(features: Features) -> str:
 
 
 def _write(file: Path, key: str, features: Features) -> None:
-    about = {"key": key, "content": _content(features), "classes": features.classes, "skipped": features.skipped}
+    about = {"key": key, "content": _content(features), "skipped": features.skipped}
     tensors = {name: getattr(features, name) for name in ("class_tokens", "patch_mean", "labels")}
     try:
         with replacing(file) as temporary:
@@ -193,7 +294,7 @@ def _read(file: Path, key: str) -> Features:
         with safe_open(file, framework="pt") as stored:
             about = json.loads((stored.metadata() or {})["oats_vision_features"])
             tensors = {name: stored.get_tensor(name) for name in ("class_tokens", "patch_mean", "labels")}
-        features = Features(**tensors, classes=about["classes"], skipped=about["skipped"])
+        features = Features(**tensors, classes=None, skipped=about["skipped"])
         damaged = about["content"] != _content(features)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
         raise DataError(f"{file} in the feature cache is damaged ({problem}): delete it, or use --no-cache") from None
@@ -205,10 +306,10 @@ def _read(file: Path, key: str) -> Features:
 
 
 def check_pair(train: Features, val: Features) -> int:
-    """See that two splits go together; return the number of classes.
+    """See that two splits go together and are finite; return the number of classes.
 
     Raises:
-        DataError: other classes, or labels in one that the other does not have.
+        DataError: other classes, labels in one that the other does not have, or a feature that is not finite.
     """
     if train.classes and val.classes and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
@@ -217,4 +318,9 @@ def check_pair(train: Features, val: Features) -> int:
     classes = train.class_count
     if int(val.labels.max()) >= classes or int(min(train.labels.min(), val.labels.min())) < 0:
         raise DataError(f"--val has labels outside the {classes} classes of --train")
+    for flag, features in (("--train", train), ("--val", val)):
+        for tensor in (features.class_tokens, features.patch_mean):
+            for i, part in enumerate(tensor.split(CHUNK)):
+                if not part.isfinite().all():
+                    raise DataError(f"the features of {flag} are not finite (pictures from {i * CHUNK + 1} on)")
     return classes

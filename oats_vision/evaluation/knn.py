@@ -11,6 +11,7 @@ from oats_vision.evaluation.features import Features, check_pair
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+QUERIES, BANK = 1024, 8192  # pictures of both sets that are compared at a time
 
 
 @torch.inference_mode()
@@ -39,18 +40,30 @@ def knn(
     ks = [k for k in neighbours if k <= len(train)]
     if not ks:
         raise DataError(f"k must be at most the number of training pictures, {len(train)}, got {min(neighbours)}")
-    bank = F.normalize(train.select(1, patch_mean=False))  # (train, width)
-    queries = F.normalize(val.select(1, patch_mean=False))
-    votes = F.one_hot(train.labels, classes).float()  # (train, classes)
     correct: dict[int, list[Tensor]] = {k: [] for k in ks}
-    done = 0
-    for query, labels in zip(queries.split(1024), val.labels.split(1024), strict=True):
-        similarity, nearest = (query @ bank.T).topk(max(ks), dim=1)  # (chunk, k)
+    for start in range(0, len(val), QUERIES):
+        rows = slice(start, start + QUERIES)
+        similarity, nearest = _nearest(F.normalize(val.select(1, False, rows)), train, max(ks))
         # the largest weight is 1: the sum over hundreds of neighbours cannot overflow
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         for k in ks:
-            score = (votes[nearest[:, :k]] * weight[:, :k, None]).sum(1)
-            correct[k].append(score.argmax(1) == labels)
-        done += len(labels)
-        progress(done)
+            votes = torch.zeros(len(weight), classes).scatter_add_(1, train.labels[nearest[:, :k]], weight[:, :k])
+            correct[k].append(votes.argmax(1) == val.labels[rows])
+        progress(start + len(weight))
     return {k: torch.cat(parts) for k, parts in correct.items()}
+
+
+def _nearest(query: Tensor, train: Features, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines with the k nearest training pictures, the largest first, and their indices: (queries, k).
+
+    Args:
+        query: normalised, (queries, width).
+    """
+    similarity, nearest = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
+    for start in range(0, len(train), BANK):  # the whole set's in float32 would take more than the features
+        bank = F.normalize(train.select(1, False, slice(start, start + BANK)))  # (chunk, width)
+        index = torch.arange(start, start + len(bank)).expand(len(query), -1)
+        similarity, nearest = torch.cat([similarity, query @ bank.T], 1), torch.cat([nearest, index], 1)
+        similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        nearest = nearest.gather(1, best)
+    return similarity, nearest

@@ -1,16 +1,18 @@
 """Linear probing of frozen features: DINOv2's protocol, and a quick one by logistic regression."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.errors import DataError
-from oats_vision.evaluation.features import Features, check_pair
+from oats_vision.evaluation.features import CHUNK, Features, check_pair
 
 # the grid of the DINOv2 evaluation; rates are for batches of 256 and scale with the batch
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -64,12 +66,11 @@ def linear_probe(
     kept, chosen = _hold_out(train.labels, held_out, seed)
     generator = torch.Generator().manual_seed(seed)
     grid = [(b, p) for b, p in INPUTS if b <= train.class_tokens.shape[1]]
-    inputs = {entry: train.select(*entry).to(device) for entry in grid}
-    labels = train.labels.to(device)
+    train, val = train.to(device), val.to(device)
     batch_size = min(batch_size, len(kept))
     groups, heads = [], {}
     for entry in grid:
-        width = inputs[entry].shape[1]
+        width = train.select(*entry, slice(1)).shape[1]
         heads[entry] = [nn.Linear(width, classes, device=device) for _ in learning_rates]
         for head, rate in zip(heads[entry], learning_rates, strict=True):
             with torch.no_grad():
@@ -82,26 +83,24 @@ def linear_probe(
         batch = kept[torch.randint(len(kept), (batch_size,), generator=generator)].to(device)
         loss = torch.zeros((), device=device)
         for entry, linears in heads.items():
-            logits = _all_logits(inputs[entry][batch], linears)  # (rates, batch, classes)
-            targets = labels[batch].expand(len(linears), -1)
+            logits = _all_logits(train.select(*entry, batch), linears)  # (rates, batch, classes)
+            targets = train.labels[batch].expand(len(linears), -1)
             loss = loss + F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / batch_size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         progress(i + 1)
-    trials: list[_Trial[tuple[tuple[int, bool], int]]] = []
-    with torch.inference_mode():
-        for entry, linears in heads.items():
-            targets = labels[chosen.to(device)]
-            for j, logits in enumerate(_all_logits(inputs[entry][chosen.to(device)], linears)):
-                name = f"{_describe(*entry)}, learning rate {learning_rates[j]:g}"
-                accuracy = float((logits.argmax(1) == targets).float().mean())
-                trials.append(_Trial(name, accuracy, float(F.cross_entropy(logits, targets)), (entry, j)))
-        best = _best(trials, len(chosen))
-        entry, j = best.classifier
-        correct = heads[entry][j](val.select(*entry).to(device)).argmax(1).cpu() == val.labels
-    return Probe(best.name, correct, {trial.name: 100 * trial.accuracy for trial in trials})
+    trials: list[_Trial[tuple[tuple[int, bool], nn.Linear]]] = []
+    for entry, linears in heads.items():
+        correct, losses = _score(train, chosen.to(device), entry, linears)
+        for j, linear in enumerate(linears):
+            name = f"{_describe(*entry)}, learning rate {learning_rates[j]:g}"
+            trials.append(_Trial(name, float(correct[j].float().mean()), float(losses[j].mean()), (entry, linear)))
+    best = _best(trials, len(chosen))
+    entry, linear = best.classifier
+    correct, _ = _score(val, torch.arange(len(val), device=val.labels.device), entry, [linear])
+    return Probe(best.name, correct[0].cpu(), {trial.name: 100 * trial.accuracy for trial in trials})
 
 
 def quick_probe(train: Features, val: Features, *, held_out: float = 0.1, seed: int = 0) -> Probe:
@@ -116,25 +115,27 @@ def quick_probe(train: Features, val: Features, *, held_out: float = 0.1, seed: 
     from sklearn.exceptions import ConvergenceWarning  # scikit-learn takes a second to import
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     check_pair(train, val)
     kept, chosen = _hold_out(train.labels, held_out, seed)
-    trials: list[_Trial[tuple[bool, Any]]] = []
+    trials: list[_Trial[tuple[bool, Any, Any]]] = []
     for patch_mean in (False, True):
-        x, y = train.select(1, patch_mean).numpy(), train.labels.numpy()
+        scaler = StandardScaler(copy=False)  # in place: a set of millions is held once
+        x, y = scaler.fit_transform(train.select(1, patch_mean, kept).numpy()), train.labels[kept].numpy()
+        held_x = scaler.transform(train.select(1, patch_mean, chosen).numpy())
+        held_y = train.labels[chosen].numpy()
         for strength in REGULARISATIONS:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
+            model = LogisticRegression(C=strength, max_iter=300)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out accuracy says if it is good
-                model.fit(x[kept], y[kept])
+                model.fit(x, y)
             name = f"{_describe(1, patch_mean)}, C {strength:g}"
-            loss = float(log_loss(y[chosen], model.predict_proba(x[chosen]), labels=model.classes_))
-            trials.append(_Trial(name, float(model.score(x[chosen], y[chosen])), loss, (patch_mean, model)))
+            loss = float(log_loss(held_y, model.predict_proba(held_x), labels=model.classes_))
+            trials.append(_Trial(name, float(model.score(held_x, held_y)), loss, (patch_mean, scaler, model)))
     best = _best(trials, len(chosen))
-    patch_mean, model = best.classifier
-    predicted = torch.from_numpy(model.predict(val.select(1, patch_mean).numpy()))
+    patch_mean, scaler, model = best.classifier
+    predicted = torch.from_numpy(model.predict(scaler.transform(val.select(1, patch_mean).numpy())))
     return Probe(best.name, predicted == val.labels, {trial.name: 100 * trial.accuracy for trial in trials})
 
 
@@ -154,8 +155,15 @@ class _Trial(Generic[Classifier]):
 def _best(trials: list[_Trial[Classifier]], pictures: int) -> _Trial[Classifier]:
     """The smallest loss among those whose accuracy is within a standard error of the best one's.
 
-    With few held-out pictures one of them more or less would choose else; with many the best accuracy does.
+    With few held-out pictures one of them more or less would choose else; with many the best accuracy does. Those
+    that diverged do not count.
+
+    Raises:
+        DataError: all of them did.
     """
+    trials = [trial for trial in trials if math.isfinite(trial.loss)]
+    if not trials:
+        raise DataError("no classifier of the grid has a finite loss: the features are too large, or the rates")
     top = max(trial.accuracy for trial in trials)
     error = (top * (1 - top) / pictures) ** 0.5
     return min((trial for trial in trials if trial.accuracy >= top - error), key=lambda trial: trial.loss)
@@ -168,22 +176,45 @@ def _all_logits(x: Tensor, heads: Sequence[nn.Linear]) -> Tensor:
     return F.linear(x, weight, bias).unflatten(1, (len(heads), -1)).transpose(0, 1)
 
 
+@torch.inference_mode()
+def _score(
+    features: Features, rows: Tensor, entry: tuple[int, bool], heads: Sequence[nn.Linear]
+) -> tuple[Tensor, Tensor]:
+    """Whether each head classifies each picture right, and its loss there: bool and float32, (heads, rows)."""
+    correct, losses = [], []
+    for part in rows.split(CHUNK):
+        logits = _all_logits(features.select(*entry, part), heads)  # (heads, part, classes)
+        targets = features.labels[part].expand(len(heads), -1)
+        correct.append(logits.argmax(2) == targets)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    return torch.cat(correct, 1), torch.cat(losses, 1)
+
+
 def _describe(blocks: int, patch_mean: bool) -> str:
     return f"last {blocks} block{'s' * (blocks > 1)}, class token{' + mean patch token' * patch_mean}"
 
 
 def _hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the pictures to train on, and of those held out: of each class alike where there are enough."""
+    """Indices of the pictures to train on, and of those held out: of each class alike where there are enough.
+
+    Each class keeps a picture to train on, so that a class with a single one is never only held out.
+    """
     from sklearn.model_selection import train_test_split
 
     counts = labels.bincount()
-    stratify = labels.numpy() if int(counts[counts > 0].min()) >= 2 and share * len(labels) >= len(counts) else None
-    try:
-        kept, chosen = train_test_split(
-            torch.arange(len(labels)).numpy(), test_size=share, random_state=seed, stratify=stratify
+    present = int((counts > 0).sum())
+    count = min(math.ceil(share * len(labels)), len(labels) - present)
+    if present < 2 or count < 1:
+        raise DataError(
+            f"--train has too few pictures to hold some out: {len(labels)} of {present} classes, and it needs two "
+            "classes and more pictures than classes"
         )
-    except ValueError as problem:
-        raise DataError(f"--train has too few pictures ({len(labels)}) to hold some out: {problem}") from None
-    if len(labels[kept].unique()) < 2:
-        raise DataError(f"--train has too few pictures ({len(labels)}): those left to train on are of one class")
-    return torch.from_numpy(kept), torch.from_numpy(chosen)
+    if int(counts[counts > 0].min()) >= 2 and share * len(labels) >= len(counts):
+        indices = torch.arange(len(labels)).numpy()
+        kept, chosen = train_test_split(indices, test_size=share, random_state=seed, stratify=labels.numpy())
+        return torch.from_numpy(kept), torch.from_numpy(chosen)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    places = np.arange(len(labels))
+    _, first = np.unique(labels[order].numpy(), return_index=True)  # of each class
+    held = np.setdiff1d(places, first)[:count]
+    return order[np.setdiff1d(places, held)], order[held]

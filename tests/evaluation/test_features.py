@@ -1,5 +1,9 @@
+import copy
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -58,6 +62,36 @@ def test_features_of_hugging_face_models():
     assert torch.equal(features.class_tokens[:, 0], features.patch_mean)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_betwixt_patch16_reg4_gap_256",  # registers, no class token
+        "vit_dlittle_patch16_reg1_gap_256",
+        "vit_base_patch16_rpn_224",  # no prefix at all, norm after the pooling
+        "vit_medium_patch16_gap_240",  # norm before it
+        "eva02_tiny_patch14_224",  # a class token, but pooled by the mean
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_features_of_average_pooled_models_are_what_they_pool(name, compressed):
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    model = timm.create_model(name, num_classes=5, **args).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.2)  # tokens that differ, so that the order of mean and norm matters
+    data = _Fixed()
+    if compressed:
+        ov.compress(model, [data.pictures], rate=0.5, iterations=2)
+    features = extract_features(model, data.batches)
+    tokens = model.forward_features(data.pictures)
+    own = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(features.patch_mean.float(), own, rtol=2e-3, atol=2e-3)
+    last = model.fc_norm(tokens)[:, 0] if model.cls_token is not None else own
+    torch.testing.assert_close(features.class_tokens[:, -1].float(), last, rtol=2e-3, atol=2e-3)
+
+
 def test_sliced_models_have_features_of_the_last_block_only(tiny_vit, pictures):
     ov.compress(tiny_vit, pictures, rate=0.3, method="slicegpt")
     assert extract_features(tiny_vit, _Fixed().batches, blocks=1).class_tokens.shape == (12, 1, 48)
@@ -70,6 +104,26 @@ def test_one_class_and_no_picture_are_errors(tiny_vit):
         extract_features(tiny_vit, _Fixed(classes=1).batches)
     with pytest.raises(DataError, match="no picture could be read"):
         extract_features(tiny_vit, Batches([(torch.empty(0), torch.empty(0), 3)], 3))
+
+
+def test_what_is_not_finite_is_said_of_the_first_pictures_it_is_seen_in(tiny_vit):
+    data = _Fixed()
+    data.pictures[7, 0, 3, 3] = float("nan")
+    with pytest.raises(DataError, match="pictures 6 to 10 of the data are not finite"):
+        extract_features(tiny_vit, data.batches)
+    for value in (float("nan"), 1e9):  # 1e9 is none of float16's
+        with torch.no_grad():
+            tiny_vit.norm.weight[3] = value
+        with pytest.raises(ModelError, match=r"VisionTransformer are not finite in float16 from pictures 1 to 5"):
+            extract_features(tiny_vit, _Fixed().batches)
+    assert not tiny_vit.blocks[-1]._forward_hooks
+
+
+def test_language_models_have_no_features():
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=50))
+    with pytest.raises(ModelError, match="LlamaForCausalLM reads text"):
+        extract_features(model, _Fixed().batches)
 
 
 @pytest.fixture
@@ -97,6 +151,59 @@ def test_the_cache_serves_the_same_model_and_pictures_and_no_others(counted, tmp
     cached_features(model, _Fixed().batches, tmp_path / "cache")  # other weights
     assert len(calls) == 4 * passes
     assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def _heads(model: nn.Module) -> None:
+    model.blocks[0].attn.num_heads, model.blocks[0].attn.head_dim = 4, 12
+
+
+def _nested_setting(model: nn.Module) -> None:
+    model.settings = SimpleNamespace(window=[7, {"shift": 3}])
+
+
+CHANGES = {
+    "number of heads": _heads,
+    "scale": lambda model: setattr(model.blocks[1].attn, "scale", 0.5),
+    "epsilon": lambda model: setattr(model.norm, "eps", 1e-2),
+    "numpy's integer": lambda model: setattr(model, "num_prefix_tokens", np.int64(2)),
+    "activation's class": lambda model: setattr(model.blocks[2].mlp, "act", nn.ReLU()),
+    "activation's function": lambda model: setattr(model.blocks[2].mlp, "function", torch.relu),
+    "bound argument": lambda model: setattr(model.blocks[2].mlp, "function", partial(torch.clamp, min=0.1)),
+    "nested setting": _nested_setting,
+    "dtype": lambda model: setattr(model, "softmax_dtype", torch.float64),
+    "buffer that is not stored": lambda model: model.register_buffer("table", torch.ones(2), persistent=False),
+    "tensor that is none of the module's": lambda model: setattr(model, "table", [torch.ones(2)]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_the_cache_tells_models_apart_by_all_that_decides_their_outputs(change, tiny_vit):
+    before = model_fingerprint(tiny_vit)
+    tiny_vit(torch.zeros(1, 3, 32, 32))
+    assert model_fingerprint(copy.deepcopy(tiny_vit)) == before
+    change(tiny_vit)
+    changed = model_fingerprint(tiny_vit)
+    assert changed != before
+    assert model_fingerprint(tiny_vit) == changed
+
+
+def test_the_cache_sees_the_configuration_of_hugging_face_models():
+    torch.manual_seed(0)
+    model = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**HF, rope_theta=100.0)).eval()
+    other = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**HF, rope_theta=50.0)).eval()
+    other.load_state_dict(model.state_dict())
+    assert model_fingerprint(other) != model_fingerprint(model)
+    first = model_fingerprint(model)
+    model.config.pos_embed_rescale = 1.5
+    assert model_fingerprint(model) != first
+
+
+def test_names_of_classes_are_those_of_the_pictures_not_of_the_cache(tiny_vit, tmp_path):
+    data = _Fixed()
+    for names in (["cats", "dog", "fish"], ["cat", "dog", "fish"]):
+        data.batches.classes = names
+        assert cached_features(tiny_vit, data.batches, tmp_path).classes == names
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_pictures_are_told_apart_by_their_contents(tmp_path):

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 import oats_vision as ov
 from oats_vision.data import load_pictures
 from oats_vision.errors import DataError
-from oats_vision.evaluation.features import Features, extract_features
-from oats_vision.evaluation.knn import knn
+from oats_vision.evaluation.features import CHUNK, Features, extract_features
+from oats_vision.evaluation.knn import BANK, QUERIES, knn
 from oats_vision.evaluation.linear_probe import linear_probe, quick_probe
 
 
@@ -89,3 +91,62 @@ def test_splits_that_do_not_go_together_are_errors(protocol):
 def test_too_few_pictures_are_an_error():
     with pytest.raises(DataError, match="too few pictures"):
         quick_probe(_features(2, 1, classes=2), _features(20, 2, classes=2))
+
+
+@pytest.mark.parametrize("counts", [(12, 12, 12, 1), (40, 9, 2, 1), (60, 1, 1, 1), (3, 3, 1, 2)])
+@pytest.mark.parametrize("probe", [quick_probe, lambda *splits, **seed: linear_probe(*splits, iterations=3, **seed)])
+def test_classes_of_a_single_picture_are_learnt_whatever_the_seed(probe, counts):
+    few = _features(400, 1)
+    rows = torch.cat([(few.labels == label).nonzero().flatten()[:count] for label, count in enumerate(counts)])
+    train = Features(few.class_tokens[rows], few.patch_mean[rows], few.labels[rows], None)
+    for seed in range(5):
+        assert 0 <= probe(train, _features(20, 2), seed=seed).top1 <= 100
+
+
+def test_a_class_needs_a_picture_to_train_on():
+    with pytest.raises(DataError, match="4 of 4 classes, and it needs .* more pictures than classes"):
+        linear_probe(_features(4, 1), _features(20, 2), iterations=2)
+    alone = _features(30, 1, classes=1)
+    with pytest.raises(DataError, match="30 of 1 classes"):
+        quick_probe(alone, alone)
+
+
+def test_probes_never_hold_a_set_in_float32(monkeypatch):
+    asked = []
+    select = Features.select
+
+    def counted(self: Features, *entry: object) -> torch.Tensor:
+        found = select(self, *entry)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(Features, "select", counted)
+    train, val = _features(3 * BANK, 1), _features(3 * QUERIES, 2)
+    knn(train, val)
+    assert max(asked) == BANK
+    asked.clear()
+    linear_probe(train, val, iterations=2, batch_size=64, learning_rates=(0.1,))
+    assert max(asked) == CHUNK
+
+
+def test_neighbours_are_the_same_whatever_is_compared_at_a_time(monkeypatch):
+    train, val = _features(200, 1), _features(50, 2)
+    whole = knn(train, val, neighbours=(1, 7, 150))
+    module = sys.modules[knn.__module__]
+    monkeypatch.setattr(module, "BANK", 9)
+    monkeypatch.setattr(module, "QUERIES", 7)
+    for k, correct in knn(train, val, neighbours=(1, 7, 150)).items():
+        assert torch.equal(correct, whole[k])
+
+
+def test_features_that_are_not_finite_and_grids_that_diverge_are_errors():
+    train, val = _features(60, 1), _features(20, 2)
+    bad = Features(train.class_tokens.clone(), train.patch_mean, train.labels, None)
+    bad.class_tokens[50, 3, 2] = float("inf")
+    for splits, flag in (((bad, val), "--train"), ((train, bad), "--val")):
+        with pytest.raises(DataError, match=f"the features of {flag} are not finite"):
+            knn(*splits)
+    with pytest.raises(DataError, match="no classifier of the grid has a finite loss"):
+        linear_probe(train, val, iterations=3, learning_rates=(1e38,))
+    mixed = linear_probe(train, val, iterations=30, learning_rates=(1e38, 0.01))
+    assert mixed.best.endswith("learning rate 0.01")
