@@ -12,8 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from oats_vision.errors import ModelError
+from oats_vision.evaluation.finite import is_finite
 from oats_vision.layers import merge
 from oats_vision.transforms import Transform
+
+BEGINNING = 16  # tokens that generation starts from
 
 
 @torch.inference_mode()
@@ -72,6 +76,17 @@ def plain_picture(transform: Transform) -> Tensor:
     return torch.as_tensor(transform(Image.new("RGB", (256, 256), (120, 90, 60))))
 
 
+@torch.inference_mode()
+def _see_finite(models: Mapping[str, nn.Module], inputs: Tensor) -> None:
+    """Raises ModelError where a model's outputs are not finite: how fast those come says nothing."""
+    for which, model in models.items():
+        if not is_finite(model(inputs)):
+            raise ModelError(
+                f"the outputs of the {which} model are not finite in {next(model.parameters()).dtype}: its weights are "
+                "not, or the dtype is too narrow"
+            )
+
+
 def time_pictures(
     dense: nn.Module,
     compressed: nn.Module,
@@ -80,7 +95,12 @@ def time_pictures(
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Timing]:
-    """A forward pass on batches of `picture` (channels, height, width)."""
+    """A forward pass on batches of `picture` (channels, height, width).
+
+    Raises:
+        ModelError: the outputs are not finite.
+    """
+    _see_finite({"dense": dense, "compressed": compressed}, picture[None])
     timings: list[Timing] = []
     for size in batch_sizes:
         batch, before = picture.expand(size, *picture.shape).contiguous(), len(timings) * repeats
@@ -99,7 +119,11 @@ def time_text(
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Timing]:
-    """Reading prompts of the given lengths, and token by token generation after 16 tokens; batch 1, random ids."""
+    """Reading prompts of the given lengths, and token by token generation after `BEGINNING`; batch 1, random ids.
+
+    Raises:
+        ModelError: the outputs are not finite.
+    """
     device = next(dense.parameters()).device
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     timings: list[Timing] = []
@@ -111,10 +135,12 @@ def time_text(
         timings.append(Timing(what, units, "tokens", **taken))
 
     generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, BEGINNING), generator=torch.Generator().manual_seed(0)).to(device)
+    _see_finite({"dense": dense, "compressed": compressed}, ids)
     for length in prompts:
         ids = torch.randint(vocabulary, (1, length), generator=generator).to(device)
         measure(f"prompt of {length} tokens", ids, length, lambda model, ids: model(ids))
-    ids = torch.randint(vocabulary, (1, 16), generator=generator).to(device)
+    ids = torch.randint(vocabulary, (1, BEGINNING), generator=generator).to(device)
     measure(
         f"generating {new_tokens} tokens",
         ids,

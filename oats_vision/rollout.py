@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from oats_vision.adapters import find_adapter
+from oats_vision.adapters import Adapter, find_adapter
 from oats_vision.errors import ModelError
+from oats_vision.evaluation.finite import is_finite
+from oats_vision.files import replacing
 from oats_vision.layers import SparseLowRankLinear
+from oats_vision.models import source_of
 
 DISCARDED = 0.4  # share of the smallest attentions that are dropped (OATS, section 5)
 VIEWS = {"whole": "S + U V", "sparse": "S only", "low_rank": "U V only"}
@@ -49,7 +52,7 @@ def one_term(model: nn.Module, view: str) -> nn.Module:
 
 @torch.no_grad()
 def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
-    """How much the class token (or, without one, the mean of all tokens) depends on each patch, from 0 to 1.
+    """How much the class token (or, without one, the mean of the patch tokens) depends on each patch, from 0 to 1.
 
     Args:
         images: preprocessed, (pictures, 3, height, width).
@@ -58,16 +61,25 @@ def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
         (pictures, rows, columns of patches).
 
     Raises:
-        ModelError: the model shows no attention.
+        ModelError: the model's attention cannot be seen or is not over a grid of patches, or it or the model's
+            outputs are not finite.
     """
     first = next(model.parameters())
     with record_attention(model) as attentions:
-        model(images.to(first.device, first.dtype))
+        output = model(images.to(first.device, first.dtype))
+    if not is_finite([attentions, output]):
+        raise ModelError(
+            f"attention or outputs of {source_of(model).name} are not finite on these pictures: its weights are not, "
+            "or its dtype is too narrow"
+        )
     joint = rollout(attentions)
-    prefix = find_adapter(model).prefix_tokens(model)
-    patches = (joint[:, 0] if prefix else joint.mean(1))[:, prefix:]
+    adapter = find_adapter(model)
+    prefix = adapter.prefix_tokens(model)
+    patches = (joint[:, 0] if adapter.class_token(model) else joint[:, prefix:].mean(1))[:, prefix:]
     height, width = images.shape[-2:]
-    rows = round(math.sqrt(patches.shape[1] * height / width))
+    rows = max(round(math.sqrt(patches.shape[1] * height / width)), 1)
+    if patches.shape[1] % rows:
+        raise ModelError(f"{patches.shape[1]} patches are no grid of a picture of {height} x {width}")
     grid = patches.unflatten(1, (rows, -1))
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
     return ((grid - low) / (high - low).clamp_min(1e-12)).cpu()
@@ -98,47 +110,72 @@ def rollout(attentions: list[Tensor], discarded: float = DISCARDED) -> Tensor:
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The attention probabilities of each block in the forward passes within, (pictures, heads, tokens, tokens).
+    """The attention probabilities of each block in the forward pass within, (pictures, heads, tokens, tokens).
 
     Raises:
         ModelError: the family's adapter does not say where its attention is, or the attention cannot be seen.
     """
     adapter = find_adapter(model)
+    attentions = [_attention_of(block, adapter) for _, block in adapter.named_blocks(model)]
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    seen: list[Tensor] = []
+    with ExitStack() as stack:
+        if implementation is not None:  # transformers gives the probabilities back beside the output
+            stack.callback(model.set_attn_implementation, implementation)  # type: ignore[arg-type]
+            model.set_attn_implementation("eager")  # type: ignore[operator]  # of every transformers model
+        for attention in attentions:
+            if implementation is not None:
+                handle = attention.register_forward_hook(lambda _, args, output: seen.append(output[1]))
+            elif hasattr(attention, "attn_drop"):
+                handle = attention.attn_drop.register_forward_hook(lambda _, args, output: seen.append(output))
+            else:
+                raise _unseen(attention)
+            stack.callback(handle.remove)
+            if getattr(attention, "fused_attn", False):  # timm: the fused kernel never forms the probabilities
+                stack.callback(setattr, attention, "fused_attn", True)
+                attention.fused_attn = False
+        yield seen
+        if len(seen) != len(attentions):
+            raise ModelError(f"{len(seen)} of {len(attentions)} blocks show their attention")
+        for attention, probabilities in zip(attentions, seen, strict=True):
+            _check(attention, probabilities)
+
+
+def _attention_of(block: nn.Module, adapter: Adapter) -> Any:
+    """The block's attention."""
     if adapter.residual is None:
         raise ModelError(f"adapter {adapter.name} does not say where the blocks' attention is")
-    seen: list[Tensor] = []
-    handles, fused = [], []
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    for _, block in adapter.named_blocks(model):
-        attention: Any = block.get_submodule(adapter.residual.attention)
-        if implementation is not None:  # transformers gives the probabilities back beside the output
-            handles.append(attention.register_forward_hook(lambda _, args, output: seen.append(output[1])))
-            continue
-        if not hasattr(attention, "attn_drop"):
-            raise ModelError(f"the attention of {type(block).__name__} cannot be seen")
-        if getattr(attention, "fused_attn", False):  # timm: the fused kernel never forms the probabilities
-            attention.fused_attn = False
-            fused.append(attention)
-        handles.append(attention.attn_drop.register_forward_hook(lambda _, args, output: seen.append(output)))
-    try:
-        if implementation is not None:
-            model.set_attn_implementation("eager")  # type: ignore[operator]  # of every transformers model
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for attention in fused:
-            attention.fused_attn = True
-        if implementation is not None:
-            model.set_attn_implementation(implementation)  # type: ignore[operator]
+    attention: Any = dict(block.named_modules()).get(adapter.residual.attention)
+    if attention is None:  # several side by side, or one that is fused with the MLP
+        raise ModelError(f"{type(block).__name__} has no {adapter.residual.attention}: its attention cannot be seen")
+    return attention
+
+
+def _check(attention: Any, probabilities: Any) -> None:
+    """See that what a block shows are the probabilities that it attends with, one map a head."""
+    if not isinstance(probabilities, Tensor) or probabilities.ndim != 4:
+        raise _unseen(attention)
+    heads = getattr(attention, "num_heads", probabilities.shape[1])
+    if probabilities.shape[1] != heads or probabilities.shape[2] != probabilities.shape[3]:
+        shape = " x ".join(map(str, probabilities.shape[1:]))
+        raise ModelError(
+            f"{type(attention).__name__} shows {shape} probabilities for {heads} heads: no plain attention"
+        )
+
+
+def _unseen(attention: Any) -> ModelError:
+    return ModelError(f"the attention of {type(attention).__name__} cannot be seen")
 
 
 def draw(picture: Image.Image, maps: dict[str, Tensor], file: Path) -> None:
-    """Write a PNG: the picture, and the maps of the views over it, side by side.
+    """Write a PNG, all of it or nothing: the picture, and the maps of the views over it, side by side.
 
     Args:
         picture: as the model sees it, in RGB.
         maps: for each view (rows, columns), from 0 to 1.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -153,4 +190,5 @@ def draw(picture: Image.Image, maps: dict[str, Tensor], file: Path) -> None:
             axis.imshow(maps[name], extent=extent, cmap="jet", alpha=0.5, interpolation="bilinear", vmin=0, vmax=1)
         axis.set_title(VIEWS.get(name, name), fontsize=11)
         axis.set_axis_off()
-    figure.savefig(file, dpi=110, format="png", bbox_inches="tight")
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")

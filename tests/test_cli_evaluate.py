@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from command import run
 from PIL import Image
+from typer.testing import CliRunner
+
+from oats_vision.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ BAD = {
     "missing folder": (lambda path: ["--train", path / "none", "--val", "demo"], "does not exist"),
     "other classes": (lambda path: ["--train", "demo"], "the classes of --train and --val differ"),
     "too many neighbours": (lambda path: ["--k", 70], "k must be at most the number of training pictures, 60"),
-    "temperature": (lambda path: ["--temperature", 0], "--temperature must be above 0"),
+    "temperature": (lambda path: ["--temperature", "nan"], "--temperature must be above 0, got nan"),
     "dense and none": (lambda path: ["--dense", "demo", "--no-dense"], "give either --dense or --no-dense"),
     "another model": (lambda path: ["--dense", "demo"], "is no vit_tiny_patch16_224 as in"),
     "precision": (lambda path: ["--mixed-precision", "int8"], "must be float32, float16 or bfloat16, got 'int8'"),
@@ -158,3 +161,36 @@ def test_damaged_cache_is_said_and_can_be_passed_over(compressed, pictures, tmp_
     assert done.returncode == 1
     assert f"{file.name} in the feature cache is damaged" in done.stderr.replace("\n", "")
     assert _probe(*command, "--no-cache").returncode == 0
+
+
+@pytest.mark.parametrize("home", ["a file", "unknown"])
+def test_without_a_home_features_are_extracted_and_not_kept(home, compressed, pictures, tmp_path, monkeypatch, caplog):
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    if home == "unknown":
+        monkeypatch.setattr(Path, "expanduser", unknown)
+    else:
+        monkeypatch.setenv("HOME", str(pictures / "a" / "notes.txt"))
+    arguments = ["eval", "knn", compressed, "--train", pictures, "--val", pictures, "--k", 5, "--json"]
+    done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["compressed"]["train_pictures"] == 60
+    assert caplog.text.count("features are not kept") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch-size", 0), ("workers", -1), ("seed", -1), ("train-samples", 0), ("val-samples", -3), ("k", 0)],
+)
+def test_numbers_out_of_range_are_said_by_their_flag(option, value, compressed):
+    arguments = ["eval", "knn", compressed, "--train", "demo", "--val", "demo", f"--{option}", value]
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 2
+    assert f"--{option}" in done.stderr
+
+
+def test_help_shows_the_defaults_in_brackets():
+    for command, words in (("knn", "10 20 100 200"), ("linear-probe", "the one that was compressed")):
+        shown = CliRunner().invoke(app, ["eval", command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+        assert f"[default: ({words})]" in shown

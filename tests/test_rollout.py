@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 from PIL import Image
 from tiny import HF
+from torch import nn
 
 import oats_vision as ov
 from oats_vision.errors import ModelError
@@ -56,6 +57,79 @@ def test_attention_of_hugging_face_models_is_what_they_report(model_class, confi
     for ours, theirs in zip(seen, reported, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert model.config._attn_implementation == "sdpa"
+
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "prefix", "class_token"),
+    [
+        ("vit_betwixt_patch16_reg4_gap_256", 4, False),  # registers are no class token
+        ("vit_base_patch16_siglip_224", 0, False),
+        ("deit_tiny_distilled_patch16_224", 2, True),
+        ("vit_small_patch14_reg4_dinov2", 5, True),
+    ],
+)
+def test_a_map_is_of_the_class_token_or_of_all_patches(name, prefix, class_token):
+    model, x = timm.create_model(name, **SIZES).eval(), torch.randn(2, 3, 32, 32)
+    with record_attention(model) as seen:
+        model(x)
+    joint = rollout(seen)
+    rows = joint[:, 0] if class_token else joint[:, prefix:].mean(1)
+    found = rollout_map(model, x).flatten(1)
+    expected = rows[:, prefix:]
+    low, high = expected.amin(1, keepdim=True), expected.amax(1, keepdim=True)
+    torch.testing.assert_close(found, (expected - low) / (high - low))
+
+
+def _no_drop(model: nn.Module) -> None:
+    del model.blocks[1].attn.attn_drop
+
+
+def _bypassed(model: nn.Module) -> None:
+    model.blocks[1].attn.forward = lambda x, **_: x
+
+
+UNSEEN = {
+    "side by side": ("vit_small_patch16_18x2_224", lambda model: None, "ParallelThingsBlock has no attn"),
+    "beside the MLP": ("vit_base_patch16_xp_224", lambda model: None, "ParallelScalingBlock has no attn"),
+    "difference of two": ("vit_dlittle_patch16_reg1_gap_256", lambda model: None, "6 x 17 x 17 probabilities for 3"),
+    "second block's own way": ("vit_tiny_patch16_224", _no_drop, "attention of Attention cannot be seen"),
+    "not called": ("vit_tiny_patch16_224", _bypassed, "1 of 2 blocks show their attention"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "change", "message"), UNSEEN.values(), ids=UNSEEN.keys())
+def test_attention_that_cannot_be_seen_is_an_error_that_changes_nothing(name, change, message):
+    model, x = timm.create_model(name, **SIZES).eval(), torch.randn(2, 3, 32, 32)
+    change(model)
+
+    def state() -> list[object]:
+        return [(len(m._forward_hooks), getattr(m, "fused_attn", None)) for m in model.modules()]
+
+    before = state()
+    with pytest.raises(ModelError, match=message):
+        rollout_map(model, x)
+    assert state() == before
+
+
+def test_hugging_face_attention_that_gives_no_probabilities_is_an_error():
+    model = hf.ViTModel(hf.ViTConfig(**HF)).eval()
+    model.layers[1].attention.register_forward_hook(lambda _, args, output: (output[0], None))
+    with pytest.raises(ModelError, match="cannot be seen"):
+        rollout_map(model, torch.randn(1, 3, 32, 32))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("where", ["blocks.0.attn.qkv.bias", "head.bias"])
+def test_what_is_not_finite_has_no_rollout(where, tiny_vit):
+    with torch.no_grad():
+        tiny_vit.get_parameter(where)[-1] = float("nan")
+    with pytest.raises(ModelError, match="VisionTransformer are not finite"):
+        rollout_map(tiny_vit, torch.randn(1, 3, 32, 32))
 
 
 def test_the_two_terms_add_up_and_are_looked_at_one_by_one(tiny_vit, pictures, tmp_path):

@@ -8,8 +8,18 @@ import torch
 import typer
 
 from oats_vision import checkpoint, report
-from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
-from oats_vision.cli.common import Json, choose_device, dtype_of, machine, machine_line, need_transform, notes, results
+from oats_vision.benchmark import BEGINNING, dense_twin, plain_picture, time_pictures, time_text, weight_bytes
+from oats_vision.cli.common import (
+    Json,
+    choose_device,
+    dtype_of,
+    machine,
+    machine_line,
+    need_directory,
+    need_transform,
+    notes,
+    results,
+)
 from oats_vision.errors import ConfigError
 from oats_vision.kernels.semi_structured import to_semi_structured
 
@@ -31,6 +41,7 @@ def bench(
     Both run the same inputs in turns, in the same precision. The twin has dense layers of the same shapes; compressed
     layers keep their stored precision.
     """
+    need_directory(directory)
     if threads:
         torch.set_num_threads(threads)
     target = choose_device(device)
@@ -43,6 +54,7 @@ def bench(
     if target.type == "cuda" and dtype != "float32":
         to_semi_structured(compressed)  # the layers that are 2:4
     vocabulary: int = getattr(getattr(compressed, "config", None), "vocab_size", 0)  # 0: a model of pictures
+    _see_positions(compressed, prompt, new_tokens)
     lengths = len(prompt) + 1 if vocabulary else len(batch_size)
     transform = checkpoint.load_transform(directory)
     picture = None if vocabulary else plain_picture(need_transform(transform, str(directory)))
@@ -67,3 +79,12 @@ def bench(
     console = results()
     console.print(report.bench_table(f"{directory}, {dtype}, medians of {repeats}", timings, memory))
     console.print(machine_line(target))
+
+
+def _see_positions(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> None:
+    """Raises ConfigError if a language model has no positions for so much text."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int):
+        for flag, tokens in (("--prompt", max(prompt)), ("--new-tokens", BEGINNING + new_tokens)):
+            if tokens > positions:
+                raise ConfigError(f"{flag}: the model has {positions} positions, and {tokens} tokens need as many")

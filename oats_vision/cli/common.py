@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +13,7 @@ from rich.markup import escape
 from oats_vision import report
 from oats_vision.config import RunConfig
 from oats_vision.data import Batches
-from oats_vision.errors import ConfigError, ModelError
+from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.evaluation import Perplexity, Top1, evaluate_top1
 from oats_vision.evaluation import perplexity as perplexity_protocol
 from oats_vision.transforms import Transform
@@ -68,6 +69,18 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         raise ConfigError(f"device: {name!r} is not there: {str(problem).splitlines()[0]}") from None
     return device
+
+
+def need_directory(directory: Path) -> None:
+    """See that a checkpoint's directory is one.
+
+    Raises:
+        CheckpointError: it is missing, or a file.
+    """
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist: give the directory of a compressed model")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file: give the directory of a compressed model")
 
 
 def need_transform(transform: Transform | None, model: str) -> Transform:

@@ -1,5 +1,8 @@
 """`oats-vision eval` on pictures: top-1, linear probe and k-NN of the dense and of the compressed model."""
 
+import logging
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,28 +22,32 @@ from oats_vision.evaluation import linear_probe as linear_probe_protocol
 from oats_vision.evaluation.knn import NEIGHBOURS, TEMPERATURE
 from oats_vision.transforms import Transform
 
-Batch = Annotated[int, typer.Option(help="pictures in a batch")]
-Seed = Annotated[int, typer.Option(help="of the choice of pictures, and of the probe's training")]
+Batch = Annotated[int, typer.Option(min=1, help="pictures in a batch")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the choice of pictures, and of the probe's training")]
 Mixed = Annotated[
     str | None, typer.Option(help="float16 or bfloat16: matrix products in it, all else in --dtype (autocast)")
 ]
-Workers = Annotated[int, typer.Option(help="processes that read pictures")]
+Workers = Annotated[int, typer.Option(min=0, help="processes that read pictures")]
 Train = Annotated[str, typer.Option(help="labelled pictures to learn from: one folder a class, hf:name or demo")]
 Val = Annotated[str, typer.Option(help="labelled pictures to evaluate on")]
 TrainSplit = Annotated[str, typer.Option(help="split of --train, if a Hugging Face dataset")]
 ValSplit = Annotated[str, typer.Option(help="split of --val, if a Hugging Face dataset")]
-TrainSamples = Annotated[int | None, typer.Option(help="learn from that many pictures only", show_default="all")]
-ValSamples = Annotated[int | None, typer.Option(help="evaluate on that many pictures only", show_default="all")]
+TrainSamples = Annotated[int | None, typer.Option(min=1, help="learn from that many pictures only", show_default="all")]
+ValSamples = Annotated[int | None, typer.Option(min=1, help="evaluate on that many pictures only", show_default="all")]
 Cache = Annotated[Path, typer.Option(help="folder that features are kept in, under what they are made of")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="neither read nor write cached features")]
 CACHE = Path("~/.cache/oats_vision")
+
+log = logging.getLogger(__name__)
 
 
 def top1(
     model: Model,
     data: Annotated[str, typer.Option(help="labelled pictures: one folder a class, hf:name or demo")],
     split: Annotated[str, typer.Option(help="split of a Hugging Face dataset")] = "validation",
-    samples: Annotated[int | None, typer.Option(help="evaluate on that many pictures only", show_default="all")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="evaluate on that many pictures only", show_default="all")
+    ] = None,
     dense: Dense = None,
     no_dense: NoDense = False,
     batch_size: Batch = 64,
@@ -119,7 +126,7 @@ def linear_probe(
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     loading = {"batch_size": batch_size, "seed": seed, "streaming": streaming, "workers": workers}
     splits = _splits(models.transform, (train, train_split, train_samples), (val, val_split, val_samples), loading)
-    extract = _extraction(splits, None if no_cache else cache, mixed_precision)
+    extract = _extraction(splits, None if no_cache else _cache_folder(cache), mixed_precision)
 
     def protocol(module: nn.Module, what: str) -> Score:
         features = extract(module, what)
@@ -171,12 +178,12 @@ def knn(
     as_json: Json = False,
 ) -> None:
     """k-nearest-neighbour classification of the frozen backbone's features, as DINOv2 does it."""
-    if temperature <= 0 or any(count < 1 for count in k or ()):
-        raise ConfigError("--temperature must be above 0, and --k at least 1")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"--temperature must be above 0, got {temperature:g}")
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     loading = {"batch_size": batch_size, "seed": seed, "streaming": streaming, "workers": workers}
     splits = _splits(models.transform, (train, train_split, train_samples), (val, val_split, val_samples), loading)
-    extract = _extraction(splits, None if no_cache else cache, mixed_precision)
+    extract = _extraction(splits, None if no_cache else _cache_folder(cache), mixed_precision)
 
     def protocol(module: nn.Module, what: str) -> Score:
         features = extract(module, what)
@@ -200,12 +207,30 @@ def _splits(transform: Transform, train: Split, val: Split, loading: dict[str, A
     }
 
 
+def _cache_folder(cache: Path) -> Path | None:
+    """The folder, made if need be; None, and a warning, if the usual one is not to be had.
+
+    Raises:
+        ConfigError: it was asked for, and cannot be made or written to.
+    """
+    try:
+        folder = cache.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} is not writable")
+    except (OSError, RuntimeError) as problem:  # RuntimeError: no home
+        if cache != CACHE:
+            raise ConfigError(f"--cache {cache} cannot be made or written to: {problem}") from None
+        log.warning("features are not kept, since %s cannot be used: %s (--cache gives another folder)", cache, problem)
+        return None
+    return folder
+
+
 def _extraction(
-    splits: dict[str, Batches], cache: Path | None, mixed_precision: str | None
+    splits: dict[str, Batches], folder: Path | None, mixed_precision: str | None
 ) -> Callable[[nn.Module, str], tuple[Features, Features]]:
     """What gives a model's features of both splits."""
     mixed = dtype_of("--mixed-precision", mixed_precision) if mixed_precision else None
-    folder = cache.expanduser() if cache else None
 
     def extract(module: nn.Module, what: str) -> tuple[Features, Features]:
         blocks = 1 if checkpoint.is_sliced(module) else 4

@@ -20,7 +20,8 @@ def perplexity(
     split: Annotated[str, typer.Option(help="split of a dataset")] = "test",
     sequence_length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
     stride: Annotated[
-        int | None, typer.Option(help="tokens that windows move by", show_default="--sequence-length, no overlap")
+        int | None,
+        typer.Option(min=1, help="tokens that windows move by", show_default="--sequence-length, no overlap"),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="the first windows only", show_default="all")] = None,
     dense: Dense = None,

@@ -8,18 +8,18 @@ from typing import Annotated
 import timm
 import torch
 import typer
-from PIL import Image
+from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from oats_vision import checkpoint, report
 from oats_vision.adapters import adapters
-from oats_vision.cli.common import Json, choose_device, need_transform, notes, results
-from oats_vision.data import UNREADABLE
+from oats_vision.cli.common import Json, choose_device, need_directory, need_transform, notes, results
+from oats_vision.data import UNREADABLE, open_picture, picture_files
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.html_report import write_html
 from oats_vision.models import ALIASES
 from oats_vision.rollout import draw, rollout_map, views
-from oats_vision.transforms import as_seen
+from oats_vision.transforms import Transform, as_seen
 
 
 def inspect(
@@ -32,6 +32,9 @@ def inspect(
     With --html one page that works offline: accuracy as far as it was evaluated, errors by block, the budget, the
     spectrum of each layer, and a table of layers that sorts.
     """
+    need_directory(directory)
+    if html:
+        _see_writable(html, directory)
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     done = checkpoint.CompressionReport.from_dict(config)
@@ -77,40 +80,46 @@ def rollout(
 
     Attention rollout (Abnar & Zuidema, 2020): heads averaged, the lowest 40% dropped, all blocks multiplied.
     """
-    pictures = _pictures(images, limit)
+    need_directory(directory)
+    targets = _targets(_pictures(images, limit), out)
     transform = need_transform(checkpoint.load_transform(directory), str(directory))
     model = checkpoint.load(directory, device=choose_device(device), trust_remote_code=trust_remote_code)
+    seen = views(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise ConfigError(f"--out {out} cannot be made: {problem}") from None
-    written: list[Path] = []
-    seen = views(model)
-    with report.counting_progress(notes, "rollout", "pictures", len(pictures)) as progress:
-        for done, path in enumerate(pictures, 1):
-            try:
-                picture = Image.open(path).convert("RGB")
-            except UNREADABLE as problem:
-                notes.print(f"{path} is no picture and is skipped: {problem}")
-                continue
-            maps = {view: rollout_map(one, transform(picture)[None])[0] for view, one in seen.items()}
-            target = out / f"{path.stem}.png"
-            if target in written:  # of another folder
-                target = out / f"{path.resolve().parent.name}_{path.stem}_{done}.png"
-            draw(as_seen(picture, transform), maps, target)
-            written.append(target)
+    written = 0
+    with report.counting_progress(notes, "rollout", "pictures", len(targets)) as progress:
+        for done, (path, target) in enumerate(targets.items(), 1):
+            written += _draw_rollout(path, target, seen, transform)
             progress(done)
     if not written:
-        raise DataError(f"--images: none of {len(pictures)} files could be read as a picture")
-    results().print(f"{len(written)} pictures written to {out}.", soft_wrap=True)
+        raise DataError(f"--images: none of {len(targets)} files could be read as a picture")
+    results().print(f"{written} pictures written to {out}.", soft_wrap=True)
+
+
+def _draw_rollout(path: Path, target: Path, seen: dict[str, nn.Module], transform: Transform) -> bool:
+    """Draw one picture's rollouts; whether it could be read."""
+    try:
+        picture = open_picture(path)
+    except UNREADABLE as problem:
+        notes.print(f"{path} is no picture and is skipped: {problem}")
+        return False
+    maps = {view: rollout_map(one, transform(picture)[None])[0] for view, one in seen.items()}
+    try:
+        draw(as_seen(picture, transform), maps, target)
+    except OSError as problem:
+        raise ConfigError(f"--out: {target} cannot be written: {problem}") from None
+    return True
 
 
 def _pictures(images: list[Path], limit: int) -> list[Path]:
-    """The files that are meant."""
+    """The files that are meant, each once."""
     found: list[Path] = []
     for path in images:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            inside = picture_files(path)
             if not inside:
                 raise DataError(f"--images {path} has no picture (looked for {', '.join(IMG_EXTENSIONS)})")
             found += inside[:limit]
@@ -118,7 +127,37 @@ def _pictures(images: list[Path], limit: int) -> list[Path]:
             found.append(path)
         else:
             raise DataError(f"--images {path} does not exist")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _targets(pictures: list[Path], out: Path) -> dict[Path, Path]:
+    """The PNG to write for each picture, no two alike.
+
+    Raises:
+        ConfigError: one would take the place of a picture that is read.
+    """
+    targets: dict[Path, Path] = {}
+    sources = {path.resolve() for path in pictures}
+    for i, path in enumerate(pictures, 1):
+        target = out / f"{path.stem}.png"
+        if target in targets.values():  # of another folder
+            target = out / f"{path.resolve().parent.name}_{path.stem}_{i}.png"
+        if target.resolve() in sources:
+            raise ConfigError(f"--out {out} would overwrite the picture {target}: give another folder")
+        targets[path] = target
+    return targets
+
+
+def _see_writable(html: Path, directory: Path) -> None:
+    """Raises ConfigError if a page cannot be written there, before it is made."""
+    if html.is_dir():
+        raise ConfigError(f"--html {html} is a folder: give a file, such as {html / 'report.html'}")
+    if not html.resolve().parent.is_dir():
+        raise ConfigError(f"--html {html}: the folder {html.resolve().parent} does not exist")
+    if html.resolve() in {
+        (directory / name).resolve() for name in (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.REPORT)
+    }:
+        raise ConfigError(f"--html {html} is a file of the checkpoint: give another one")
 
 
 def models(

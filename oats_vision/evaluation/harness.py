@@ -42,7 +42,7 @@ def run_tasks(
         folder: of task definitions of your own.
 
     Raises:
-        ConfigError: the harness is not installed, or does not know a task.
+        ConfigError: the harness is not installed, does not know a task, or cannot read the folder.
         DataError: a task's data cannot be loaded, or it has no accuracy.
     """
     try:
@@ -51,26 +51,31 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as missing:
         raise ConfigError(f"tasks need lm-eval: pip install oats_vision[llm] ({missing})") from None
-    manager = TaskManager(include_path=str(folder) if folder else None)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--task-folder {folder} is no folder")
+    try:
+        manager = TaskManager(include_path=str(folder) if folder else None)
+    except Exception as problem:  # definitions of the user's own are YAML and Python files
+        raise ConfigError(f"--task-folder {folder} cannot be read: {_reason(problem)}") from problem
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"--tasks: the harness has no task {', '.join(unknown)}")
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        with torch.inference_mode():
-            found = lm_eval.simple_evaluate(
-                adapter,
-                tasks=list(tasks),
-                num_fewshot=shots,
-                limit=limit,
-                task_manager=manager,
-                log_samples=True,
-                bootstrap_iters=0,
-                verbosity="ERROR",
-            )
+        loaded = list(manager.load(list(tasks))["tasks"].values())
     except Exception as problem:  # hub, network and data errors of the harness and of `datasets`
-        reason = " ".join(str(problem).split())[:300]
-        raise DataError(f"--tasks {' '.join(tasks)} cannot be run: {reason}") from problem
+        raise DataError(f"--tasks {' '.join(tasks)} cannot be loaded: {_reason(problem)}") from problem
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    with torch.inference_mode():
+        found = lm_eval.simple_evaluate(
+            adapter,
+            tasks=loaded,
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
     scores = {}
     for task, documents in found["samples"].items():
         if any("acc" not in document for document in documents):
@@ -79,3 +84,7 @@ def run_tasks(
         correct = torch.tensor([by_document[i] for i in sorted(by_document)])
         scores[task] = TaskScore(100 * float(correct.float().mean()), correct)
     return scores
+
+
+def _reason(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:300] or type(problem).__name__

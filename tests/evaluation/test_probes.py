@@ -104,7 +104,7 @@ def test_classes_of_a_single_picture_are_learnt_whatever_the_seed(probe, counts)
 
 
 def test_a_class_needs_a_picture_to_train_on():
-    with pytest.raises(DataError, match="4 of 4 classes, and it needs .* more pictures than classes"):
+    with pytest.raises(DataError, match=r"4 of 4 classes, and it needs .* more pictures than classes"):
         linear_probe(_features(4, 1), _features(20, 2), iterations=2)
     alone = _features(30, 1, classes=1)
     with pytest.raises(DataError, match="30 of 1 classes"):
