@@ -156,7 +156,7 @@ def knn(
     train: Train,
     val: Val,
     k: Annotated[
-        list[int] | None, typer.Option(help="neighbours; may be repeated", show_default="10 20 100 200")
+        list[int] | None, typer.Option(min=1, help="neighbours; may be repeated", show_default="10 20 100 200")
     ] = None,
     temperature: Annotated[float, typer.Option(help="of the votes")] = TEMPERATURE,
     train_split: TrainSplit = "train",
