@@ -126,9 +126,9 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (str(part.rank), str(part.rank)),
                     (f"{part.nonzeros:,}", str(part.nonzeros)),
                     (f"{kept:.1%}", f"{kept:.6f}"),
-                    _number(layer.errors[part.name]),
+                    _number(layer.errors.get(part.name)),
                     _number(layer.output_errors.get(part.name)),
-                    (str(layer.rounds[part.name]), str(layer.rounds[part.name])),
+                    (str(layer.rounds.get(part.name, "")), str(layer.rounds.get(part.name, -1))),
                 ]
             )
     return rows

@@ -163,9 +163,11 @@ def layer_table(report: CompressionReport) -> Table:
                 str(part.rank),
                 f"{part.nonzeros:,}",
                 f"{kept / size:.1%}",
-                f"{layer.errors[part.name]:.4f}",
-                f"{layer.output_errors[part.name]:.4f}" if layer.output_errors else "",
-                str(layer.rounds[part.name]),
+                *(
+                    f"{errors[part.name]:.4f}" if part.name in errors else ""
+                    for errors in (layer.errors, layer.output_errors)
+                ),
+                str(layer.rounds.get(part.name, "")),
             )
     return table
 

@@ -23,15 +23,20 @@ from oats_vision.cli.common import (
 from oats_vision.errors import ConfigError
 from oats_vision.kernels.semi_structured import to_semi_structured
 
+Sizes = Annotated[list[int], typer.Option(min=1, max=2**16, help="pictures in a batch; may be repeated")]
+Prompts = Annotated[list[int], typer.Option(min=1, max=2**20, help="tokens of a prompt (text); may be repeated")]
+
 
 def bench(
     directory: Annotated[Path, typer.Argument(help="a compressed checkpoint")],
-    batch_size: Annotated[list[int], typer.Option(min=1, help="pictures in a batch; may be repeated")] = [1, 16],  # noqa: B006
-    prompt: Annotated[list[int], typer.Option(min=1, help="tokens of a prompt (text); may be repeated")] = [128],  # noqa: B006
+    batch_size: Sizes = [1, 16],  # noqa: B006
+    prompt: Prompts = [128],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate (text)")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="of each measurement; medians are shown")] = 7,
     dtype: Annotated[str, typer.Option(help="precision to compute in: float32, bfloat16 or float16")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU", show_default="PyTorch's own")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="of the CPU", show_default="PyTorch's own")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")] = False,
     as_json: Json = False,

@@ -61,14 +61,17 @@ def run_tasks(
     if unknown:
         raise ConfigError(f"--tasks: the harness has no task {', '.join(unknown)}")
     try:
-        loaded = list(manager.load(list(tasks))["tasks"].values())
+        loaded = manager.load(list(tasks))["tasks"]
     except Exception as problem:  # hub, network and data errors of the harness and of `datasets`
         raise DataError(f"--tasks {' '.join(tasks)} cannot be loaded: {_reason(problem)}") from problem
+    for name, task in loaded.items():
+        if "acc" not in task.aggregation() or getattr(task, "MULTIMODAL", False):
+            raise DataError(f"--tasks: {name} is not scored by the accuracy of answers to text")
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
             adapter,
-            tasks=loaded,
+            tasks=list(loaded.values()),
             num_fewshot=shots,
             limit=limit,
             task_manager=manager,
@@ -78,8 +81,6 @@ def run_tasks(
         )
     scores = {}
     for task, documents in found["samples"].items():
-        if any("acc" not in document for document in documents):
-            raise DataError(f"--tasks: {task} is not scored by accuracy")
         by_document = {document["doc_id"]: bool(document["acc"]) for document in documents}
         correct = torch.tensor([by_document[i] for i in sorted(by_document)])
         scores[task] = TaskScore(100 * float(correct.float().mean()), correct)
