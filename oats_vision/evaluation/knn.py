@@ -62,8 +62,8 @@ def _nearest(query: Tensor, train: Features, k: int) -> tuple[Tensor, Tensor]:
     similarity, nearest = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
     for start in range(0, len(train), BANK):  # the whole set's in float32 would take more than the features
         bank = F.normalize(train.select(1, False, slice(start, start + BANK)))  # (chunk, width)
-        index = torch.arange(start, start + len(bank)).expand(len(query), -1)
-        similarity, nearest = torch.cat([similarity, query @ bank.T], 1), torch.cat([nearest, index], 1)
+        found, place = (query @ bank.T).topk(min(k, len(bank)), dim=1)
+        similarity, nearest = torch.cat([similarity, found], 1), torch.cat([nearest, place + start], 1)
         similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
         nearest = nearest.gather(1, best)
     return similarity, nearest
