@@ -14,7 +14,8 @@ from torch import nn
 import oats_vision as ov
 from oats_vision.data import Batches, load_pictures
 from oats_vision.errors import DataError, ModelError
-from oats_vision.evaluation.features import cached_features, extract_features, model_fingerprint
+from oats_vision.evaluation.features import cached_features, extract_features
+from oats_vision.evaluation.fingerprint import model_fingerprint
 
 
 class _Fixed:
@@ -185,6 +186,15 @@ def test_the_cache_tells_models_apart_by_all_that_decides_their_outputs(change, 
     changed = model_fingerprint(tiny_vit)
     assert changed != before
     assert model_fingerprint(tiny_vit) == changed
+
+
+@torch.inference_mode()
+def test_running_a_compressed_model_does_not_change_what_it_is_known_by(tiny_vit, pictures):
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=2)
+    before = model_fingerprint(tiny_vit)
+    for images in (pictures[0], pictures[0][:1], pictures[1].half().float()):
+        tiny_vit(images)
+    assert model_fingerprint(tiny_vit) == before
 
 
 def test_the_cache_sees_the_configuration_of_hugging_face_models():
