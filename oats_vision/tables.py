@@ -43,6 +43,8 @@ def _load(source: str, split: str, streaming: bool) -> Any:
     import datasets
 
     name, _, config = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise DataError(f"{source!r} names no dataset: give hf:name or hf:name:config")
     try:
         if source.startswith("hf:"):
             return datasets.load_dataset(name, config or None, split=split, streaming=streaming)

@@ -124,6 +124,7 @@ def test_demo_sets_are_different_and_balanced():
         (lambda path: _file(path), {}, "is a file"),
         (lambda path: _flat(path), {"labelled": True}, "has no labels"),
         (lambda path: f"hf:{path}/nothing", {}, "cannot be loaded"),
+        (lambda path: "hf:", {}, "names no dataset"),
         (lambda path: _script(path), {}, "cannot be loaded"),
         (lambda path: _damaged(path), {}, "cannot be loaded"),
         (lambda path: _no_pictures(path), {}, "no column of pictures, only text"),
