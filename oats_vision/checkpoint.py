@@ -3,36 +3,55 @@
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.adapters import adapters, remember_adapter
-from oats_vision.errors import CheckpointError
-from oats_vision.files import replacing, umask
-from oats_vision.layers import LayerSpec, SparseLowRankLinear
-from oats_vision.models import TOKENIZER, ModelSource, rebuild, remember_source, source_of
+from oats_vision.adapters import Adapter, adapters, find_adapter, remember_adapter
+from oats_vision.architecture import ModelSource, library, rebuild
+from oats_vision.bounds import MEMORY, Limits, bounded
+from oats_vision.checkpoint_config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest, read_config
+from oats_vision.checkpoint_place import REPORT, check_target, is_checkpoint, locked, new_directory
+from oats_vision.errors import CheckpointError, OatsVisionError
+from oats_vision.files import replacing
+from oats_vision.layers import LayerSpec, SparseLowRankLinear, compressed_layers
+from oats_vision.models import TOKENIZER, remember_source, source_of
 from oats_vision.pipeline import CompressionReport
-from oats_vision.slicing import empty_sliced_blocks
-from oats_vision.transforms import Transform, build_transform
+from oats_vision.slicing import SlicedBlock, empty_sliced_blocks
+from oats_vision.transforms import Transform, build_transform, plain
+from oats_vision.weights import WEIGHTS, WeightsFile, check_bitmask, unusable
+
+__all__ = [
+    "CONFIG",
+    "REPORT",
+    "WEIGHTS",
+    "CompressionReport",
+    "add_evaluation",
+    "check_bitmask",
+    "check_source",
+    "check_target",
+    "is_checkpoint",
+    "is_sliced",
+    "layer_specs",
+    "load",
+    "load_transform",
+    "locked",
+    "measure",
+    "new_directory",
+    "read_config",
+    "read_weights",
+    "save",
+    "write",
+    "write_json",
+]
 
 log = logging.getLogger(__name__)
-
-FORMAT, FORMAT_VERSION = "oats_vision", 1
-CONFIG, WEIGHTS, REPORT = "config.json", "model.safetensors", "report.json"
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
-_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -70,43 +89,133 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, tokeniz
 
     Args:
         model: compressed by `compress` (or loaded by `load`).
-        path: directory to make; its parent must exist.
+        path: directory to make; its parent must exist. Of a link, the directory that it points to.
         overwrite: replace a checkpoint of ours that is there. Any other directory is left alone.
         tokenizer: of a language model, written beside its weights for `load_tokenizer`.
 
     Raises:
-        CheckpointError: not compressed, the path is taken, or the files cannot be written.
+        CheckpointError: not compressed, the path is taken, the model could not be loaded again, or the files cannot be
+            written.
     """
-    path = Path(path)
+    with locked(Path(path)):
+        write(model, Path(path), overwrite, tokenizer)
+
+
+def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any = None) -> None:
+    """`save` for who holds the lock of the path."""
+    model = _unwrapped(model)
     report = getattr(model, "_oats_vision_report", None)
     if not isinstance(report, CompressionReport):
         raise CheckpointError("the model is not compressed: call oats_vision.compress first")
     check_target(path, overwrite)
+    source, state = source_of(model), model.state_dict()
+    _check_report(model, report)
+    _check_values(model, state)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     storage = getattr(torch, report.settings.storage_dtype) if report.settings.storage_dtype else dtype
-    state = model.state_dict()
+    if source.kind in ("timm", "huggingface"):
+        check_source(model, report)
     tied = _tied(state)
+    generation = getattr(model, "generation_config", None)
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "written_by": f"oats_vision {version('oats_vision')}",
-        "source": source_of(model).to_dict(),
+        "source": source.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
         "storage_dtype": str(storage).removeprefix("torch."),
         "tied": tied,
         **report.to_dict(),
+        "generation_config": plain(generation.to_diff_dict()) if generation is not None else None,
     }
     tensors = {
         name: (tensor.to(storage) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in state.items()
         if name not in tied
     }
+    for name, tensor in tensors.items():
+        if bad := unusable(tensor, name):
+            raise CheckpointError(f"the model cannot be stored in {config['storage_dtype']}: {bad}")
     with new_directory(path, overwrite) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
         config["weights_sha256"] = _sha256(target / WEIGHTS)
+        config[DIGEST] = config_digest(config)
         (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(target / TOKENIZER)
+
+
+def check_source(model: nn.Module, report: CompressionReport | None = None) -> None:
+    """See that what is noted of a model's architecture makes a model of its tensors' names and shapes.
+
+    Args:
+        report: of its compression; None if it is dense.
+
+    Raises:
+        CheckpointError: it does not, and a checkpoint of the model could not be loaded.
+    """
+    source = source_of(model)
+    if source.kind not in ("timm", "huggingface"):  # hub code is not run again, other modules are given to `load`
+        return
+    try:
+        built = rebuild(source)
+        if report:
+            _make_room(built, find_adapter(model), report, torch.float32)
+    except OatsVisionError as problem:
+        raise CheckpointError(f"the model could not be loaded again: {problem}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wrong := _difference(shapes, {name: tuple(t.shape) for name, t in built.state_dict().items()}):
+        where = "model.num_classes" if source.kind == "timm" else "model.config (num_labels, ...)"
+        raise CheckpointError(
+            f"the model is no longer the {source.kind} model {source.name!r} that it was loaded as, and could not be "
+            f"loaded again: {wrong}. If its head was replaced, say so in {where}"
+        )
+
+
+def _difference(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """The first tensor that differs in name or shape, in words; empty if none does."""
+    for name in [*expected, *found]:
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is not of this architecture"
+        if found[name] != expected[name]:
+            return f"{name} is {list(found[name])}, expected {list(expected[name])}"
+    return ""
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that torch.compile or a wrapper for several devices holds."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _check_report(model: nn.Module, report: CompressionReport) -> None:
+    """Raises CheckpointError if the model's layers are not those of its report."""
+    layers = {name: layer.spec for name, layer in compressed_layers(model).items()}
+    noted = {layer.name: layer.spec for layer in report.layers}
+    sliced = any(isinstance(module, SlicedBlock) for module in model.modules())
+    if layers == noted and sliced == bool(report.slicing):
+        return
+    if not layers and not sliced:
+        raise CheckpointError("the model was merged since: save it before the merge, or as a dense model")
+    differ = sorted(name for name in layers.keys() | noted.keys() if layers.get(name) != noted.get(name))
+    raise CheckpointError(
+        f"the model's compressed layers are not those of its report (such as {differ[0] if differ else 'its blocks'}): "
+        "a run was stopped in the middle, or layers were changed by hand; load the dense model and compress it again"
+    )
+
+
+def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a tensor's values are not in memory."""
+    away = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if away is not None:
+        raise CheckpointError(
+            f"{away} is on the meta device and has no values (offloaded by accelerate?): "
+            "load the whole model into memory, without device_map, and compress it there"
+        )
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -140,78 +249,120 @@ def load(
     path = Path(path)
     config = read_config(path)
     source = ModelSource(**config["source"])
-    dtype = dtype or getattr(torch, config["dtype"])
-    storage = getattr(torch, config["storage_dtype"])
-    layers_dtype = storage if storage.itemsize < dtype.itemsize else dtype
-    tensors = read_weights(path, config)
+    report = CompressionReport.from_dict(config)
     adapter = next((adapter for adapter in adapters() if adapter.name == config["adapter"]), None)
     if adapter is None:
         raise CheckpointError(f"{path} needs the adapter {config['adapter']!r}: register it first")
-    model = rebuild(source, trust_remote_code) if model is None else model
-    remember_adapter(model, adapter)
-    try:
-        adapter.prepare(model)
-        report = CompressionReport.from_dict(config)
-        if report.slicing:
-            empty_sliced_blocks(model, adapter, report.slicing)
-        specs = layer_specs(config)
-        for name, spec in specs.items():
-            model.set_submodule(name, SparseLowRankLinear.empty(spec, layers_dtype))
-        compressed = tuple(f"{name}." for name in specs)
-        cast = {
-            name: t.to(layers_dtype if name.startswith(compressed) else dtype) if t.is_floating_point() else t
-            for name, t in tensors.items()
-        }
-        model.load_state_dict(cast | {name: cast[original] for name, original in config["tied"].items()}, assign=True)
-        if config["tied"] and hasattr(model, "tie_weights"):
-            model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
-    except (AttributeError, KeyError, RuntimeError) as mismatch:
-        reason = " ".join(str(mismatch).split())[:400]
-        raise CheckpointError(f"{path} does not fit {source.kind} model {source.name!r}: {reason}") from None
+    dtype = dtype or getattr(torch, config["dtype"])
+    storage = getattr(torch, config["storage_dtype"])
+    layers_dtype = storage if storage.itemsize < dtype.itemsize else dtype
+    specs = layer_specs(config)
+    compressed = tuple(f"{name}." for name in specs)
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(layers_dtype if name.startswith(compressed) else dtype)
+
+    with WeightsFile(path) as file:
+        file.check_layers(specs, storage)
+        limits = _limits(file, config)
+        if model is None:
+            model = rebuild(source, trust_remote_code, limits)
+            if not adapter.matches(model):
+                raise CheckpointError(f"{path} is damaged: {source.name} is no model of adapter {adapter.name}")
+        with bounded(limits):
+            _make_room(model, adapter, report, layers_dtype)
+        _check_tensors(path, model, file, config, storage)
+        tensors = file.read(config["weights_sha256"], convert)
+    for name, spec in specs.items():
+        check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
+    tensors |= {name: tensors[owner] for name, owner in config["tied"].items()}
+    model.load_state_dict(tensors, assign=True)
+    if config["tied"] and hasattr(model, "tie_weights"):
+        model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
+    empty = next((name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(f"{path} is damaged: {empty} has no values, and is too large to be made")
+    _set_generation(path, model, config.get("generation_config"))
     remember_source(model, source)
     model._oats_vision_report = report  # type: ignore[assignment]
-    return model.to(device=device).eval()
+    return model.requires_grad_(False).to(device=device).eval()
+
+
+def _limits(file: WeightsFile, config: dict[str, Any]) -> Limits:
+    """What the architecture of a checkpoint may ask for while it is built, by what its weights file holds.
+
+    It is built dense first: twice the tensors cover the norms that slicing removes, and heads that are replaced.
+    """
+    return Limits(2 * (len(file.tensors) + len(config["tied"])) + 64, MEMORY + 2 * file.size)
+
+
+def _make_room(model: nn.Module, adapter: Adapter, report: CompressionReport, dtype: torch.dtype) -> None:
+    """Give a rebuilt model the empty compressed layers, or sliced blocks, of a report.
+
+    Raises:
+        CheckpointError: the model has no such linear.
+    """
+    remember_adapter(model, adapter)
+    adapter.prepare(model)
+    if report.slicing:
+        try:
+            empty_sliced_blocks(model, adapter, report.slicing)
+        except (AttributeError, RuntimeError) as problem:
+            raise CheckpointError(f"the blocks cannot be sliced as config.json says: {problem}") from None
+    modules = dict(model.named_modules())
+    for layer in report.layers:
+        linear, spec = modules.get(layer.name), layer.spec
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"config.json has a compressed layer {layer.name}, and the model no such linear")
+        size = (linear.in_features, linear.out_features, linear.bias is not None)
+        if size != (spec.in_features, spec.out_features, spec.bias):
+            raise CheckpointError(
+                f"config.json has {layer.name} of {spec.in_features} inputs and {spec.out_features} outputs, "
+                f"bias {spec.bias}, and the model's has {size[0]}, {size[1]}, {size[2]}"
+            )
+        model.set_submodule(layer.name, SparseLowRankLinear.empty(spec, dtype))
+
+
+def _check_tensors(
+    path: Path, model: nn.Module, file: WeightsFile, config: dict[str, Any], storage: torch.dtype
+) -> None:
+    """See that a file's tensors are the model's, before any is read.
+
+    Raises:
+        CheckpointError: a name, a shape or a dtype differs.
+    """
+    expected, stored = model.state_dict(), file.tensors
+    what = f"{path} does not fit {config['source']['kind']} model {config['source']['name']!r}"
+    owners = {name: owner for name, owner in config["tied"].items() if name not in stored and owner in stored}
+    if len(owners) < len(config["tied"]):
+        raise CheckpointError(f"{what}: a tied tensor is there itself, or its owner is not")
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    found |= {name: found[owner] for name, owner in owners.items()}
+    if wrong := _difference(found, {name: tuple(tensor.shape) for name, tensor in expected.items()}):
+        raise CheckpointError(f"{what}: {wrong}")
+    for name, tensor in stored.items():
+        dtype = storage if expected[name].is_floating_point() else expected[name].dtype
+        if tensor.dtype != dtype:
+            raise CheckpointError(f"{what}: {name} is {tensor}, expected {str(dtype).removeprefix('torch.')}")
+
+
+def _set_generation(path: Path, model: nn.Module, fields: dict[str, Any] | None) -> None:
+    """How a language model generates: its end tokens, length, sampling."""
+    if fields is None or not hasattr(model, "generation_config"):
+        return
+    from transformers import GenerationConfig
+
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    damaged = f"{path} is damaged: generation_config"
+    model.generation_config = library(damaged, GenerationConfig.from_dict, fields)
 
 
 def load_transform(path: str | Path) -> Transform | None:
     """The input preprocessing of a stored model, PIL picture -> tensor; None if it is not known."""
     transform = read_config(Path(path))["source"]["transform"]
     return build_transform(transform) if transform else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json, checked for format and version.
-
-    Raises:
-        CheckpointError: there is none, it cannot be read, or it is of another or a later format.
-    """
-    file = path / CONFIG
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no compressed model: there is no {CONFIG}") from None
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{file} is damaged: {problem}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not a config of oats_vision")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {config.get('format_version')!r} and this release reads {FORMAT_VERSION}: "
-            "update oats_vision"
-        )
-    try:  # what loading relies on
-        for layer in config["layers"]:
-            LayerSpec.from_dict(layer["spec"])
-        ModelSource(**config["source"])
-        CompressionReport.from_dict(config)
-        if not isinstance(getattr(torch, config["dtype"]), torch.dtype):
-            raise ValueError(f"unknown dtype {config['dtype']}")
-        getattr(torch, config["storage_dtype"]).itemsize, config["adapter"], config["weights_sha256"]
-        if not isinstance(config["tied"], dict):
-            raise ValueError("tied must be a mapping of names")
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise CheckpointError(f"{file} is damaged: {type(problem).__name__}: {problem}") from None
-    return config
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -247,59 +398,6 @@ def is_sliced(model: nn.Module) -> bool:
     return isinstance(report, CompressionReport) and report.slicing is not None
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """See that a directory can be written to `path`, before hours of work.
-
-    Raises:
-        CheckpointError: taken, or its parent is missing or not writable.
-    """
-    if path.exists():
-        if not overwrite:
-            raise CheckpointError(f"{path} exists: give another --out, or --overwrite")
-        if not path.is_dir() or (any(path.iterdir()) and not is_checkpoint(path)):
-            raise CheckpointError(f"{path} is not a checkpoint of ours, and is not overwritten: give another --out")
-    parent = path.resolve().parent
-    if not parent.is_dir():
-        raise CheckpointError(f"{parent} does not exist: make it first, or give another --out")
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{parent} is not writable: give another --out")
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory claims to be a checkpoint of this package, of any version."""
-    try:
-        return json.loads((path / CONFIG).read_text()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-@contextmanager
-def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place at the end, or is gone after an error."""
-    try:
-        target = Path(tempfile.mkdtemp(dir=path.resolve().parent, prefix=f".{path.name}.writing-"))
-    except OSError as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
-    try:
-        yield target
-        for file in filter(Path.is_file, target.rglob("*")):
-            file.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        target.chmod(0o777 & ~umask())
-        if overwrite and path.exists():
-            old = target.with_name(target.name + "-old")
-            path.rename(old)
-            target.rename(path)
-            shutil.rmtree(old)
-        else:
-            target.rename(path)
-    except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
-
-
 def layer_specs(config: dict[str, Any]) -> dict[str, LayerSpec]:
     """The compressed layers of a checkpoint, by name."""
     return {layer["name"]: LayerSpec.from_dict(layer["spec"]) for layer in config["layers"]}
@@ -311,47 +409,13 @@ def read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, truncated or corrupted.
     """
-    file = path / WEIGHTS
     specs = layer_specs(config)
-    try:
-        if _sha256(file) != config["weights_sha256"]:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {CONFIG}")
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys())
-            storage = _SAFETENSORS_NAMES[getattr(torch, config["storage_dtype"])]
-            for name, spec in specs.items():
-                reference = SparseLowRankLinear.empty(spec, torch.float32).state_dict()
-                for key, expected in reference.items():
-                    full = f"{name}.{key}"
-                    if full not in names:
-                        raise CheckpointError(f"{file} is damaged: {full} is missing")
-                    part = stored.get_slice(full)
-                    dtype = "U8" if expected.dtype == torch.uint8 else storage
-                    if part.get_shape() != list(expected.shape) or part.get_dtype() != dtype:
-                        raise CheckpointError(
-                            f"{file} is damaged: {full} is {part.get_dtype()} {part.get_shape()}, "
-                            f"expected {dtype} {list(expected.shape)}"
-                        )
-                check_bitmask(stored.get_tensor(f"{name}.sparse.bitmask"), spec, f"{file}: {name}")
-            return {name: stored.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no compressed model: there is no {WEIGHTS}") from None
-    except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{file} is damaged: {problem}") from None
-
-
-def check_bitmask(bitmask: Tensor, spec: LayerSpec, where: str) -> None:
-    """See that the positions agree with the number of values and lie in the matrix.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    ones = int(_POPCOUNT[bitmask.int()].sum(dtype=torch.int64))
-    if ones != spec.nonzeros:
-        raise CheckpointError(f"{where} is damaged: the bitmask has {ones} positions for {spec.nonzeros} values")
-    used = spec.in_features % 8
-    if used and len(bitmask) and int((bitmask[:, -1] >> used).max()):
-        raise CheckpointError(f"{where} is damaged: the bitmask has positions beyond the last column")
+    with WeightsFile(path) as file:
+        file.check_layers(specs, getattr(torch, config["storage_dtype"]))
+        tensors = file.read(config["weights_sha256"])
+    for name, spec in specs.items():
+        check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
+    return tensors
 
 
 def _sha256(file: Path) -> str:

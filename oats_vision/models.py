@@ -1,22 +1,36 @@
-"""Find, build and rebuild models: from timm, Hugging Face, torch.hub, a local directory or the demo."""
+"""Find and build dense models: from timm, Hugging Face, torch.hub, a local directory or the demo."""
 
+import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from oats_vision.adapters import find_adapter
+from oats_vision.architecture import (
+    ModelSource,
+    from_torch_hub,
+    huggingface_args,
+    huggingface_class,
+    library,
+    rebuild,
+    timm_architecture,
+)
 from oats_vision.errors import ModelError
-from oats_vision.transforms import Transform, TransformConfig, build_transform, timm_transform_config
+from oats_vision.transforms import Transform, TransformConfig, build_transform, plain, timm_transform_config
+
+__all__ = ["ALIASES", "ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_source", "source_of"]
 
 TOKENIZER = "tokenizer"  # folder of a compressed language model's directory
 
@@ -36,38 +50,13 @@ ALIASES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """How to rebuild a model without its weights.
-
-    kind: "timm" (name: architecture), "huggingface" (name: class in transformers), "torch_hub" (name: entry
-        point) or "module" (a module of the user's own, which must be given again to be loaded).
-    args: keyword arguments, or the Hugging Face configuration.
-    transform: the model's input preprocessing, if known.
-    dtype: precision of the original weights.
-    label_names: of the head's classes, in order, if known.
-    origin: what `load_model` was called with (name, image_size), to find the dense weights again.
-    """
-
-    kind: Literal["timm", "huggingface", "torch_hub", "module"]
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-    transform: TransformConfig | None = None
-    dtype: str = "float32"
-    label_names: list[str] | None = None
-    origin: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def demo_directory() -> Path:
     """The trained demo ViT that ships with the package."""
     return Path(str(resources.files("oats_vision") / "demo"))
 
 
 def load_model(
-    name: str,
+    name: str | Path,
     *,
     pretrained: bool = True,
     image_size: int | None = None,
@@ -82,44 +71,61 @@ def load_model(
             `hub:repository_or_directory:entry`; a directory in timm's or Hugging Face's format; a .gguf file.
         pretrained: load the trained weights, or keep the random ones of the architecture.
         image_size: input size in pixels, if not the model's own (timm models).
-        dtype: of the model's weights and arithmetic.
+        dtype: of the model's weights and arithmetic; buffers that are computed and not stored keep theirs.
         trust_remote_code: allow code from a hub to run.
 
     Raises:
         ModelError: unknown name, a model that cannot be loaded, or one of no supported family.
     """
+    name = os.fspath(name)
     path = demo_directory() if name == "demo" else Path(name)
-    try:
-        if name.startswith("hf:"):
-            model, source = _from_huggingface(name[3:], pretrained, trust_remote_code)
-        elif name.startswith("hub:"):
-            model, source = _from_torch_hub(name[4:], pretrained, trust_remote_code)
-        elif path.suffix == ".gguf":
-            model, source = _from_gguf(path, pretrained)
-        elif path.is_dir():
-            model, source = _from_directory(path, pretrained, image_size, trust_remote_code)
-        elif timm.is_model(ALIASES.get(name, name)):
-            model, source = _from_timm(ALIASES.get(name, name), pretrained, image_size)
-        else:
-            raise ModelError(
-                f"unknown model {name!r}: give a directory, hf:org/name, hub:entry, a timm name or an alias "
-                f"({', '.join(sorted(ALIASES))}, demo); `oats-vision models --search {name.split('.')[0][:12]}` helps"
-            )
-    except ModelError:
-        raise
-    except Exception as problem:  # libraries raise what they like: hub, network, file and shape errors
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ModelError(f"model {name!r} cannot be loaded: {reason[:400]}") from problem
+    if name.startswith("hf:"):
+        model, source = _from_hub(name[3:], pretrained, image_size, trust_remote_code)
+    elif name.startswith("hub:"):
+        model, source = _from_torch_hub(name[4:], pretrained, trust_remote_code)
+    elif path.suffix == ".gguf":
+        model, source = _from_gguf(path, pretrained)
+    elif path.is_dir():
+        model, source = _from_directory(path, pretrained, image_size, trust_remote_code)
+    elif timm.is_model(ALIASES.get(name, name)):
+        model, source = _from_timm(ALIASES.get(name, name), pretrained, image_size)
+    else:
+        raise ModelError(
+            f"unknown model {name!r}: give a directory, hf:org/name, hub:entry, a timm name or an alias "
+            f"({', '.join(sorted(ALIASES))}, demo); `oats-vision models --search {name.split('.')[0][:12]}` helps"
+        )
     if image_size is not None and source.kind != "timm":
         raise ModelError(f"image_size {image_size} can be set for timm models only, and {name!r} is not one")
     find_adapter(model)
-    model = model.to(device=device, dtype=dtype).eval()
-    place = str(path.resolve()) if path.exists() and name != "demo" else name
-    remember_source(model, replace(source, origin={"name": place, "image_size": image_size}))
-    return model, build_transform(source.transform) if source.transform else None
+    origin = {"name": str(path.resolve()) if path.exists() and name != "demo" else name, "image_size": image_size}
+    remember_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
+    transform = build_transform(source.transform) if source.transform else None
+    return cast_weights(model, dtype).to(device=device).eval(), transform
 
 
-def load_tokenizer(name: str) -> Any:
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's state dict in the order of its names: name, shape and values, floating ones as float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a model's weights another dtype, in place, as `from_pretrained(dtype=)` does.
+
+    What no checkpoint holds keeps its precision: rotary frequencies are computed, and wrong if they are rounded.
+    """
+    stored = model.state_dict().keys()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a language model, by the name that `load_model` takes, or of a compressed one's directory.
 
     Raises:
@@ -127,15 +133,15 @@ def load_tokenizer(name: str) -> Any:
     """
     import transformers
 
+    name = os.fspath(name)
     path = Path(name)
+    options: dict[str, Any] = {"trust_remote_code": False}
     place = path / TOKENIZER if (path / TOKENIZER).is_dir() else path
-    try:
-        if path.suffix == ".gguf":
-            return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return transformers.AutoTokenizer.from_pretrained(name[3:] if name.startswith("hf:") else str(place))
-    except Exception as problem:  # hub, network, file and parser errors
-        reason = " ".join(str(problem).split())[:300]
-        raise ModelError(f"{name} has no tokenizer that can be loaded: {reason}") from None
+    if path.suffix == ".gguf":
+        place, options = path.parent, options | {"gguf_file": path.name}
+    where = name[3:] if name.startswith("hf:") else str(place)
+    failed = f"{name} has no tokenizer that can be loaded"
+    return library(failed, transformers.AutoTokenizer.from_pretrained, where, **options)
 
 
 def remember_source(model: nn.Module, source: ModelSource) -> None:
@@ -147,99 +153,172 @@ def source_of(model: nn.Module) -> ModelSource:
     """How a model can be rebuilt: noted by `load_model`, read off a Hugging Face model, else `module`."""
     source = getattr(model, "_oats_vision_source", None)
     if isinstance(source, ModelSource):
-        return source
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers."):
-        return _huggingface_source(model)
+        return source.described_by(model)
+    if huggingface_class(type(model).__name__) is type(model):
+        return ModelSource("huggingface", type(model).__name__, huggingface_args(model))
     return ModelSource("module", f"{type(model).__module__}.{type(model).__qualname__}")
 
 
-def rebuild(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
-    """The architecture, without weights: parameters on the meta device, buffers real.
-
-    Raises:
-        ModelError: a module of the user's own, hub code that is not on this machine, or an unknown name.
-    """
-    try:
-        with init_empty_weights(include_buffers=False):
-            if source.kind == "timm":
-                model = timm.create_model(source.name, pretrained=False, **source.args)
-            elif source.kind == "huggingface":
-                import transformers
-
-                kind = getattr(transformers, source.name)
-                model = kind(kind.config_class.from_dict(source.args))
-            elif source.kind == "torch_hub":
-                model = _torch_hub(source.args["repository"], source.name, False, trust_remote_code)
-            else:
-                raise ModelError(
-                    f"the checkpoint is of {source.name}: pass a module of that class as load(..., model=)"
-                )
-    except ModelError:
-        raise
-    except Exception as problem:
-        reason = " ".join(str(problem).split())
-        raise ModelError(f"{source.kind} model {source.name!r} cannot be rebuilt: {reason[:400]}") from problem
-    return model.eval()
-
-
 def save_plain(model: nn.Module, source: ModelSource, dtype: torch.dtype, directory: Path) -> None:
-    """Write a dense model as a plain checkpoint of its original architecture.
+    """Write a dense model as a plain checkpoint of its original architecture, with its preprocessing.
 
     timm: a directory for `timm.create_model("local-dir:...")`; Hugging Face: `from_pretrained`; else the
     state dict as `model.safetensors`.
     """
-    model = model.to(dtype)
+    cast_weights(model, dtype)
     find_adapter(model).restore(model)
     directory.mkdir(exist_ok=True)
-    if source.kind == "timm":
-        args = {name: value for name, value in source.args.items() if name != "num_classes"}
-        timm.models.save_for_hf(model, str(directory), model_args=args, safe_serialization=True)
-    elif source.kind == "huggingface":
+    if source.kind == "huggingface":
         model.save_pretrained(directory)  # type: ignore[operator]  # a PreTrainedModel
-    else:
-        save_file({n: t.clone() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+        if source.transform:
+            transform: Any = build_transform(source.transform)
+            transform.processor.save_pretrained(directory)
+        return
+    save_file({n: t.clone() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    if source.kind == "timm":
+        own: dict[str, Any] = {name: model.pretrained_cfg.get(name) for name in _TIMM_CFG}  # type: ignore[operator, union-attr]
+        data = {name: value for name, value in (source.transform or {}).items() if name != "kind"}
+        config = {
+            "architecture": source.name.partition(".")[0],
+            "num_classes": source.args.get("num_classes"),
+            "model_args": {name: value for name, value in source.args.items() if name != "num_classes"},
+            "pretrained_cfg": {name: value for name, value in (own | data).items() if value is not None}
+            | {"num_classes": source.args.get("num_classes")},
+        } | ({"label_names": source.label_names} if source.label_names else {})
+        (directory / "config.json").write_text(json.dumps(plain(config), indent=2) + "\n")
 
 
-def _from_timm(name: str, pretrained: bool, image_size: int | None, dtype: str = "float32"):
+# fields of timm's pretrained_cfg that say how pictures are prepared and where the head is; others lead to files
+_TIMM_CFG = (
+    "input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "num_classes",
+    "label_names",
+    "label_descriptions",
+    "label_offset",
+    "first_conv",
+    "classifier",
+)
+_TIMM_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+
+
+def _from_timm(name: str, pretrained: bool, image_size: int | None):
     args: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    model = timm.create_model(name, pretrained=pretrained, **args)
-    cfg = dict(model.pretrained_cfg)
-    if "local-dir:" in name:
-        saved = json.loads(Path(name.removeprefix("local-dir:"), "config.json").read_text())
-        args = {**saved.get("model_args", {}), **args}
-    args["num_classes"] = getattr(model, "num_classes", cfg.get("num_classes"))
+    model = library(f"model {name!r} cannot be loaded", timm.create_model, name, pretrained=pretrained, **args)
+    return model, _timm_source(model, args, image_size, "float32")
+
+
+def _from_timm_directory(path: Path, config: dict[str, Any], pretrained: bool, image_size: int | None):
+    """A directory in timm's format, or in that of transformers' wrapper of timm's models.
+
+    Of the file only the architecture, its arguments and how pictures are prepared are used, never a place of weights.
+    """
+    failed = f"model {str(path)!r} cannot be loaded"
+    inner = config.get("pretrained_cfg")
+    saved = {**(inner if isinstance(inner, dict) else config)}
+    saved |= {name: config[name] for name in ("num_classes", "label_names", "label_descriptions") if config.get(name)}
+    cfg = {name: saved[name] for name in _TIMM_CFG if saved.get(name) is not None}
+    name, args = config["architecture"], {**(config.get("model_args") or {})}
+    # timm itself takes these from the configuration's other fields
+    if cfg.get("fixed_input_size") and "input_size" in cfg:
+        args.setdefault("img_size", list(cfg["input_size"][1:]))
+    if "num_classes" in cfg:
+        args.setdefault("num_classes", cfg["num_classes"])
+    pool = saved.get("global_pool") or config.get("global_pool")
+    if isinstance(pool, str):
+        args.setdefault("global_pool", pool)
+    if image_size is not None:
+        args["img_size"] = image_size
+    timm_architecture(name, args)
+    model: Any = library(failed, timm.create_model, name, pretrained=False, pretrained_cfg=cfg, **args)
+    weights = next((path / file for file in _TIMM_WEIGHTS if (path / file).is_file()), None)
+    if pretrained:
+        if weights is None:
+            raise ModelError(f"{failed}: it has none of {', '.join(_TIMM_WEIGHTS)}")
+        cfg = {**model.pretrained_cfg, "state_dict": library(failed, _state_dict, weights)}
+        rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        sizes = {"num_classes": model.num_classes, "in_chans": args.get("in_chans") or 3}
+        library(failed, timm.models.load_pretrained, model, cfg, filter_fn=rename, **sizes)
+    dtype = _safetensors_dtype(weights) if weights is not None and weights.suffix == ".safetensors" else "float32"
+    return model, _timm_source(model, args, image_size, dtype)
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    """A dense model's weights as float32, by timm's names; a pickled file is read without running what it says."""
+    if file.suffix == ".safetensors":
+        state: Any = load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    return {name.removeprefix("timm_model."): tensor for name, tensor in state.items()}
+
+
+def _timm_source(model: Any, args: Mapping[str, Any], image_size: int | None, dtype: str) -> ModelSource:
+    cfg = model.pretrained_cfg
     data = timm.data.resolve_model_data_config(model)
     if image_size is not None:
         data["input_size"] = (3, image_size, image_size)
+    args = {**args, "num_classes": getattr(model, "num_classes", cfg.get("num_classes"))}
     names = cfg.get("label_names")
-    names = list(names) if names else None
-    return model, ModelSource("timm", cfg["architecture"], _plain(args), timm_transform_config(data), dtype, names)
+    names = list(map(str, names)) if names else None
+    name = cfg.get("architecture") or type(model).__name__
+    return ModelSource("timm", name, plain(args), timm_transform_config(data), dtype, names)
+
+
+def _from_hub(name: str, pretrained: bool, image_size: int | None, trust_remote_code: bool):
+    """A repository of the Hugging Face hub, of transformers or of timm, or a local copy of one."""
+    from huggingface_hub import hf_hub_download
+
+    if Path(name).is_dir():
+        return _from_directory(Path(name), pretrained, image_size, trust_remote_code)
+    failed = f"model {'hf:' + name!r} cannot be loaded"
+    file = Path(library(failed, hf_hub_download, name, "config.json"))
+    config = _read_json(file)
+    if "architecture" not in config:
+        return _from_huggingface(name, pretrained, trust_remote_code)
+    if pretrained:
+        library(failed, hf_hub_download, name, _TIMM_WEIGHTS[0])
+    return _from_timm_directory(file.parent, config, pretrained, image_size)
 
 
 def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    failed = f"model {name!r} cannot be loaded"
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ModelError(f"{failed}: it holds adapters of another model: merge them first (merge_and_unload)")
+    config = library(failed, transformers.AutoConfig.from_pretrained, name, **trust)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{failed}: it is quantised already: give the model that it was made from")
+    if not trust_remote_code:
+        for field in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(config, field, None)):
+                raise ModelError(
+                    f"{failed}: its {field[1:]} is code of a hub: pass --trust-remote-code if you trust it"
+                )
     towers = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
-    architecture = (config.architectures or [""])[0]
-    kind = getattr(transformers, towers.get(architecture, architecture), None) or transformers.AutoModel
+    architecture = str((config.architectures or [""])[0])
+    kind: Any = huggingface_class(towers.get(architecture, architecture)) or transformers.AutoModel
     if architecture in towers:
         config = config.vision_config
     if pretrained:
-        model = kind.from_pretrained(name, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        model = library(failed, kind.from_pretrained, name, dtype=torch.float32, **trust)
     else:
-        model = kind(config) if kind is not transformers.AutoModel else kind.from_config(config)
+        model = library(failed, kind if kind is not transformers.AutoModel else kind.from_config, config)
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
-        transform = {"kind": "huggingface", **_plain(processor.to_dict())}
+        processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        transform = {"kind": "huggingface", **plain(processor.to_dict())}
     except (OSError, ValueError):
         transform = None  # a model without a processor still loads; pictures then need a transform from the user
-    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     labels = [str(name) for _, name in sorted((model.config.id2label or {}).items())]  # may be numbered from 1
     names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
-    return model, _huggingface_source(model, transform, dtype, names)
+    return model, _huggingface_source(model, transform, config.dtype, names)
 
 
 def _from_gguf(path: Path, pretrained: bool):
@@ -248,46 +327,50 @@ def _from_gguf(path: Path, pretrained: bool):
 
     if not path.is_file():
         raise ModelError(f"{path} does not exist")
+    failed = f"model {str(path)!r} cannot be loaded"
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    auto = transformers.AutoModelForCausalLM
     if pretrained:
-        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        model = library(failed, auto.from_pretrained, **place, dtype=torch.float32)
     else:
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(**place))
+        model = library(failed, auto.from_config, library(failed, transformers.AutoConfig.from_pretrained, **place))
     # what was dequantised from 8 bits or fewer is stored in half precision without a loss that counts
-    return model, _huggingface_source(model, dtype="float16")
+    return model, _huggingface_source(model, dtype=torch.float16)
 
 
 def _from_torch_hub(name: str, pretrained: bool, trust_remote_code: bool):
     repository, _, entry = name.rpartition(":")
     repository = repository or "facebookresearch/dinov2:main"
-    model = _torch_hub(repository, entry, pretrained, trust_remote_code)
+    failed = f"model {'hub:' + name!r} cannot be loaded"
+    model = library(failed, from_torch_hub, repository, entry, pretrained, trust_remote_code)
     # the preprocessing of the published evaluations: shorter side to 256, bicubic, centre crop of 224
     data = timm.data.resolve_data_config({"input_size": (3, 224, 224), "interpolation": "bicubic"})
     return model, ModelSource("torch_hub", entry, {"repository": repository}, timm_transform_config(data))
-
-
-def _torch_hub(repository: str, entry: str, pretrained: bool, trust_remote_code: bool) -> nn.Module:
-    """Build a model by an entry point of a GitHub repository (owner/name:ref) or of a clone in a directory."""
-    if not trust_remote_code:
-        raise ModelError(f"{entry} runs code from {repository}: pass --trust-remote-code if you trust it")
-    where: Literal["local", "github"] = "local" if Path(repository).is_dir() else "github"
-    return torch.hub.load(repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained)
 
 
 def _from_directory(path: Path, pretrained: bool, image_size: int | None, trust_remote_code: bool):
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{path} is no model directory: it has no config.json")
-    config = json.loads(config_file.read_text())
+    config = _read_json(config_file)
     if "format_version" in config:
         raise ModelError(f"{path} is compressed already: load it with oats_vision.load, or `oats-vision eval`")
-    if "architecture" in config:
-        weights = path / "model.safetensors"
-        dtype = _safetensors_dtype(weights) if weights.is_file() else "float32"
-        return _from_timm(f"local-dir:{path}", pretrained, image_size, dtype)
+    if isinstance(config.get("architecture"), str):
+        return _from_timm_directory(path, config, pretrained, image_size)
     if "model_type" in config:
         return _from_huggingface(str(path), pretrained, trust_remote_code)
     raise ModelError(f"{config_file} is neither timm's (architecture) nor Hugging Face's (model_type)")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Raises ModelError if the file holds no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ModelError(f"{file} cannot be read: {problem}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object")
+    return content
 
 
 def _safetensors_dtype(path: Path) -> str:
@@ -302,14 +385,8 @@ def _safetensors_dtype(path: Path) -> str:
 def _huggingface_source(
     model: nn.Module,
     transform: TransformConfig | None = None,
-    dtype: str = "float32",
+    dtype: torch.dtype | None = None,
     names: list[str] | None = None,
 ) -> ModelSource:
-    args = _plain(model.config.to_dict())  # type: ignore[operator, union-attr]
-    args.pop("_name_or_path", None)  # as it was typed, which depends on the folder: `origin` has it whole
-    return ModelSource("huggingface", type(model).__name__, args, transform, dtype, names)
-
-
-def _plain(value: Any) -> Any:
-    """The same through JSON: tuples become lists, enumerations their values, dtypes their names."""
-    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))
+    precision = str(dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32).removeprefix("torch.")
+    return ModelSource("huggingface", type(model).__name__, huggingface_args(model), transform, precision, names)

@@ -1,17 +1,40 @@
 """A model's own input preprocessing, as data: stored in checkpoints, rebuilt without a network."""
 
+import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import timm.data
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torchvision.transforms import Compose, Grayscale
+
+from oats_vision.errors import ModelError
 
 # What a transform is made from: {"kind": "timm", input_size, interpolation, mean, std, crop_pct, crop_mode} or
 # {"kind": "huggingface", ...fields of an image processor}
 TransformConfig = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
+LARGEST = 1 << 14  # pixels of a side, beyond which no model reads
+
+_Pixels = Annotated[int, Field(ge=1, le=LARGEST)]
+_Channel = Annotated[float, Field(allow_inf_nan=False)]
+_Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Timm(BaseModel):
+    """What `timm.data.create_transform` is called with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["timm"]
+    input_size: tuple[Literal[1, 3], _Pixels, _Pixels] = (3, 224, 224)
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"] = "bilinear"
+    mean: Annotated[tuple[_Channel, ...], Field(min_length=1, max_length=3)] = (0.5, 0.5, 0.5)
+    std: Annotated[tuple[_Spread, ...], Field(min_length=1, max_length=3)] = (0.5, 0.5, 0.5)
+    crop_pct: Annotated[float, Field(gt=0, le=4)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
 
 
 class HuggingFaceTransform:
@@ -43,19 +66,64 @@ def build_transform(config: TransformConfig) -> Transform:
     """PIL picture (RGB) -> float32 tensor (channels, height, width), as the configuration says.
 
     Raises:
-        KeyError, ValueError or TypeError: the configuration is not one of ours.
+        ModelError: the configuration is not one of ours.
     """
-    fields = dict(config)
-    kind = fields.pop("kind")
+    kind = config.get("kind")
+    if kind == "timm":
+        try:
+            fields = _Timm.model_validate(config).model_dump(exclude={"kind"}, exclude_unset=True)
+        except ValidationError as invalid:
+            error = invalid.errors()[0]
+            raise ModelError(f"transform: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+        transform = timm.data.create_transform(**fields, is_training=False)
+        return Compose([Grayscale(), transform]) if fields.get("input_size", (3,))[0] == 1 else transform
     if kind == "huggingface":
-        import transformers
+        return HuggingFaceTransform(_image_processor(config))
+    raise ModelError(f"transform: kind must be 'timm' or 'huggingface', got {kind!r}")
 
-        return HuggingFaceTransform(getattr(transformers, fields["image_processor_type"])(**fields))
-    if kind != "timm":
-        raise ValueError(f"transform kind must be 'timm' or 'huggingface', got {kind!r}")
-    fields["input_size"] = tuple(fields["input_size"])
-    transform = timm.data.create_transform(**fields, is_training=False)
-    return Compose([Grayscale(), transform]) if fields["input_size"][0] == 1 else transform
+
+def plain(value: Any) -> Any:
+    """The same through JSON: tuples become lists, enumerations their values, dtypes their names."""
+    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))
+
+
+def _image_processor(config: TransformConfig) -> Any:
+    """An image processor of transformers' own, made of numbers and words.
+
+    Raises:
+        ModelError: another class, or a field that leads to code or asks for a picture that is too large.
+    """
+    import transformers
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    name = config.get("image_processor_type")
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (
+        isinstance(found, type)
+        and issubclass(found, ImageProcessingMixin)
+        and found.__module__.startswith("transformers.models.")
+        and "layoutlm" not in found.__module__  # these run another program, which reads the text
+    ):
+        raise ModelError(f"transform: {name!r} is no image processor of transformers {transformers.__version__}")
+    processor: Any = found
+    fields = {name: value for name, value in config.items() if name != "kind" and not name.startswith("_")}
+    leading = {"auto_map", "trust_remote_code", "custom_pipelines"} & fields.keys()
+    if leading:
+        raise ModelError(f"transform: {min(leading)} leads to code: it is not followed")
+    if any(isinstance(number, int) and number > LARGEST for number in _numbers(fields)):
+        raise ModelError(f"transform: a picture has at most {LARGEST} pixels a side")
+    try:
+        return processor(**fields)
+    except Exception as problem:  # each class has checks of its own
+        raise ModelError(f"transform: {name}: {' '.join(str(problem).split())[:300]}") from problem
+
+
+def _numbers(value: Any) -> list[int | float]:
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _numbers(item)]
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def as_seen(picture: Image.Image, transform: Transform) -> Image.Image:

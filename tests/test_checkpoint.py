@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from oats_vision.checkpoint import measure
+from oats_vision.checkpoint_config import config_digest
 from oats_vision.errors import CheckpointError, ModelError
 
 NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -27,8 +28,9 @@ def saved(compressed, tmp_path) -> Path:
 
 
 def _edit(saved: Path, **fields) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(config | fields))
+    """Change fields and keep the digest right, as a malicious writer would."""
+    config = json.loads((saved / "config.json").read_text()) | fields
+    (saved / "config.json").write_text(json.dumps(config | {"config_sha256": config_digest(config)}))
 
 
 def _rewrite(saved: Path, change) -> None:
@@ -153,13 +155,13 @@ def _other_dtype(saved):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_truncate, "damaged: its SHA-256"),
+        (_truncate, "damaged: it is cut"),
         (_flip_a_bit, "damaged: its SHA-256"),
         (_one_more_position, "damaged: the bitmask has"),
-        (_shorter_values, "damaged: .*sparse.values is F16"),
+        (_shorter_values, "damaged: .*sparse.values is float16"),
         (_missing_factor, "low_rank.U is missing"),
         (_missing_head, "does not fit .*head.weight"),
-        (_other_dtype, "is F32 .* expected F16"),
+        (_other_dtype, "is float32 .* expected float16"),
         (lambda saved: (saved / "model.safetensors").unlink(), "there is no model.safetensors"),
         (lambda saved: (saved / "config.json").unlink(), "there is no config.json"),
         (lambda saved: (saved / "config.json").write_text('{"format": "oats_'), "config.json is damaged"),

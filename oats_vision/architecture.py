@@ -1,0 +1,211 @@
+"""Which architectures may be built from what a file says, and how: closed lists of classes and of arguments."""
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from accelerate import init_empty_weights
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from oats_vision.adapters import causal_lm, hf_vit
+from oats_vision.bounds import Limits, bounded
+from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
+from oats_vision.transforms import TransformConfig, plain
+
+# fields of a Hugging Face configuration that lead to code or to other files
+_LEADING = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "quantization_config",
+    "attn_implementation",
+    "experts_implementation",
+    "backbone",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+_BLOCKS = ("depth", "num_hidden_layers", "n_layer", "num_layers")  # names of the number of blocks
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How to rebuild a model without its weights.
+
+    kind: "timm" (name: architecture), "huggingface" (name: class in transformers), "torch_hub" (name: entry
+        point) or "module" (a module of the user's own, which must be given again to be loaded).
+    args: keyword arguments, or the Hugging Face configuration.
+    transform: the model's input preprocessing, if known.
+    dtype: precision of the original weights.
+    label_names: of the head's classes, in order, if known.
+    origin: what `load_model` was called with (name, image_size), to find the dense weights again.
+    dense_sha256: of the dense weights as they were loaded, see `models.weights_digest`.
+    """
+
+    kind: Literal["timm", "huggingface", "torch_hub", "module"]
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+    transform: TransformConfig | None = None
+    dtype: str = "float32"
+    label_names: list[str] | None = None
+    origin: dict[str, Any] | None = None
+    dense_sha256: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def described_by(self, model: nn.Module) -> "ModelSource":
+        """With what the model itself now says: its number of classes, its configuration."""
+        args = self.args
+        classes = getattr(model, "num_classes", None)
+        if self.kind == "timm" and isinstance(classes, int):
+            args = args | {"num_classes": classes}
+        elif self.kind == "huggingface":
+            args = huggingface_args(model)
+            classes = len(args.get("id2label") or ())
+        names = self.label_names if self.label_names and len(self.label_names) == classes else None
+        return replace(self, args=args, label_names=names)
+
+
+def library(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call timm or transformers on what a file or a hub says, where they raise what they like.
+
+    Raises:
+        ModelError: one line, `what` and the reason.
+    """
+    try:
+        return function(*args, **kwargs)
+    except OatsVisionError:
+        raise
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ModelError(f"{what}: {reason[:400]}") from problem
+
+
+def rebuild(source: ModelSource, trust_remote_code: bool = False, limits: Limits | None = None) -> nn.Module:
+    """The architecture, without weights: parameters on the meta device, buffers real.
+
+    Args:
+        limits: of what may be built; None for a source that is trusted.
+
+    Raises:
+        ModelError: a module of the user's own, hub code that is not on this machine, an unknown name, or an argument
+            that is none of an architecture's.
+        CheckpointError: the limits are passed.
+    """
+    what = f"{source.kind} model {source.name!r} cannot be rebuilt"
+    build: Callable[[], nn.Module]
+    if source.kind == "timm":
+        timm_architecture(source.name, source.args)
+        build = lambda: timm.create_model(source.name, pretrained=False, **source.args)  # noqa: E731
+    elif source.kind == "huggingface":
+        kind: Any = huggingface_class(source.name)
+        if kind is None:
+            raise ModelError(f"{what}: it is no model class of transformers that an adapter knows")
+        args = _closed(source.args)
+        build = lambda: kind(kind.config_class.from_dict(args))  # noqa: E731
+    elif source.kind == "torch_hub":
+        repository = source.args.get("repository")
+        if not isinstance(repository, str):
+            raise ModelError(f"{what}: it names no repository")
+        build = lambda: from_torch_hub(repository, source.name, False, trust_remote_code)  # noqa: E731
+    else:
+        raise ModelError(f"the checkpoint is of {source.name}: pass a module of that class as load(..., model=)")
+    if limits:
+        _check_blocks(source.args, limits)
+    with bounded(limits) if limits else nullcontext(), init_empty_weights(include_buffers=False):
+        model: nn.Module = library(what, build)
+    return model.eval()
+
+
+def timm_architecture(name: str, args: Mapping[str, Any]) -> None:
+    """See that the name is one of timm's own architectures, and the arguments are numbers and choices of its classes.
+
+    Raises:
+        ModelError: they are not.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or not timm.is_model(name):
+        raise ModelError(f"timm model {name!r} cannot be rebuilt: it is no architecture of timm {timm.__version__}")
+    known = timm_arguments()
+    for argument, value in args.items():
+        if argument not in known:
+            raise ModelError(f"{argument!r} is no argument of a timm architecture; known: {', '.join(sorted(known))}")
+        numbers = value if isinstance(value, list | tuple) and len(value) <= 4 else [value]
+        for number in numbers:
+            text = isinstance(number, str) and re.fullmatch(r"\w*", number)
+            if not (number is None or text or (isinstance(number, int | float) and math.isfinite(number))):
+                raise ModelError(f"{argument} of a timm architecture must be a number or a word, got {value!r}")
+
+
+@cache
+def timm_arguments() -> frozenset[str]:
+    """Arguments of timm's VisionTransformer and Eva but for those that name classes, a device or a dtype."""
+    names = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
+    return frozenset(name for name in names if not name.endswith(("_layer", "_fn")) and name not in ("device", "dtype"))
+
+
+def huggingface_class(name: str) -> type | None:
+    """The model class of that name in transformers, None if there is none or no adapter knows its blocks."""
+    import transformers
+
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        return None
+    blocks = {*hf_vit.FAMILIES, *causal_lm.FAMILIES}
+    own = kind.__module__.startswith("transformers.models.") and blocks & vars(sys.modules[kind.__module__]).keys()
+    return kind if own else None
+
+
+def huggingface_args(model: nn.Module) -> dict[str, Any]:
+    """A Hugging Face model's configuration, without what is not of its architecture."""
+    return _without_private(plain(model.config.to_dict()))  # type: ignore[operator, union-attr]
+
+
+def from_torch_hub(repository: str, entry: str, pretrained: bool, trust_remote_code: bool) -> nn.Module:
+    """Build a model by an entry point of a GitHub repository (owner/name:ref) or of a clone in a directory."""
+    if not trust_remote_code:
+        raise ModelError(f"{entry} runs code from {repository}: pass --trust-remote-code if you trust it")
+    where: Literal["local", "github"] = "local" if Path(repository).is_dir() else "github"
+    return torch.hub.load(repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained)
+
+
+def _closed(args: Any) -> Any:
+    """A Hugging Face configuration from a file, without private fields.
+
+    Raises:
+        ModelError: a field leads to code or to another file.
+    """
+    if not isinstance(args, dict):
+        return args
+    leading = [name for name in _LEADING if args.get(name)]
+    if leading:
+        raise ModelError(f"{leading[0]} in a configuration leads to code or other files: it is not followed")
+    # the number of labels is that of their names; by itself it makes as many names
+    dropped = {"num_labels", *_LEADING}
+    return {name: _closed(value) for name, value in _without_private(args).items() if name not in dropped}
+
+
+def _without_private(args: Any) -> Any:
+    if not isinstance(args, dict):
+        return args
+    return {name: _without_private(value) for name, value in args.items() if not name.startswith("_")}
+
+
+def _check_blocks(args: Any, limits: Limits) -> None:
+    """Each block has a tensor at least, and lists as long as the number of blocks are made before any module."""
+    if not isinstance(args, dict):
+        return
+    for name, value in args.items():
+        _check_blocks(value, limits)
+        if name in _BLOCKS and isinstance(value, int | float) and value > limits.tensors:
+            raise CheckpointError(f"config.json asks for {value} blocks, and its weights are {limits.tensors} tensors")

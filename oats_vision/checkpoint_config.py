@@ -1,0 +1,153 @@
+"""A checkpoint's config.json: what each field may hold, and a digest of them all."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from oats_vision.errors import CheckpointError, ConfigError
+from oats_vision.layers import LayerSpec
+from oats_vision.pipeline import CompressionReport
+
+CONFIG = "config.json"
+FORMAT, FORMAT_VERSION = "oats_vision", 1
+DIGEST = "config_sha256"
+
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Part(_Closed):
+    name: Name
+    out_features: Size
+    rank: Count
+    nonzeros: Count
+
+
+class _Spec(_Closed):
+    in_features: Size
+    out_features: Size
+    bias: bool
+    parts: Annotated[list[_Part], Field(min_length=1)]
+
+
+class _Layer(_Fields):
+    name: Name
+    spec: _Spec
+    errors: Annotated[dict[str, Number], Field(min_length=1)]
+    output_errors: dict[str, Number]
+    rounds: dict[str, Count]
+    seconds: Number
+    tokens: Count
+
+
+class _Slicing(_Closed):
+    width: Size
+    sliced_width: Size
+    parameters: Count
+    dense_parameters: Count
+    kept: list[Number]
+
+
+class _Origin(_Closed):
+    name: Name
+    image_size: Size | None = None
+
+
+class _Source(_Closed):
+    kind: Literal["timm", "huggingface", "torch_hub", "module"]
+    name: Name
+    args: dict[str, Any]
+    transform: dict[str, Any] | None = None
+    dtype: Dtype = "float32"
+    label_names: list[str] | None = None
+    origin: _Origin | None = None
+    dense_sha256: Sha256 | None = None
+
+
+class _Config(_Fields):
+    """The fields that reading relies on; others are for people."""
+
+    written_by: str
+    source: _Source
+    adapter: Name
+    dtype: Dtype
+    storage_dtype: Dtype
+    tied: dict[str, Name]
+    settings: dict[str, Any]
+    samples: Count
+    unit: str
+    seconds: dict[str, Number]
+    layers: list[_Layer]
+    slicing: _Slicing | None
+    generation_config: dict[str, Any] | None = None
+    weights_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _names(self) -> "_Config":
+        if len({layer.name for layer in self.layers}) < len(self.layers):
+            raise ValueError("two layers have one name")
+        if not self.layers and self.slicing is None:
+            raise ValueError("there is neither a compressed layer nor a sliced block")
+        return self
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's config.json, checked for format, version, digest and each field's type and range.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is of another or a later format.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{path} is no compressed model: there is no {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{file} is damaged: {problem}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a config of oats_vision")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {config.get('format_version')!r} and this release reads {FORMAT_VERSION}: "
+            "update oats_vision"
+        )
+    if DIGEST in config and config[DIGEST] != config_digest(config):
+        raise CheckpointError(f"{file} is damaged: its {DIGEST} is not that of its other fields")
+    try:
+        _Config.model_validate(config)
+        for layer in config["layers"]:
+            LayerSpec.from_dict(layer["spec"])
+        CompressionReport.from_dict(config)
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+        place = ".".join(map(str, error["loc"])) or "settings"
+        raise CheckpointError(f"{file} is damaged: {place}: {error['msg']}") from None
+    except (KeyError, TypeError, ValueError, ConfigError) as problem:
+        raise CheckpointError(f"{file} is damaged: {problem}") from None
+    return config
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """SHA-256 of all fields but the digest's own, as JSON with sorted keys and without spaces."""
+    content = {name: value for name, value in config.items() if name != DIGEST}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,193 @@
+"""The directory that a checkpoint is written to: one run at a time, only files of ours, whole at every moment."""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from oats_vision.checkpoint_config import CONFIG, FORMAT
+from oats_vision.errors import CheckpointError
+from oats_vision.files import umask
+from oats_vision.models import TOKENIZER
+from oats_vision.weights import WEIGHTS
+
+REPORT, MERGED = "report.json", "merged"
+# what runs of ours write, by paths in the directory
+_OURS = (CONFIG, WEIGHTS, REPORT)
+_OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # in TOKENIZER and MERGED
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a path against other runs; the lock dies with its process. What killed runs left beside it is removed.
+
+    Raises:
+        CheckpointError: another run holds it, or its parent is missing or not writable.
+    """
+    place = _resolved(path)
+    _check_parent(place)
+    file = place.with_name(f".{place.name}.lock")
+    try:
+        handle = _lock(file)
+    except BlockingIOError:
+        raise CheckpointError(f"{path} is being written by another run: give another --out") from None
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+    try:
+        for left in place.parent.glob(f".{_escaped(place.name)}.writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(file: Path) -> int:
+    """Raises BlockingIOError if it is taken."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == file.stat().st_ino:
+                return handle
+        os.close(handle)  # whoever held it before has removed the file meanwhile
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """See that a directory can be written to `path`, before hours of work.
+
+    Raises:
+        CheckpointError: taken, holds files that are not ours, or its parent is missing or not writable.
+    """
+    place = _resolved(path)
+    if place.exists():
+        if not overwrite:
+            raise CheckpointError(f"{path} exists: give another --out, or --overwrite")
+        if not place.is_dir() or (any(place.iterdir()) and not is_checkpoint(place)):
+            raise CheckpointError(f"{path} is not a checkpoint of ours, and is not overwritten: give another --out")
+        if (foreign := _foreign(place)) is not None:
+            raise CheckpointError(
+                f"{path} holds {foreign.relative_to(place)}, which is not ours and would be lost: move it, "
+                "or give another --out"
+            )
+    _check_parent(place)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory claims to be a checkpoint of this package, of any version."""
+    try:
+        return json.loads((path / CONFIG).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+@contextmanager
+def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place at the end, or is gone after an error.
+
+    Raises:
+        CheckpointError: something cannot be written, or `path` has appeared meanwhile.
+    """
+    place = _resolved(path)
+    try:
+        target = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.writing-"))
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+    try:
+        yield target
+        for file in filter(Path.is_file, target.rglob("*")):
+            file.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        target.chmod(0o777 & ~umask())
+        if place.exists():
+            check_target(path, overwrite)  # again: hours may have passed
+            _exchange(target, place)
+        else:
+            target.rename(place)
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories in one step, so that there is a whole one at every moment.
+
+    Where the system cannot (network file systems), the old one is moved aside first; if that is as far as it comes,
+    it lies beside as `.NAME.old`.
+    """
+    if _swap(new, old):
+        return
+    aside = old.with_name(f".{old.name}.old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)  # to be removed with the temporary directory
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Whether the system swapped two paths. Raises OSError if it can, and did not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first, second = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(first, second, 2)  # RENAME_SWAP
+        else:
+            failed = libc.renameat2(-100, first, -100, second, 2)  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:
+        return False
+    number = ctypes.get_errno()
+    if failed and number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(number, os.strerror(number), str(other))
+    return not failed
+
+
+def _foreign(place: Path) -> Path | None:
+    """An entry of a checkpoint's directory that no run of ours writes."""
+    for entry in sorted(place.rglob("*")):
+        folder, _, name = entry.relative_to(place).as_posix().rpartition("/")
+        if entry.is_symlink():
+            return entry
+        if entry.is_dir():
+            known = not folder and name in (TOKENIZER, MERGED)
+        else:
+            known = name in _OURS if not folder else any(fnmatch(name, pattern) for pattern in _OURS_BELOW)
+        if not known:
+            return entry
+    return None
+
+
+def _resolved(path: Path) -> Path:
+    """Where the directory lies, or will: that which a link points to."""
+    return path.resolve()
+
+
+def _check_parent(place: Path) -> None:
+    if not place.parent.is_dir():
+        raise CheckpointError(f"{place.parent} does not exist: make it first, or give another --out")
+    if not os.access(place.parent, os.W_OK):
+        raise CheckpointError(f"{place.parent} is not writable: give another --out")
+
+
+def _escaped(name: str) -> str:
+    """A name whose brackets, stars and question marks mean themselves in a pattern."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,0 +1,194 @@
+"""Read a safetensors file from a stranger: its header first, then each tensor into memory of its own."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oats_vision.errors import CheckpointError
+from oats_vision.layers import LayerSpec
+
+WEIGHTS = "model.safetensors"
+LARGEST = 1e18  # the square of a larger value overflows float32, and every norm takes squares
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_HEADER = 100_000_000  # bytes at most, as in safetensors' own reader
+_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: its place among the data is [start, end)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class WeightsFile:
+    """An open file whose header was checked: the tensors lie one after the other and fill the file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or corrupted.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / WEIGHTS
+        if not self.path.is_file():  # a pipe would block
+            raise CheckpointError(f"{directory} is no compressed model: there is no {WEIGHTS}")
+        try:
+            self._stream = self.path.open("rb")
+        except OSError as problem:
+            raise CheckpointError(f"{self.path} cannot be read: {problem}") from None
+        self.size = os.fstat(self._stream.fileno()).st_size
+        try:
+            self._header = self._read_header()
+            self.tensors = self._entries()
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> "WeightsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def read(self, sha256: str, convert: Callable[[str, Tensor], Tensor] = lambda name, t: t) -> dict[str, Tensor]:
+        """All tensors in memory of their own, which the file's later fate does not touch.
+
+        Args:
+            sha256: what the file's digest must be; it is taken of the very bytes that become tensors.
+            convert: what to keep of each tensor, by its name, as soon as it is read.
+
+        Raises:
+            CheckpointError: another digest, a value that is not finite, or the file was cut meanwhile.
+        """
+        digest = hashlib.sha256(self._header)
+        self._stream.seek(len(self._header))
+        tensors: dict[str, Tensor] = {}
+        bad = ""
+        for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].start):
+            content = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+            view = content.numpy().data
+            try:
+                if len(view) and self._stream.readinto(view) != len(view):
+                    raise CheckpointError(f"{self.path} is damaged: it ends within {name}")
+            except OSError as problem:
+                raise CheckpointError(f"{self.path} cannot be read: {problem}") from None
+            digest.update(view)
+            tensor = content.ne(0) if stored.dtype == torch.bool else content.view(stored.dtype)
+            bad = bad or unusable(tensor, name)
+            tensors[name] = convert(name, tensor.view(stored.shape))
+        if digest.hexdigest() != sha256:
+            raise CheckpointError(f"{self.path} is damaged: its SHA-256 is not the one in config.json")
+        if bad:
+            raise CheckpointError(f"{self.path} is damaged: {bad}")
+        return tensors
+
+    def check_layers(self, specs: Mapping[str, LayerSpec], storage: torch.dtype) -> None:
+        """See that every compressed layer has its tensors, of its shapes and dtypes.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        for name, spec in specs.items():
+            for key, (shape, packed) in layer_shapes(spec).items():
+                found = self.tensors.get(f"{name}.{key}")
+                dtype = torch.uint8 if packed else storage
+                if found is None:
+                    raise CheckpointError(f"{self.path} is damaged: {name}.{key} is missing")
+                if (found.shape, found.dtype) != (shape, dtype):
+                    expected = Stored(dtype, shape, 0, 0)
+                    raise CheckpointError(f"{self.path} is damaged: {name}.{key} is {found}, expected {expected}")
+
+    def _read_header(self) -> bytes:
+        length = self._stream.read(8)
+        count = int.from_bytes(length, "little")
+        if len(length) < 8 or count > min(_HEADER, self.size - 8):
+            raise CheckpointError(f"{self.path} is damaged: its header is cut, or is none of safetensors")
+        return length + self._stream.read(count)
+
+    def _entries(self) -> dict[str, Stored]:
+        try:
+            header: Any = json.loads(self._header[8:])
+            entries = {name: _entry(fields) for name, fields in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+            raise CheckpointError(f"{self.path} is damaged: its header is none of safetensors: {problem}") from None
+        end = 0
+        for name, stored in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if stored.start != end or stored.end < stored.start:
+                raise CheckpointError(f"{self.path} is damaged: {name} does not begin where the tensor before it ends")
+            end = stored.end
+        if end != self.size - len(self._header):
+            raise CheckpointError(f"{self.path} is damaged: it is cut, or longer than its tensors")
+        return entries
+
+
+def _entry(fields: Any) -> Stored:
+    """Raises KeyError, TypeError or ValueError."""
+    dtype, shape, (start, end) = DTYPES[fields["dtype"]], fields["shape"], fields["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+        raise ValueError(f"no sizes: {fields}")
+    if math.prod(shape) * dtype.itemsize != end - start:
+        raise ValueError(f"{end - start} bytes for {fields['dtype']} {shape}")
+    return Stored(dtype, tuple(shape), start, end)
+
+
+def layer_shapes(spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Shapes of a compressed layer's tensors, by their names in the layer, and whether they are packed bits."""
+    ranks = [part.rank for part in spec.parts]
+    shapes: dict[str, tuple[tuple[int, ...], bool]] = {
+        "sparse.values": ((spec.nonzeros,), False),
+        "sparse.bitmask": ((spec.out_features, spec.row_bytes), True),
+        "low_rank.U": ((spec.out_features, max(ranks)), False),
+        "low_rank.V": ((sum(ranks), spec.in_features), False),
+    }
+    return shapes | ({"bias": ((spec.out_features,), False)} if spec.bias else {})
+
+
+def unusable(tensor: Tensor, name: str) -> str:
+    """What is wrong with a tensor's values, in words; empty if nothing is."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    largest = max(-low, high)
+    if math.isfinite(low) and math.isfinite(high) and largest <= LARGEST:
+        return ""
+    what = f"a value of {largest:.3g}" if math.isfinite(largest) else "values that are not finite"
+    return f"{name} holds {what}"
+
+
+def check_bitmask(bitmask: Tensor, spec: LayerSpec, where: str) -> None:
+    """See that the positions agree with the number of values and lie in the matrix.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    ones = int(_POPCOUNT[bitmask.int()].sum(dtype=torch.int64))
+    if ones != spec.nonzeros:
+        raise CheckpointError(f"{where} is damaged: the bitmask has {ones} positions for {spec.nonzeros} values")
+    used = spec.in_features % 8
+    if used and len(bitmask) and int((bitmask[:, -1] >> used).max()):
+        raise CheckpointError(f"{where} is damaged: the bitmask has positions beyond the last column")
