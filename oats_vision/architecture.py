@@ -64,6 +64,16 @@ class ModelSource:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def is_architecture_of(self, noted: "ModelSource") -> bool:
+        """Whether this source, of a model just loaded, is of the architecture that a checkpoint notes.
+
+        Releases of a library add arguments, and some are of no architecture.
+        """
+        other = {"transformers_version", "dtype", "torch_dtype", "architectures"}
+        args = {name: value for name, value in noted.args.items() if name not in other and not name.startswith("_")}
+        same = all(name in self.args and self.args[name] == value for name, value in args.items())
+        return (self.kind, self.name) == (noted.kind, noted.name) and same
+
     def described_by(self, model: nn.Module) -> "ModelSource":
         """With what the model itself now says: its number of classes, its configuration."""
         args = self.args
@@ -113,6 +123,7 @@ def rebuild(source: ModelSource, trust_remote_code: bool = False, limits: Limits
         if kind is None:
             raise ModelError(f"{what}: it is no model class of transformers that an adapter knows")
         args = _closed(source.args)
+        _check_types(args, library(what, kind.config_class).to_dict())
         build = lambda: kind(kind.config_class.from_dict(args))  # noqa: E731
     elif source.kind == "torch_hub":
         repository = source.args.get("repository")
@@ -140,11 +151,17 @@ def timm_architecture(name: str, args: Mapping[str, Any]) -> None:
     for argument, value in args.items():
         if argument not in known:
             raise ModelError(f"{argument!r} is no argument of a timm architecture; known: {', '.join(sorted(known))}")
-        numbers = value if isinstance(value, list | tuple) and len(value) <= 4 else [value]
-        for number in numbers:
-            text = isinstance(number, str) and re.fullmatch(r"\w*", number)
-            if not (number is None or text or (isinstance(number, int | float) and math.isfinite(number))):
-                raise ModelError(f"{argument} of a timm architecture must be a number or a word, got {value!r}")
+        if not all(map(_plain_argument, value if isinstance(value, list | tuple) and len(value) <= 256 else [value])):
+            raise ModelError(f"{argument} of a timm architecture must be a number or a word, got {value!r}")
+
+
+def _plain_argument(value: Any) -> bool:
+    """A count, a switch, a finite number, a word such as `avg`, or nothing."""
+    if isinstance(value, str):
+        return re.fullmatch(r"\w*", value) is not None
+    if isinstance(value, int):
+        return value >= 0
+    return value is None or (isinstance(value, float) and math.isfinite(value))
 
 
 @cache
@@ -193,6 +210,17 @@ def _closed(args: Any) -> Any:
     # the number of labels is that of their names; by itself it makes as many names
     dropped = {"num_labels", *_LEADING}
     return {name: _closed(value) for name, value in _without_private(args).items() if name not in dropped}
+
+
+def _check_types(args: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises ModelError if a switch is none, or a count is negative or no number: not each release looks itself."""
+    for name, value in args.items():
+        default = defaults.get(name)
+        switch = isinstance(default, bool) and not isinstance(value, bool)
+        word = isinstance(default, int | float) and isinstance(value, str | dict)
+        negative = name.startswith("num_") and isinstance(value, int | float) and value < 0
+        if value is not None and (switch or word or negative):
+            raise ModelError(f"{name} in a configuration must be like {default!r}, got {value!r}")
 
 
 def _without_private(args: Any) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from oats_vision.adapters import Adapter, adapters, find_adapter, remember_adapt
 from oats_vision.architecture import ModelSource, library, rebuild
 from oats_vision.bounds import MEMORY, Limits, bounded
 from oats_vision.checkpoint_config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest, read_config
-from oats_vision.checkpoint_place import REPORT, check_target, is_checkpoint, locked, new_directory
+from oats_vision.checkpoint_place import MERGED, REPORT, check_target, is_checkpoint, locked, new_directory
 from oats_vision.errors import CheckpointError, OatsVisionError
 from oats_vision.files import replacing
 from oats_vision.layers import LayerSpec, SparseLowRankLinear, compressed_layers
@@ -29,6 +30,7 @@ from oats_vision.weights import WEIGHTS, WeightsFile, check_bitmask, unusable
 
 __all__ = [
     "CONFIG",
+    "MERGED",
     "REPORT",
     "WEIGHTS",
     "CompressionReport",
@@ -281,9 +283,7 @@ def load(
     model.load_state_dict(tensors, assign=True)
     if config["tied"] and hasattr(model, "tie_weights"):
         model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
-    empty = next((name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta), None)
-    if empty is not None:
-        raise CheckpointError(f"{path} is damaged: {empty} has no values, and is too large to be made")
+    _check_computed(path, model, tensors)
     _set_generation(path, model, config.get("generation_config"))
     remember_source(model, source)
     model._oats_vision_report = report  # type: ignore[assignment]
@@ -348,6 +348,15 @@ def _check_tensors(
             raise CheckpointError(f"{what}: {name} is {tensor}, expected {str(dtype).removeprefix('torch.')}")
 
 
+def _check_computed(path: Path, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if what is computed, and not stored, has no values or some that no model survives."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise CheckpointError(f"{path} is damaged: {name} has no values, and is too large to be made")
+        if name not in stored and tensor.is_floating_point() and tensor.numel() and not tensor.max() < math.inf:
+            raise CheckpointError(f"{path} is damaged: what config.json says makes {name} infinite or NaN")
+
+
 def _set_generation(path: Path, model: nn.Module, fields: dict[str, Any] | None) -> None:
     """How a language model generates: its end tokens, length, sampling."""
     if fields is None or not hasattr(model, "generation_config"):
@@ -361,7 +370,7 @@ def _set_generation(path: Path, model: nn.Module, fields: dict[str, Any] | None)
 
 def load_transform(path: str | Path) -> Transform | None:
     """The input preprocessing of a stored model, PIL picture -> tensor; None if it is not known."""
-    transform = read_config(Path(path))["source"]["transform"]
+    transform = ModelSource(**read_config(Path(path))["source"]).transform
     return build_transform(transform) if transform else None
 
 

@@ -25,6 +25,7 @@ from oats_vision.weights import WEIGHTS
 REPORT, MERGED = "report.json", "merged"
 # what runs of ours write, by paths in the directory
 _OURS = (CONFIG, WEIGHTS, REPORT)
+_UNFINISHED = (f".{MERGED}.writing-", f".{REPORT}.")  # beginnings of what killed runs leave
 _OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # in TOKENIZER and MERGED
 
 
@@ -164,7 +165,10 @@ def _swap(one: Path, other: Path) -> bool:
 def _foreign(place: Path) -> Path | None:
     """An entry of a checkpoint's directory that no run of ours writes."""
     for entry in sorted(place.rglob("*")):
-        folder, _, name = entry.relative_to(place).as_posix().rpartition("/")
+        path = entry.relative_to(place).as_posix()
+        folder, _, name = path.rpartition("/")
+        if path.startswith(_UNFINISHED):
+            continue
         if entry.is_symlink():
             return entry
         if entry.is_dir():

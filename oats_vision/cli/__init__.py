@@ -1,7 +1,9 @@
 """The command line: parse, call, print."""
 
 import logging
+import signal
 import sys
+from types import FrameType
 
 import typer
 from rich.logging import RichHandler
@@ -34,8 +36,17 @@ app.add_typer(evaluations, name="eval")
 def main() -> None:
     """Run the command; an error of the user's is one line on standard error and exit status 1."""
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=notes, show_time=False, show_path=False)])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     try:
         app()
     except OatsVisionError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End as an error does, so that temporary files are removed: one line, and the status that shells give it."""
+    signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
+    typer.echo(f"stopped by {signal.Signals(number).name}", err=True)
+    raise SystemExit(128 + number)

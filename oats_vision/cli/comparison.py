@@ -61,16 +61,25 @@ class Models:
         return need_transform(self._transform, self.name)
 
     def _dense(self, source: ModelSource, name: str | None) -> nn.Module:
-        origin = source.origin or {}
-        if name is None and not origin:
-            raise ConfigError(f"{self.directory} does not say where its dense model is: give --dense or --no-dense")
+        given, origin = name is not None, source.origin or {}
+        if name is None:
+            name = _origin(source, self.directory)
+            how = (
+                f"the dense model that {self.directory} was made from: {name} (--dense gives another, --no-dense none)"
+            )
+            typer.echo(how, err=True)
         try:
-            module, _ = load_model(name or origin["name"], image_size=origin.get("image_size"), **self.options)
+            module, _ = load_model(name, image_size=origin.get("image_size"), **self.options)
         except ModelError as problem:
             raise ModelError(f"the dense model: {problem} (give --dense, or --no-dense)") from None
         found = source_of(module)
-        if (found.kind, found.name) != (source.kind, source.name) or found.args != source.args:
-            raise ConfigError(f"--dense {name or origin['name']} is no {source.name} as in {self.directory}")
+        if not found.is_architecture_of(source):
+            raise ConfigError(f"--dense {name} is no {source.name} as in {self.directory}")
+        if source.dense_sha256 and found.dense_sha256 != source.dense_sha256:
+            changed = f"the weights of {name} differ from those that {self.directory} was compressed from"
+            if not given:
+                raise ModelError(f"{changed}: they have changed since. Give --dense the original, or --no-dense")
+            typer.echo(f"warning: {changed}", err=True)
         return module
 
     def run(self, protocol: Callable[[nn.Module, str], Score]) -> dict[str, Score]:
@@ -108,6 +117,20 @@ def show(
         return
     shown = {metric: str(difference) for metric, difference in differences.items()}
     results().print(report.comparison_table(title, list(scores), values | rows, shown))
+
+
+def _origin(source: ModelSource, directory: Path | None) -> str:
+    """Where a checkpoint says that its dense model is: a name, or a directory in a plain format.
+
+    Raises:
+        ConfigError: it does not say, or says a place whose code would run.
+    """
+    name = (source.origin or {}).get("name")
+    if name is None:
+        raise ConfigError(f"{directory} does not say where its dense model is: give --dense or --no-dense")
+    if name.startswith("hub:") and Path(name[4:].rpartition(":")[0]).exists():
+        raise ConfigError(f"{directory} names code in a folder as its dense model, {name}: give --dense or --no-dense")
+    return name
 
 
 def _text(score: Tensor | Perplexity) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ from oats_vision.cli.common import (
 )
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.data import Batches, load_pictures
-from oats_vision.errors import ConfigError
+from oats_vision.errors import CheckpointError, ConfigError, OatsVisionError
 from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
 from oats_vision.layers import merge as merge_model
 from oats_vision.models import load_model, load_tokenizer, save_plain, source_of
@@ -81,10 +83,16 @@ def compress(
     """
     flags = {name: value for name, value in locals().items() if name in RunConfig.model_fields}
     run = load_run_config(config, flags)
-    start = time.perf_counter()
-    checkpoint.check_target(run.out, run.overwrite)
     if run.merge and run.method == "slicegpt":
         raise ConfigError("--merge is for methods that keep the layers' shapes, and slicegpt makes them smaller")
+    with checkpoint.locked(run.out):
+        checkpoint.check_target(run.out, run.overwrite)
+        _run(run, as_json)
+
+
+def _run(run: RunConfig, as_json: bool) -> None:
+    """The command, once its output is seen to be free and is held."""
+    start = time.perf_counter()
     target = choose_device(run.device)
     if run.data is None and run.model != "demo":
         raise ConfigError(
@@ -98,6 +106,7 @@ def compress(
         device=target,
         trust_remote_code=run.trust_remote_code,
     )
+    checkpoint.check_source(dense)
     unit = find_adapter(dense).unit
     run = run.completed(unit)
     source = source_of(dense)
@@ -122,10 +131,12 @@ def compress(
             dense, calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
         )
     compressed = dense  # the same module: its linears were replaced
-    checkpoint.save(compressed, run.out, overwrite=run.overwrite, tokenizer=tokenizer)
+    checkpoint.write(compressed, run.out, run.overwrite, tokenizer)
     storage = getattr(torch, str(settings.storage_dtype))
     sizes = checkpoint.measure(compressed.state_dict().values(), done, storage)
-    after = _score(compressed, test, run, "compressed")
+    how = "top1 {} --data {}" if tokenizer is None else "perplexity {} --data {}"
+    with _after_the_checkpoint(run, how):
+        after = _score(compressed, test, run, "compressed")
     skipped = calibration.skipped if isinstance(calibration, Batches) else 0
     kept = parameters - done.dense_parameters + done.parameters
     files = {file.name: file.stat().st_size for file in run.out.iterdir() if file.is_file()}
@@ -142,11 +153,13 @@ def compress(
         "machine": machine(target),
         "out": str(run.out),
     }
-    checkpoint.write_json(run.out / checkpoint.REPORT, result)
-    if run.merge:
-        save_plain(merge_model(compressed), source, storage, run.out / "merged")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(run.out / "merged")
+    with _after_the_checkpoint(run, how):
+        checkpoint.write_json(run.out / checkpoint.REPORT, result)
+        if run.merge:
+            with checkpoint.new_directory(run.out / checkpoint.MERGED, overwrite=False) as merged:
+                save_plain(merge_model(compressed), source, storage, merged)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(merged)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -171,12 +184,30 @@ def compress(
         f"Peak memory {peak_memory(target) / 1e9:.2f} GB.\n"
         f"{quality}\n"
         f"Written to {run.out} ({written})"
-        f"{', and the dense merge to ' + str(run.out / 'merged') if run.merge else ''}.",
+        f"{', and the dense merge to ' + str(run.out / checkpoint.MERGED) if run.merge else ''}.",
         soft_wrap=True,
+        markup=False,
     )
     if not scores:
-        how = "top1 {} --data LABELLED_PICTURES" if tokenizer is None else "perplexity {} --data TEXT"
-        console.print(f"What it cost was not measured: oats-vision eval {how.format(run.out)}")
+        kind = "LABELLED_PICTURES" if tokenizer is None else "TEXT"
+        console.print(f"What it cost was not measured: oats-vision eval {how.format(run.out, kind)}", markup=False)
+
+
+@contextmanager
+def _after_the_checkpoint(run: RunConfig, how: str) -> Iterator[None]:
+    """What fails from here on is no lost run, and the message says so."""
+    again = how.format(run.out, run.eval_data or "demo")
+    complete = f"the checkpoint in {run.out} is complete"
+    try:
+        yield
+    except SystemExit:
+        typer.echo(f"{complete}; measure it with: oats-vision eval {again}", err=True)
+        raise
+    except (OatsVisionError, OSError, RuntimeError, MemoryError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise CheckpointError(
+            f"{complete}; what comes after it failed: {reason}. Measure it with: oats-vision eval {again}"
+        ) from problem
 
 
 def _pictures(run: RunConfig, transform: Transform) -> tuple[Batches, Batches | None]:
