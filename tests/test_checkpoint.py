@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
+from oats_vision import checkpoint_place
 from oats_vision.checkpoint import measure
 from oats_vision.checkpoint_config import config_digest
 from oats_vision.errors import CheckpointError, ModelError
@@ -61,6 +62,90 @@ def test_a_loaded_model_can_be_saved_again(saved, tmp_path, pictures):
 
 
 @torch.no_grad()
+def test_a_loaded_model_does_not_depend_on_its_file(compressed, saved, pictures):
+    loaded = ov.load(saved)
+    with (saved / "model.safetensors").open("rb+") as file:
+        file.write(b"\xff" * 5000)
+        file.truncate(6000)
+    assert torch.equal(loaded(pictures[0]), compressed(pictures[0]))
+
+
+def test_a_loaded_model_asks_for_no_gradients(saved, pictures):
+    loaded = ov.load(saved)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded(pictures[0]).requires_grad
+
+
+@torch.no_grad()
+def test_a_float64_model_stays_one(tiny_vit, pictures, tmp_path):
+    tiny_vit.double()
+    ov.models.remember_source(tiny_vit, ov.models.ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    ov.compress(tiny_vit, [batch.double() for batch in pictures], rate=0.5, iterations=2)
+    ov.save(tiny_vit, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    assert torch.equal(loaded(pictures[0].double()), tiny_vit(pictures[0].double()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_the_model_in_a_wrapper_is_saved(compressed, tmp_path, pictures, wrap):
+    wrapped = wrap(compressed)
+    wrapped._oats_vision_report = compressed._oats_vision_report
+    ov.save(wrapped, tmp_path / "out")
+    assert torch.equal(ov.load(tmp_path / "out")(pictures[0]), compressed(pictures[0]))
+
+
+def _interrupted(model):
+    model.set_submodule("blocks.2.mlp.fc2", model.blocks[2].mlp.fc2.merge())
+
+
+def _offloaded(model):
+    model.blocks[1].norm1.to("meta")
+
+
+def _not_finite(model):
+    model.head.bias.data[2] = float("nan")
+
+
+def _overflow(model):
+    model.norm.weight.data[2] = 1e6  # stored in float16
+
+
+def _other_head(model):
+    model.head = torch.nn.Linear(48, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_interrupted, r"not those of its report \(such as blocks\.2\.mlp\.fc2\)"),
+        (ov.merge, "was merged since"),
+        (_offloaded, r"blocks\.1\.norm1\.weight is on the meta device"),
+        (_not_finite, r"head\.bias holds values that are not finite"),
+        (_overflow, r"cannot be stored in float16: norm\.weight"),
+        (_other_head, r"head\.weight is \[3, 48\], expected \[10, 48\].*say so in model\.num_classes"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(compressed, tmp_path, change, message):
+    change(compressed)
+    with pytest.raises(CheckpointError, match=message):
+        ov.save(compressed, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_the_model_tells_of_is_saved(tiny_vit, pictures, tmp_path):
+    source = ov.models.ModelSource("timm", NAME, {**ARGS, "num_classes": 10}, label_names=list("abcdefghij"))
+    ov.models.remember_source(tiny_vit, source)
+    tiny_vit.reset_classifier(3)
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
+    ov.save(tiny_vit, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out")
+    assert loaded(pictures[0]).shape == (4, 3)
+    assert ov.models.source_of(loaded).label_names is None  # they were those of the old head
+
+
+@torch.no_grad()
 def test_merged_model_is_dense_and_computes_the_same(compressed, pictures):
     expected = compressed(pictures[0])
     merged = ov.merge(compressed)
@@ -93,6 +178,44 @@ def test_existing_directory_needs_overwrite_and_foreign_ones_are_never_replaced(
     assert (tmp_path / "photos" / "me.jpg").read_bytes() == b"precious"
     with pytest.raises(CheckpointError, match="does not exist"):
         ov.save(compressed, tmp_path / "no" / "parent")
+
+
+@pytest.mark.parametrize("file", ["notes.txt", "tokenizer/me.jpg", "merged/data/x.json", "model.bin"])
+def test_files_of_others_in_a_checkpoint_are_never_lost(compressed, saved, file):
+    (saved / file).parent.mkdir(parents=True, exist_ok=True)
+    (saved / file).write_bytes(b"precious")
+    with pytest.raises(CheckpointError, match=f"holds {file.rpartition('/')[0] or file}.*not ours and would be lost"):
+        ov.save(compressed, saved, overwrite=True)
+    assert (saved / file).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("can_swap", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(compressed, tmp_path, monkeypatch, can_swap, there):
+    """Also where the system cannot swap two directories in one step."""
+    if not can_swap:
+        monkeypatch.setattr(checkpoint_place, "_swap", lambda one, other: False)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "run")
+    if there:
+        (tmp_path / "disk" / "run").mkdir()
+    for _ in range(2):
+        ov.save(compressed, tmp_path / "out", overwrite=True)
+        ov.load(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["run"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_one_writer_at_a_time_who_cleans_up_after_killed_ones(compressed, tmp_path):
+    (tmp_path / ".out.writing-killed").mkdir()
+    (tmp_path / ".out.lock").touch()  # of a killed run: the lock itself died with it
+    with ov.checkpoint.locked(tmp_path / "out"):
+        assert [entry.name for entry in tmp_path.iterdir()] == [".out.lock"]
+        with pytest.raises(CheckpointError, match="is being written by another run"):
+            ov.save(compressed, tmp_path / "out")
+    ov.save(compressed, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

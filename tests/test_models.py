@@ -1,13 +1,17 @@
+import json
+import shutil
+
 import pytest
 import timm
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import HF
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.errors import ModelError
+from oats_vision.errors import CheckpointError, ModelError
 from oats_vision.models import ALIASES, rebuild, source_of
 
 
@@ -158,3 +162,97 @@ def test_directories_that_are_no_models_are_clear_errors(tmp_path, tiny_vit, pic
     ov.save(tiny_vit, tmp_path / "out")
     with pytest.raises(ModelError, match="compressed already"):
         ov.load_model(str(tmp_path / "out"))
+
+
+def test_the_dense_weights_are_known_by_a_digest(model_directory, tmp_path):
+    """The same in each precision that they are loaded in, and another once they were trained on."""
+    first, again = (
+        source_of(ov.load_model(model_directory, dtype=dtype)[0]).dense_sha256
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert first == again
+    shutil.copytree(model_directory, tmp_path / "trained")
+    tensors = load_file(tmp_path / "trained" / "model.safetensors")
+    tensors["blocks.1.attn.qkv.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "trained" / "model.safetensors")
+    assert source_of(ov.load_model(tmp_path / "trained")[0]).dense_sha256 != first
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_repositories_of_timm_are_loaded_by_timm(model_directory, tmp_path, prefix, wrapped):
+    """As they are, and as transformers' wrapper saves them."""
+    directory = model_directory
+    if wrapped:
+        directory = tmp_path
+        config = json.loads((model_directory / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "timm_wrapper"}))
+        tensors = load_file(model_directory / "model.safetensors")
+        save_file({f"timm_model.{name}": t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    model, transform = ov.load_model(f"{prefix}{directory}")
+    assert type(model) is timm.models.VisionTransformer
+    assert transform(Image.new("RGB", (50, 40))).shape == (3, 28, 28)
+    expected = load_file(model_directory / "model.safetensors")["head.weight"].float()
+    assert torch.equal(model.head.weight, expected)
+
+
+@pytest.fixture
+def rotary(tmp_path):
+    config = hf.LlamaConfig(
+        vocab_size=100,
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        eos_token_id=2,
+    )
+    model = hf.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [2, 7]
+    model.generation_config.max_new_tokens = 40
+    model.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_computed_buffers_keep_their_precision(rotary, tmp_path):
+    exact = hf.LlamaForCausalLM.from_pretrained(rotary).model.rotary_emb.inv_freq
+    dense, _ = ov.load_model(rotary, dtype=torch.bfloat16)
+    ov.compress(dense, [torch.randint(3, 100, (4, 32))], rate=0.5, iterations=1)
+    ov.save(dense, tmp_path / "out")
+    for model in (dense, ov.load(tmp_path / "out"), ov.load(tmp_path / "out", dtype=torch.float16)):
+        assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+        assert model.lm_head.weight.dtype != torch.float32
+
+
+def test_how_a_model_generates_belongs_to_it(rotary, tmp_path):
+    dense, _ = ov.load_model(rotary)
+    ov.compress(dense, [torch.randint(3, 100, (4, 32))], rate=0.5, iterations=1)
+    ov.save(dense, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out")
+    ov.models.save_plain(ov.merge(loaded), source_of(loaded), torch.float32, tmp_path / "merged")
+    for model in (loaded, hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
+        assert model.generation_config.eos_token_id == [2, 7]
+        assert model.generation_config.max_new_tokens == 40
+
+
+def test_a_merge_has_the_preprocessing_of_its_model(hf_directory, model_directory, tmp_path, pictures):
+    for kind, options in ((hf_directory, {}), (model_directory, {"image_size": 42})):
+        model, transform = ov.load_model(kind, **options)
+        size = transform(Image.new("RGB", (60, 50))).shape
+        ov.compress(model, [torch.randn(4, *size)], rate=0.5, iterations=1)
+        ov.models.save_plain(ov.merge(model), source_of(model), torch.float32, tmp_path / kind.name)
+        again, same = ov.load_model(tmp_path / kind.name)
+        picture = Image.radial_gradient("L").convert("RGB")
+        assert torch.equal(same(picture), transform(picture))
+        assert_same(again, model)
+
+
+def test_a_replaced_head_of_hugging_face_is_told_of_in_its_configuration(hf_directory, tmp_path, pictures):
+    model, _ = ov.load_model(hf_directory)
+    model.classifier = nn.Linear(48, 3)
+    ov.compress(model, pictures, rate=0.5, iterations=1)
+    with pytest.raises(CheckpointError, match=r"classifier\.weight is \[3, 48\].*model\.config \(num_labels"):
+        ov.save(model, tmp_path / "out")
+    model.config.num_labels = 3
+    ov.save(model, tmp_path / "out")
+    assert ov.load(tmp_path / "out")(pictures[0]).logits.shape == (4, 3)
