@@ -1,16 +1,27 @@
 """The command line as a user runs it: a process of its own, its output, its exit status and its files."""
 
+import dataclasses
+import importlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from command import run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
+from oats_vision.cli.comparison import Models
 from oats_vision.data import load_pictures
-from oats_vision.errors import ModelError
+from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation import evaluate_top1
 
 
@@ -176,3 +187,106 @@ def test_damaged_checkpoint_is_one_line(quick, tmp_path):
         assert done.returncode == 1
         assert "is damaged" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_files_of_others_are_seen_before_the_work(quick, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"format": "oats_vision"}))
+    (tmp_path / "out" / "thesis[1].md").write_text("precious")
+    done = run(*quick, "--out", tmp_path / "out", "--overwrite")
+    assert done.returncode == 1
+    assert "holds thesis[1].md, which is not ours" in done.stderr
+    assert "%" not in done.stderr
+
+
+def test_a_second_run_is_refused_and_a_stopped_one_leaves_nothing(quick, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    slow = [*quick, "--iterations", 10**6, "--tolerance", 0, "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "oats_vision", *map(str, slow)]
+    first = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    )
+    while not (tmp_path / ".out.lock").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    second = run(*quick, "--out", tmp_path / "out")
+    assert second.returncode == 1
+    assert "is being written by another run" in second.stderr
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.count("stopped by SIGINT") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tmp"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_run_as_errors_do(number):
+    """Context managers that hold temporary files see an exception."""
+    code = (
+        "import os, oats_vision.cli as cli\n"
+        "def app():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)}); __import__('time').sleep(9)\n"
+        "    finally:\n"
+        "        print('cleaned')\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + number, "cleaned\n")
+    assert done.stderr == f"stopped by {number.name}\n"
+
+
+@pytest.mark.parametrize("part", ["_score", "save_plain", "checkpoint.write_json"])
+def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path, monkeypatch, part):
+    command = importlib.import_module("oats_vision.cli.compress")
+
+    def full(model, *args, **kwargs):
+        if part != "_score" or args[-1] != "dense":
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(f"oats_vision.cli.compress.{part}", full)
+    out = tmp_path / "out"
+    options = {"data": "demo", "samples": 8, "eval_samples": 8, "iterations": 1, "merge": True}
+    with pytest.raises(CheckpointError, match=r"is complete; what comes after it failed: .*No space left") as error:
+        command.compress(model=str(model_directory), out=out, **options)
+    assert f"oats-vision eval top1 {out}" in str(error.value)
+    ov.load(out)
+    assert not [entry for entry in out.iterdir() if entry.name.startswith(".")]
+    assert not (out / "merged").exists()
+
+
+def test_a_comparison_is_with_the_weights_that_were_compressed(model_directory, pictures, tmp_path, capsys):
+    dense = tmp_path / "dense"
+    shutil.copytree(model_directory, dense)
+    model, _ = ov.load_model(dense)
+    ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
+    ov.save(model, tmp_path / "out")
+
+    def load(name=None):
+        return Models(str(tmp_path / "out"), name, False, "cpu", "float32", False).loaders["dense"]()
+
+    load()
+    assert f"the dense model that {tmp_path / 'out'} was made from: {dense}" in capsys.readouterr().err
+    tensors = load_file(dense / "model.safetensors")
+    tensors["head.bias"][0] += 1
+    save_file(tensors, dense / "model.safetensors")
+    with pytest.raises(ModelError, match="they have changed since"):
+        load()
+    load(str(dense))
+    assert "warning: the weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["folder", "checkpoint"])
+def test_a_checkpoint_does_not_name_code_as_its_dense_model(model_directory, tmp_path, where):
+    model, _ = ov.load_model(model_directory)
+    source = ov.models.source_of(model)
+    ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
+    name = f"hub:{tmp_path}:entry" if where == "folder" else str(tmp_path / "out")
+    ov.models.remember_source(model, dataclasses.replace(source, origin={"name": name}))
+    ov.save(model, tmp_path / "out")
+    models = Models(str(tmp_path / "out"), None, False, "cpu", "float32", True)
+    with pytest.raises(OatsVisionError, match="names code in a folder" if where == "folder" else "compressed already"):
+        models.loaders["dense"]()
