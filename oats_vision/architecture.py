@@ -218,7 +218,8 @@ def _check_types(args: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         default = defaults.get(name)
         switch = isinstance(default, bool) and not isinstance(value, bool)
         word = isinstance(default, int | float) and isinstance(value, str | dict)
-        negative = name.startswith("num_") and isinstance(value, int | float) and value < 0
+        positive = name.startswith("num_") or name.endswith("eps")
+        negative = positive and isinstance(value, int | float) and value < 0
         if value is not None and (switch or word or negative):
             raise ModelError(f"{name} in a configuration must be like {default!r}, got {value!r}")
 

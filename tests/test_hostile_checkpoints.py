@@ -111,6 +111,7 @@ def test_only_model_classes_that_an_adapter_knows_are_built(changed, name):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config in a configuration"),
         ({"attn_implementation": "org/kernel"}, "attn_implementation in a configuration"),
         ({"num_attention_heads": -3}, "num_attention_heads in a configuration must be like"),
+        ({"layer_norm_eps": -0.5}, "layer_norm_eps in a configuration must be like"),
         ({"num_hidden_layers": 10**7}, "asks for 10000000 blocks"),
     ],
 )
