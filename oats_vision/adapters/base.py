@@ -99,15 +99,18 @@ class Adapter:
         return list(zip(names, heights, strict=True))
 
 
-def blocks_of_class(model: nn.Module, block_class: str, outside: str = "") -> str | None:
+def blocks_of_class(
+    model: nn.Module, block_class: str, wanted: Callable[[str], bool] = lambda path: True
+) -> str | None:
     """Path of the first ModuleList of transformers blocks of that class, None if there is none.
 
     Args:
-        outside: a part of the path that is passed over, such as a text tower.
+        wanted: of the list's path; what is not is passed over, such as a text tower.
     """
     for path, module in model.named_modules():
-        if outside and outside in path.split("."):
+        if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ == block_class:
-            return path if type(module[0]).__module__.startswith("transformers.") else None
+        kind = type(module[0])
+        if kind.__name__ == block_class and kind.__module__.startswith("transformers.") and wanted(path):
+            return path
     return None

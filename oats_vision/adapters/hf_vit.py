@@ -1,12 +1,15 @@
-"""Hugging Face vision towers: ViT, DINOv2 with and without registers, DINOv3, CLIP and SigLIP."""
+"""Hugging Face vision towers: ViT, DeiT, DINOv2 with and without registers, DINOv3, CLIP and SigLIP."""
+
+from typing import Any
 
 from torch import nn
 
 from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
 
-# class of a block in transformers -> adapter; the text tower of CLIP and SigLIP has the same class of block
+# class of a block in transformers -> adapter
 FAMILIES = {
     "ViTLayer": ("hf_vit", "Hugging Face ViT and DeiT checkpoints of class ViT*"),
+    "DeiTLayer": ("hf_deit", "Hugging Face DeiT"),
     "Dinov2Layer": ("hf_dinov2", "Hugging Face Dinov2*"),
     "Dinov2WithRegistersLayer": ("hf_dinov2_with_registers", "Hugging Face Dinov2WithRegisters*"),
     "DINOv3ViTLayer": ("hf_dinov3", "Hugging Face DINOv3ViT*"),
@@ -16,8 +19,10 @@ FAMILIES = {
 MLP_OUT = ("mlp.fc2", "mlp.down_proj")
 DINO = Residual("norm1", "attention", ("attention.o_proj",), "norm2", "mlp", MLP_OUT, "layer_scale1", "layer_scale2")
 CLIP = Residual("layer_norm1", "self_attn", ("self_attn.out_proj",), "layer_norm2", "mlp", MLP_OUT)
+VIT = Residual("layernorm_before", "attention", ("attention.o_proj",), "layernorm_after", "mlp", MLP_OUT)
 RESIDUAL = {
-    "ViTLayer": Residual("layernorm_before", "attention", ("attention.o_proj",), "layernorm_after", "mlp", MLP_OUT),
+    "ViTLayer": VIT,
+    "DeiTLayer": VIT,
     "Dinov2Layer": DINO,
     "Dinov2WithRegistersLayer": DINO,
     "DINOv3ViTLayer": DINO,
@@ -26,8 +31,16 @@ RESIDUAL = {
 }
 
 
+def _config(model: nn.Module, path: str) -> Any:
+    """Of the innermost module that has one and holds `path`."""
+    while path and not hasattr(model.get_submodule(path), "config"):
+        path = path.rpartition(".")[0]
+    return getattr(model.get_submodule(path), "config", None)
+
+
 def _vision_blocks(model: nn.Module, block_class: str) -> str | None:
-    return blocks_of_class(model, block_class, outside="text_model")
+    # text towers have blocks of the same class, but no patches
+    return blocks_of_class(model, block_class, lambda path: hasattr(_config(model, path), "patch_size"))
 
 
 def _final_norm(model: nn.Module, blocks: str) -> str:
@@ -44,14 +57,18 @@ def _final_norm(model: nn.Module, blocks: str) -> str:
 def _prefix_tokens(model: nn.Module, block_class: str) -> int:
     if block_class == "SiglipEncoderLayer":
         return 0
-    return 1 + int(getattr(model.config, "num_register_tokens", 0))
+    if block_class == "DeiTLayer":
+        return 2  # the class token and the distillation token
+    config = _config(model, _vision_blocks(model, block_class) or "")
+    return 1 + int(getattr(config, "num_register_tokens", 0))
 
 
 def _adapter(block_class: str, name: str, serves: str) -> Adapter:
     return Adapter(
         name=name,
         serves=serves,
-        matches=lambda model: _vision_blocks(model, block_class) is not None,
+        # not a module of the user's own that holds one of transformers: that is for `wrappers`
+        matches=lambda model: hasattr(model, "config") and _vision_blocks(model, block_class) is not None,
         blocks=lambda model: _vision_blocks(model, block_class) or "",
         residual=RESIDUAL[block_class],
         final_norm=lambda model: _final_norm(model, _vision_blocks(model, block_class) or ""),
