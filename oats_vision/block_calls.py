@@ -1,140 +1,280 @@
 """What a model gives its blocks: the first one's inputs, and the extras that all of them are called with."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.errors import DataError, ModelError
+from oats_vision.batches import Inputs, Reader, read_batches
+from oats_vision.errors import DataError, ModelError, OatsVisionError
+from oats_vision.structure import floating
 
-# What a model is called with: a tensor, a sequence whose first entry is it (labels are ignored), or keywords
-# such as a Hugging Face processor gives; a 2-d `attention_mask` (batch, tokens) among these marks padding tokens.
-Batch = Tensor | list[Any] | tuple[Any, ...] | Mapping[str, Any]
+Form = Callable[[Tensor], Any]  # hidden states -> what a block returns
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides the hidden states.
+
+    name: of the argument that the hidden states are, if they are given by name.
+    listed: whether they are given as a list of one tensor, as DINOv3 does.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str = ""
+    listed: bool = False
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Any:
+        """What the block returns for these hidden states."""
+        given = [hidden] if self.listed else hidden
+        if self.name:
+            return block(*self.args, **{self.name: given}, **self.kwargs)
+        return block(given, *self.args, **self.kwargs)
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        """With all floating tensors in another precision."""
+        return replace(self, args=_cast(self.args, dtype), kwargs=_cast(self.kwargs, dtype))
 
 
 @dataclass
 class BlockCalls:
-    """What the model passes to its blocks besides the hidden states: rotary tables, attention masks, ...
+    """How a model calls its blocks: with rotary tables, attention masks, ... besides the hidden states.
 
-    extras[b][i]: positional and keyword arguments of batch b for block i; one entry serves all blocks when
-    the model passes each the same.
+    calls[b][i]: of batch b for block i; one entry serves all blocks when the model passes each the same.
+    masks[b]: true for tokens that are no padding, (batch, tokens); None if there is none.
     """
 
     device: torch.device
-    extras: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
 
-    def arguments(self, index: int, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What block `index` is given in batch `batch` besides the hidden states."""
-        extras = self.extras[batch]
-        return extras[index] if len(extras) > 1 else extras[0]
+    def call(self, index: int, batch: int) -> Call:
+        """How block `index` is called in batch `batch`."""
+        calls = self.calls[batch]
+        return calls[index] if len(calls) > 1 else calls[0]
 
     def run(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """The block's output hidden states."""
-        args, kwargs = self.arguments(index, batch)
-        return first_output(block(hidden.to(self.device), *args, **kwargs))
+        """The block's output hidden states; `hidden` stays as it is, whatever the block does to its input."""
+        copy = torch.empty_like(hidden, device=self.device).copy_(hidden)
+        return first_output(self.call(index, batch).run(block, copy))
 
 
 def capture_block_calls(
-    model: nn.Module, blocks: list[tuple[str, nn.Module]], batches: Iterable[Batch], hidden: ActivationStore
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    data: Any,
+    hidden: ActivationStore,
+    unit: Literal["pictures", "sequences"] = "pictures",
 ) -> BlockCalls:
     """Run the embedding of every batch, and keep the first block's inputs and what all blocks are given.
 
-    The first batch runs through the whole model, to see whether the blocks are given the same extras and
-    whether each block's output is the next one's input; if so the other batches stop at the first block.
+    The first batch runs through the whole model, to see that each block's output is the next one's input. In the
+    others the blocks hand on the hidden states as they come, and the model stops after the last one: what it gives
+    each block is seen for every batch, at little more than the cost of the embedding. Where that gives the blocks of
+    the first batch something else, every batch runs through the whole model.
+
+    Args:
+        data: batches; see `read_batches`.
 
     Raises:
-        ModelError: something happens to the hidden states between two blocks.
+        ModelError: something happens to the hidden states between two blocks, or blocks do not run once and in order.
         DataError: no batch, or one that the model cannot take.
     """
-    first = next(model.parameters())
-    calls = BlockCalls(first.device)
-    same_extras = False
-    for batch in batches:
-        with _record(blocks, stop_at_first=same_extras) as record, suppress(_FirstBlockReached):
-            _call(model, batch, first.device, first.dtype)
-        if record.changed_after:
-            raise ModelError(f"the model changes the hidden states after {record.changed_after}: not block by block")
-        if record.hidden is None or len(record.extras) != (1 if same_extras else len(blocks)):
-            raise ModelError(f"a forward pass ran {len(record.extras)} of {len(blocks)} blocks; each should run once")
-        if not same_extras:
-            same_extras = all(_equal(extras, record.extras[0]) for extras in record.extras[1:])
-        extras = record.extras[:1] if same_extras else record.extras
-        if calls.extras and _equal(extras, calls.extras[0]):
-            extras = calls.extras[0]  # one rotary table for all batches
-        calls.extras.append(extras)
-        calls.masks.append(_padding_mask(batch))
-        hidden.append(record.hidden)
+    first = floating(model)
+    found = BlockCalls(first.device)
+    shortcut: list[Form] | None = None  # in what form each block returned the hidden states of the first batch
+
+    def record(inputs: Inputs, number: int, forms: list[Form] | None) -> _Record:
+        with _recording(blocks, forms) as done, suppress(_LastBlockReached):
+            _call(model, inputs, number, first.device, first.dtype)
+        done.check(blocks)
+        return done
+
+    number = -1
+    for number, inputs in enumerate(read_batches(data, Reader.of(model, unit))):
+        mask = inputs.padding_mask
+        if mask is not None and not mask.any():
+            continue  # nothing to learn from, and attention over nothing may not be finite
+        with _no_cache(model):
+            done = record(inputs, number, shortcut)
+            forms = [form for form in done.forms if form is not None]
+            if not found.calls and len(forms) == len(blocks):
+                handed_on = record(inputs, number, forms)
+                shortcut = forms if _equal(handed_on.calls, done.calls) else None
+        calls = done.calls[:1] if all(_equal(call, done.calls[0]) for call in done.calls[1:]) else done.calls
+        if found.calls and _equal(calls, found.calls[-1]):
+            calls = found.calls[-1]  # one rotary table for all batches
+        assert done.hidden is not None
+        check_finite_states(done.hidden, mask, f"the inputs of {blocks[0][0]}", number)
+        found.calls.append(calls)
+        found.masks.append(mask)
+        hidden.append(done.hidden)
+    if number < 0:
+        raise DataError("the calibration data gave no batch (a generator can be read only once)")
     if not len(hidden):
-        raise DataError("the calibration data gave no batch")
-    return calls
+        raise DataError("all tokens of the calibration data are padding")
+    return found
 
 
-class _FirstBlockReached(Exception):
-    """Stops a forward pass once the first block's inputs are known."""
+class _LastBlockReached(Exception):
+    """Stops a forward pass once all blocks have been called."""
 
 
 @dataclass
 class _Record:
     hidden: Tensor | None = None  # the first block's input
-    extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    last_output: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+    forms: list[Form | None] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    last: Tensor | None = None  # the last block's output, as it was
     changed_after: str = ""
+
+    def enter(self, index: int, blocks: list[tuple[str, nn.Module]], call: Call, hidden: Tensor) -> None:
+        """Note that a block is called."""
+        if self.hidden is None:
+            self.hidden = hidden.detach().clone()
+        elif self.last is None or not _equal(hidden, self.last):
+            self.changed_after = self.changed_after or blocks[self.order[-1]][0]
+        self.last = None
+        self.order.append(index)
+        self.calls.append(call)
+
+    def leave(self, output: Any) -> None:
+        """Note what a block returns."""
+        self.forms.append(_form(output))
+        self.last = first_output(output).detach().clone()  # a copy: the model may change it in place
+
+    def check(self, blocks: list[tuple[str, nn.Module]]) -> None:
+        """Raises ModelError unless each block ran once, in order, on the output of the one before."""
+        if sorted(self.order) != list(range(len(blocks))):
+            raise ModelError(
+                f"a forward pass ran {len(self.order)} times one of {len(blocks)} blocks; each must run once, as a "
+                "module of its own"
+            )
+        if self.order != list(range(len(blocks))):
+            names = ", ".join(blocks[index][0] for index in self.order[:4])
+            raise ModelError(f"the model runs its blocks in another order than it holds them: {names}, ...")
+        if self.changed_after:
+            raise ModelError(f"the model changes the hidden states after {self.changed_after}: not block by block")
 
 
 @contextmanager
-def _record(blocks: list[tuple[str, nn.Module]], stop_at_first: bool) -> Iterator[_Record]:
-    """Record what the blocks are given during a forward pass of the model."""
+def _recording(blocks: list[tuple[str, nn.Module]], forms: list[Form] | None) -> Iterator[_Record]:
+    """Record what the blocks are given during a forward pass of the model.
+
+    Args:
+        forms: if given, blocks compute nothing: each returns its input, in its form.
+    """
     record = _Record()
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not args:  # transformers may pass the hidden states by name
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("hidden_states"),)
-        if record.hidden is None:
-            record.hidden = args[0]
-        elif record.last_output is None or not _equal(args[0], record.last_output):
-            record.changed_after = record.changed_after or blocks[len(record.extras) - 1][0]
-        record.last_output = None
-        record.extras.append((args[1:], kwargs))
-        if stop_at_first:
-            raise _FirstBlockReached
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record.last_output = first_output(output)
-
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for _, block in blocks]
-    handles += [block.register_forward_hook(after) for _, block in blocks]
-    try:
+    with ExitStack() as undo:
+        for index, (_, block) in enumerate(blocks):
+            undo.enter_context(_forward_replaced(block, index, record, blocks, forms))
         yield record
+
+
+@contextmanager
+def _forward_replaced(
+    block: nn.Module, index: int, record: _Record, blocks: list[tuple[str, nn.Module]], forms: list[Form] | None
+) -> Iterator[None]:
+    forward: Callable[..., Any] = block.forward
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        call, hidden = _split(block, forward, args, kwargs)
+        record.enter(index, blocks, call, hidden)
+        output = forward(*args, **kwargs) if forms is None else forms[index](hidden)
+        record.leave(output)
+        if forms is not None and len(record.order) == len(blocks):
+            raise _LastBlockReached
+        return output
+
+    own = vars(block).get("forward")
+    block.forward = recorded
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
 
 
-def _call(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Any:
-    """Call the model on a batch, moved to its device; floating tensors in its dtype."""
+def _split(
+    block: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Call, Tensor]:
+    """The hidden states among a block's arguments, and the others: they are the first of its `forward`."""
+    name = ""
+    if args:
+        given, args = args[0], args[1:]
+    else:
+        name = next(iter(signature(forward).parameters), "")
+        if name not in kwargs:  # behind *args, **kwargs
+            floating = [n for n, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+            name = "hidden_states" if "hidden_states" in kwargs else floating[0] if floating else ""
+        kwargs = dict(kwargs)
+        given = kwargs.pop(name, None)
+    listed = isinstance(given, (list, tuple)) and len(given) == 1
+    given = given[0] if listed else given
+    if not isinstance(given, Tensor):
+        raise ModelError(f"{type(block).__name__} is called with {type(given).__name__} for hidden states")
+    return Call(args, kwargs, name, listed), given
 
-    def placed(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-    # a cache of keys and values would grow with each run of a block
-    options = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
-    if isinstance(batch, Mapping):
-        return model(**{name: placed(value) for name, value in batch.items() if name != "labels"}, **options)
-    return model(placed(batch[0] if isinstance(batch, (list, tuple)) else batch), **options)
+def _form(output: Any) -> Form | None:
+    """How to return other hidden states as a block did; None if it returned more than those."""
+    if isinstance(output, Tensor):
+        return lambda hidden: hidden
+    if type(output) in (list, tuple) and isinstance(output[0], Tensor) and all(rest is None for rest in output[1:]):
+        kind, rest = type(output), output[1:]
+        return lambda hidden: kind([hidden, *rest])
+    return None
 
 
-def _padding_mask(batch: Batch) -> Tensor | None:
-    """True for tokens that are no padding, (batch, tokens), if the batch says so."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """Without a cache of keys and values, which would grow with each run of a block."""
+    configs: list[Any] = []
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            configs.append(config)
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+def _call(model: nn.Module, inputs: Inputs, number: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Call the model on a batch. Raises DataError if it cannot take it."""
+    try:
+        inputs.call(model, device, dtype)
+    except (OatsVisionError, _LastBlockReached, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # models raise what they like
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        shape = tuple(inputs.tensor.shape)
+        raise DataError(
+            f"{type(model).__name__} cannot take calibration batch {number}, {shape} of {inputs.tensor.dtype}: "
+            f"{reason[:300]}"
+        ) from problem
+
+
+def check_finite_states(hidden: Tensor, mask: Tensor | None, what: str, batch: int) -> None:
+    """Raises ModelError if hidden states (batch, tokens, width) are not finite, but for those of padding."""
+    if mask is not None and hidden.shape[:2] == mask.shape:
+        hidden = hidden[mask.to(hidden.device)]
+    if not hidden.isfinite().all():
+        raise ModelError(
+            f"{what} are not finite in calibration batch {batch}: the model overflows {hidden.dtype}, or is broken"
+        )
 
 
 def first_output(output: Any) -> Tensor:
@@ -142,12 +282,23 @@ def first_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors among arguments in another precision."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (list, tuple):
+        return type(value)(_cast(entry, dtype) for entry in value)
+    return {name: _cast(entry, dtype) for name, entry in value.items()} if isinstance(value, dict) else value
+
+
 def _equal(a: Any, b: Any) -> bool:
     """Whether two blocks (or batches) were given the same."""
     if a is b:
         return True
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+        return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Call):
+        return isinstance(b, Call) and _equal(vars(a), vars(b))
     if isinstance(a, (tuple, list)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict):

@@ -1,10 +1,11 @@
 """Every setting with its range and its default, checked once; the CLI's flags and YAML fields are these names."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from oats_vision.calibration import Scaling
 from oats_vision.core.budget import Pattern, split_rate
@@ -64,9 +65,21 @@ class CompressionSettings(BaseModel):
     storage_dtype: Dtype | None = Field(
         None, description="precision that the weights are rounded to and stored in [default: the checkpoint's own]"
     )
+    skip: tuple[str, ...] = Field(
+        (), description="linears or blocks to leave dense, by name, such as '*.mlp.fc2' or 'blocks.0'"
+    )
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _one_or_more(cls, skip: Any) -> Any:
+        if skip is not None and not isinstance(skip, (str, list, tuple)):
+            raise ValueError("must be a name or a list of names")
+        return (skip,) if isinstance(skip, str) else skip or ()
 
     @model_validator(mode="after")
     def _complete(self) -> "CompressionSettings":
+        if self.skip and self.method == "slicegpt":
+            raise ValueError("skip must be left out with method slicegpt: all blocks share the stream that it cuts")
         pattern, fixed = METHOD_DEFAULTS[self.method]
         if fixed is not None and self.rank_ratio not in (None, fixed):
             raise ValueError(f"rank_ratio must be {fixed:g} (or left out) with method {self.method}")
@@ -101,7 +114,8 @@ class CompressionSettings(BaseModel):
         """Method, rate, rank ratio and pattern in words."""
         rate, rank_ratio, pattern = self.terms
         share = "auto" if self.rank_ratio == "auto" else f"{rank_ratio:.3g}"
-        return f"{self.method}{' + refit' * bool(self.refit)}, rate {rate:.3g}, rank ratio {share}, {pattern}"
+        skipped = f", without {' '.join(self.skip)}" if self.skip else ""
+        return f"{self.method}{' + refit' * bool(self.refit)}, rate {rate:.3g}, rank ratio {share}, {pattern}{skipped}"
 
 
 class RunConfig(CompressionSettings):
@@ -173,10 +187,26 @@ def validated(kind: type[Config], fields: dict[str, Any]) -> Config:
             name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
             if error["type"] == "extra_forbidden":
                 message = f"is no setting; known: {', '.join(kind.model_fields)}"
+            elif error["type"] == "string_type":
+                message = f"must be text (in YAML in quotes), got {error['input']!r}"
             elif name:
                 message = f"{message}, got {error['input']!r}"
             lines.append(f"{name}: {message}" if name else message)
         raise ConfigError("; ".join(lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: 1.1 takes 2:4 for a number of base 60, `no` for a boolean, 2024-01-01 for a date."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _first, _pattern in (
+    ("null", ["~", "n", "N", ""], r"~|null|Null|NULL|"),
+    ("bool", list("tTfF"), r"true|True|TRUE|false|False|FALSE"),
+    ("int", list("-+0123456789"), r"[-+]?(0|[1-9][0-9]*)"),
+    ("float", list("-+.0123456789"), r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), _first)
 
 
 def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
@@ -188,11 +218,14 @@ def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     fields: dict[str, Any] = {}
     if path is not None:
         try:
-            fields = yaml.safe_load(path.read_text()) or {}
+            fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
             raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+        odd = [name for name in fields if not isinstance(name, str)]
+        if odd:
+            raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
     fields |= {name: value for name, value in flags.items() if value is not None}
     try:
         return validated(RunConfig, fields)

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.adapters import Adapter, find_adapter, remember_adapter
-from oats_vision.block_calls import Batch, BlockCalls, capture_block_calls
+from oats_vision.adapters import Adapter, find_adapter, refuse_wrappers, remember_adapter
+from oats_vision.block_calls import BlockCalls, capture_block_calls, check_finite_states
 from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings, validated
-from oats_vision.core.budget import layer_budget
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
-from oats_vision.methods import decompose, statistic_of
+from oats_vision.methods import decompose
+from oats_vision.plan import Plan, plan_model, planned_linears
 from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing, slice_blocks
 from oats_vision.splits import Parts, candidates, fastest
+from oats_vision.statistics import check_tokens, collect_statistics
+from oats_vision.structure import all_called, check_device, check_replaceable, floating
+from oats_vision.values import check_finite, check_storable, restore, round_to
 
 log = logging.getLogger(__name__)
-
-FEW_TOKENS = 256  # a second moment of that many is known to about 10%
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class CompressionReport:
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    calibration: Iterable[Batch],
+    calibration: Any,
     *,
     adapter: Adapter | None = None,
     settings: CompressionSettings | None = None,
@@ -127,8 +129,10 @@ def compress(
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
     Args:
-        model: of a family that an adapter knows; put in eval mode and changed in place.
-        calibration: batches, iterated once: tensors, (tensor, ...) or mappings of keyword arguments.
+        model: of a family that an adapter knows; put in eval mode and changed in place. An error that comes before
+            its first layer is replaced leaves it as it was.
+        calibration: batches, iterated once: tensors or arrays, (tensor, ...) or mappings of keyword arguments, or
+            single pictures (sequences), in an iterable or a Dataset; or one tensor of many.
         adapter: of the model's family; found by itself if not given.
         settings: or its fields as `options`: `rate`, `rank_ratio`, `pattern`, `iterations`, `method`, ...
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
@@ -139,48 +143,55 @@ def compress(
 
     Raises:
         ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
-        ModelError: no adapter knows the model, or it does not run block by block.
-        DataError: no calibration batch.
+        ModelError: no adapter knows the model, it does not run block by block, has linears that are more than
+            nn.Linear, or values that are not finite.
+        DataError: no calibration batch, or one that the model cannot take.
     """
     start = time.perf_counter()
+    if not activation_memory > 0:
+        raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
     if settings is None:
         settings = validated(CompressionSettings, options)
     elif options:
         raise ConfigError(f"give either settings or single options, got settings and {', '.join(options)}")
-    adapter = adapter or find_adapter(model)
-    remember_adapter(model, adapter)
-    model.eval()
-    adapter.prepare(model)
-    blocks = adapter.named_blocks(model)
-    if any(isinstance(block, SlicedBlock) for _, block in blocks):
-        raise ModelError("the model is sliced already")
-    plan: dict[str, dict[str, Parts]] = {}
-    slicing: Slicing | None = None
-    if settings.method == "slicegpt":
-        slicing = plan_slicing(blocks, adapter, settings.rate)
-    else:
-        plan = {name: plan_block(adapter, name, block, settings) for name, block in blocks}
-        if not any(plan.values()):
-            raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
-    report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=slicing)
-    dtype = next(model.parameters()).dtype
-    storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
-    _round(model, dtype, storage)  # what is not compressed is stored rounded too, and must be calibrated so
+    check_finite(model)
+    check_device(model)
+    refuse_wrappers(model)
+    with _plain_arithmetic(model), _undone_unless_begun(model) as undo:
+        adapter = remember_adapter(model, adapter or find_adapter(model))
+        model.eval()
+        adapter.prepare(model)
+        undo.callback(adapter.restore, model)
+        blocks = adapter.named_blocks(model)
+        if any(isinstance(block, SlicedBlock) for _, block in blocks):
+            raise ModelError("the model is sliced already")
+        sliced = settings.method == "slicegpt"
+        plan = {name: {} for name, _ in blocks} if sliced else plan_model(adapter, blocks, settings)
+        slicing = plan_slicing(blocks, adapter, settings.rate) if sliced else None
+        linears = planned_linears(plan, blocks)
+        check_replaceable(linears, blocks)
+        dtype = floating(model).dtype
+        storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
+        check_storable(model.state_dict().items(), storage)
+        report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=slicing)
+        with ActivationStore(activation_memory * 1e9) as hidden:
+            progress(Step(0.0, 0, len(blocks), "capturing the first block's inputs"))
+            # what is not compressed is stored rounded too, and must be calibrated so
+            undo.callback(restore, round_to(_before_work(model, blocks), storage))
+            with all_called(linears):
+                calls = capture_block_calls(model, blocks, calibration, hidden, adapter.unit)
+            report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
+            report.seconds = {"calibration": time.perf_counter() - start, "solver": 0.0}
+            if slicing:
 
-    with ActivationStore(activation_memory * 1e9) as hidden:
-        progress(Step(0.0, 0, len(blocks), "capturing the first block's inputs"))
-        calls = capture_block_calls(model, blocks, calibration, hidden)
-        report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
-        report.seconds = {"calibration": time.perf_counter() - start, "solver": 0.0}
-        if slicing:
+                def tell(share: float, block: int, activity: str) -> None:
+                    progress(Step((block + share) / len(blocks), block + 1, len(blocks), activity))
 
-            def tell(share: float, block: int, activity: str) -> None:
-                progress(Step((block + share) / len(blocks), block + 1, len(blocks), activity))
-
-            report.slicing = slice_blocks(model, adapter, slicing, hidden, calls, tell)
-            _round(model, dtype, storage)
-        else:
-            _decompose_blocks(blocks, plan, report, storage, hidden, calls, progress)
+                report.slicing = slice_blocks(model, adapter, slicing, hidden, calls, tell)
+                check_storable(model.state_dict().items(), storage)
+                round_to(model.state_dict().values(), storage)
+            else:
+                _decompose_blocks(blocks, plan, report, storage, hidden, calls, progress)
     progress(Step(1.0, len(blocks), len(blocks), "done", report.layers[-1].error if report.layers else None))
     report.seconds["total"] = time.perf_counter() - start
     report.seconds["calibration"] = report.seconds["total"] - report.seconds["solver"]
@@ -188,17 +199,43 @@ def compress(
     return report
 
 
-def _round(model: nn.Module, dtype: torch.dtype, storage: torch.dtype) -> None:
-    """Round all weights to the storage precision, in place."""
-    if storage != dtype:
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.to(storage))
+@contextmanager
+def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Whatever autocast the caller has on, results are those without."""
+    kind = floating(model).device.type
+    with torch.autocast("cpu", enabled=False), torch.autocast(kind, enabled=False):
+        yield
+
+
+@contextmanager
+def _undone_unless_begun(model: nn.Module) -> Iterator[ExitStack]:
+    """Give the model back as it was if something is wrong before its first layer is replaced."""
+    training = [module for module in model.modules() if module.training]
+    noted = vars(model).get("_oats_vision_adapter")
+    with ExitStack() as undo:
+        try:
+            yield undo
+        except BaseException:
+            if not any(isinstance(module, (SparseLowRankLinear, SlicedBlock)) for module in model.modules()):
+                undo.close()
+                for module in training:
+                    module.training = True
+                if noted is None and "_oats_vision_adapter" in vars(model):
+                    del model._oats_vision_adapter
+            raise
+        finally:
+            undo.pop_all()
+
+
+def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Tensor]:
+    """The tensors of a model that matter before its second block: those in no other block than the first."""
+    later = tuple(f"{name}." for name, _ in blocks[1:])
+    return [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
 
 
 def _decompose_blocks(
     blocks: list[tuple[str, nn.Module]],
-    plan: dict[str, dict[str, Parts]],
+    plan: Plan,
     report: CompressionReport,
     storage: torch.dtype,
     hidden: ActivationStore,
@@ -213,8 +250,9 @@ def _decompose_blocks(
             progress(Step(done, block_number + 1, len(blocks), activity, error))
 
         tick = time.perf_counter()
-        statistics, tokens = collect_statistics(block, plan[name], report.settings, hidden, calls, i, tell)
-        _check_tokens(name, block, statistics, tokens)
+        round_to(block.state_dict().values(), storage)
+        statistics, tokens = collect_statistics(block, plan[name], report.settings, hidden, calls, i, name, tell)
+        check_tokens(name, block, statistics, tokens)
         tock = time.perf_counter()
         for j, (linear_name, parts) in enumerate(plan[name].items()):
             tell(0.3 + 0.5 * j / len(plan[name]), linear_name, report.layers[-1].error if report.layers else None)
@@ -235,31 +273,12 @@ def _decompose_blocks(
             report.layers.append(layer)
         report.seconds["solver"] += time.perf_counter() - tock
         if i + 1 < len(blocks):
+            error = report.layers[-1].error if report.layers else None
             for b in range(len(hidden)):
-                tell(0.8 + 0.2 * b / len(hidden), "outputs of the compressed block", report.layers[-1].error)
+                tell(0.8 + 0.2 * b / len(hidden), "outputs of the compressed block", error)
                 hidden[b] = calls.run(block, i, b, hidden[b])
+                check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
         log.info("block %d/%d: %.1f s of calibration and solver", i + 1, len(blocks), time.perf_counter() - tick)
-
-
-def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: CompressionSettings) -> dict[str, Parts]:
-    """The parts of each linear of a block and their budgets, before any work is done.
-
-    Raises:
-        ConfigError: the settings leave a layer without rank or non-zeros, or a fused weight does not divide.
-    """
-    plan: dict[str, Parts] = {}
-    for name, linear in adapter.named_linears(block):
-        try:
-            parts = adapter.parts(block, name, linear)
-        except ValueError as wrong:
-            raise ModelError(f"{block_name}.{name}: {wrong}") from None
-        if settings.fused_qkv == "joint":
-            parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
-        try:
-            plan[name] = [(part, rows, layer_budget(rows, linear.in_features, *settings.terms)) for part, rows in parts]
-        except ValueError as impossible:
-            raise ConfigError(f"{block_name}.{name}: {impossible}") from None
-    return plan
 
 
 def _compress_linear(
@@ -297,9 +316,11 @@ def _compress_linear(
         errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
         best = fastest(layers, errors, settings.error_tolerance, tokens_at_once, linear.weight.dtype)
     layer, factors = layers[best], factors_of[best]
+    full = f"{block_name}.{name}"
+    check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), storage)
     block.set_submodule(name, layer.to(linear.weight.dtype))
     return LayerReport(
-        name=f"{block_name}.{name}",
+        name=full,
         spec=layer.spec,
         errors={part: f.error for part, f in factors},
         output_errors={part: f.output_error for part, f in factors if f.output_error is not None},
@@ -307,78 +328,3 @@ def _compress_linear(
         seconds=time.perf_counter() - start,
         tokens=tokens,
     )
-
-
-def collect_statistics(
-    block: nn.Module,
-    linears: Mapping[str, Parts],
-    settings: CompressionSettings,
-    hidden: ActivationStore,
-    calls: BlockCalls,
-    index: int,
-    tell: Callable[[float, str], None],
-) -> tuple[dict[str, Statistic], dict[str, int]]:
-    """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
-
-    Raises:
-        DataError: batches are padded, and a linear sees a part of the tokens only.
-    """
-    statistics: dict[str, Statistic] = {}
-    tokens: dict[str, int] = dict.fromkeys(linears, 0)
-    handles = []
-    mask: Tensor | None = None  # of the batch that is running
-
-    for name in linears:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        statistic = statistic_of(settings, linear.in_features, linear.weight.device)
-        statistics[name] = statistic
-
-        def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:
-            x: Tensor = args[0]
-            count = x.shape[:-1].numel()
-            if mask is None:
-                statistic.update(x)
-                tokens[name] += count
-                return
-            if mask.numel() != count:
-                raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
-            statistic.update(x, mask.to(x.device).view(x.shape[:-1]))
-            tokens[name] += int(mask.sum())
-
-        handles.append(linear.register_forward_pre_hook(update))
-    try:
-        for b in range(len(hidden)):
-            tell(0.3 * b / len(hidden), "second moments")
-            mask = calls.masks[b]
-            calls.run(block, index, b, hidden[b])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics, tokens
-
-
-def _check_tokens(
-    block_name: str, block: nn.Module, statistics: Mapping[str, Statistic], tokens: Mapping[str, int]
-) -> None:
-    """Say which linears (experts) saw few tokens; one that saw none counts every input feature alike."""
-    if not any(tokens.values()):
-        return  # decomposing says so
-    few = {name: count for name, count in tokens.items() if count < min(FEW_TOKENS, max(tokens.values()))}
-    for name, count in few.items():
-        if not count:
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            statistics[name].update(torch.eye(linear.in_features, device=linear.weight.device))
-    if few:
-        least = min(few, key=few.__getitem__)
-        log.warning(
-            "%s: %d of %d linears saw fewer than %d tokens (%s saw %d), too few to tell what they read: "
-            "calibrate with more text",
-            block_name,
-            len(few),
-            len(tokens),
-            FEW_TOKENS,
-            least,
-            few[least],
-        )

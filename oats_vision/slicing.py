@@ -7,7 +7,9 @@ connection gets a small matrix. The first block takes the stream at its full wid
 so that embeddings, final norm and head stay as they are.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
 from oats_vision.adapters import Adapter, Residual
-from oats_vision.block_calls import BlockCalls, first_output
+from oats_vision.block_calls import BlockCalls, check_finite_states, first_output
 from oats_vision.calibration import Gram
 from oats_vision.errors import ConfigError, ModelError
 
@@ -106,6 +108,8 @@ def slice_blocks(
 ) -> Slicing:
     """Slice a model's blocks, in place; each one's rotations come from the sliced blocks before it.
 
+    On a copy of each block it is seen first that a rotation without a cut leaves what it computes.
+
     Args:
         plan: what `plan_slicing` found.
         hidden: the first block's inputs, one tensor a batch; overwritten.
@@ -114,10 +118,69 @@ def slice_blocks(
 
     Returns:
         The plan, with the share of the signal kept at each cut.
+
+    Raises:
+        ModelError: a block is not of the kind that can be rotated, or its outputs are not finite.
     """
+    check_rotation(adapter, adapter.named_blocks(model), hidden, calls)
+
+    def components(gram: Gram) -> tuple[Tensor, float]:
+        return principal_components(gram.compute(), plan.sliced_width)
+
+    return _slice(model, adapter, plan, hidden, calls, components, tell)
+
+
+def check_rotation(
+    adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], hidden: ActivationStore, calls: BlockCalls
+) -> None:
+    """See on the first batch that each block, rotated and not cut, computes what it did; the blocks stay as they are.
+
+    Raises:
+        ModelError: one does not: its norms are not before its attention and its MLP, or it does more than `residual`
+            says.
+    """
+    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
+    x = hidden[0].to(calls.device, dtype)
+    width, residual = x.shape[-1], _described(adapter)
+    centre = _subtracts_mean(_norm(blocks[0][1], residual.norm1))
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q.to(x.device)
+    for i, (name, block) in enumerate(blocks):
+        call = calls.call(i, 0).to(dtype)
+        copy = deepcopy(block).to(dtype)
+        y = first_output(call.run(copy, x.clone()))
+        check_finite_states(y, calls.masks[0], f"the outputs of {name}", 0)
+        alone, states = nn.ModuleList([copy]), ActivationStore(math.inf)
+        states.append(x)
+        uncut = Slicing(width, width, 0, 0)
+        one = BlockCalls(calls.device, [[call]], [None])
+        _slice(alone, replace(adapter, blocks=lambda model: ""), uncut, states, one, lambda gram: (rotation, 1.0))
+        before, want, got = x, y, alone[0](x, *call.args, **call.kwargs)
+        if centre:
+            before, want = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+        change, allowed = (got - want).norm(), 1e-2 * (want - before).norm() + 1e-5 * before.norm()
+        if not change <= allowed:
+            raise ModelError(
+                f"slicegpt: {name} ({type(block).__name__}), rotated and not cut, computes something else (off by "
+                f"{float(change / want.norm()):.2g} of its output): its norms must come before attention and MLP, and "
+                "nothing else in it may see single features of the stream"
+            )
+        x = y
+
+
+def _slice(
+    model: nn.Module,
+    adapter: Adapter,
+    plan: Slicing,
+    hidden: ActivationStore,
+    calls: BlockCalls,
+    components: Callable[[Gram], tuple[Tensor, float]],
+    tell: Callable[[float, int, str], None] = lambda share, block, activity: None,
+) -> Slicing:
+    """Slice to the basis that `components` gives for what a norm passes on, with the share of it that is kept."""
     blocks, residual = adapter.named_blocks(model), _described(adapter)
     width, sliced = plan.width, plan.sliced_width
-    centre = _subtracts_mean(blocks[0][1].get_submodule(residual.norm1))
+    centre = _subtracts_mean(_norm(blocks[0][1], residual.norm1))
     if centre:
         for b in range(len(hidden)):
             hidden[b] = hidden[b] - hidden[b].mean(-1, keepdim=True)
@@ -133,7 +196,7 @@ def slice_blocks(
             for b in range(len(hidden)):
                 tell((half + 0.5 * b / len(hidden)) / 2, i, "principal components")
                 gram.update(norm(hidden[b]), calls.masks[b])
-            basis, share = principal_components(gram.compute(), sliced)
+            basis, share = components(gram)
             kept.append(share)
             bases.append(basis)
             P = basis.to(hidden[0])
@@ -143,9 +206,13 @@ def slice_blocks(
             for b in range(len(hidden)):
                 tell((half + 0.5 + 0.5 * b / len(hidden)) / 2, i, "outputs of the sliced block")
                 x = hidden[b].to(calls.device) @ P
-                args, kwargs = calls.arguments(i, b) if half == 0 else ((), {})
-                inputs = F.pad(norm(x), (0, width - sliced)) if half == 0 else norm(x)
-                hidden[b] = x @ P.T + first_output(module(inputs, *args, **kwargs))
+                if half == 0:
+                    call = calls.call(i, b)
+                    update = first_output(module(F.pad(norm(x), (0, width - sliced)), *call.args, **call.kwargs))
+                else:
+                    update = first_output(module(norm(x)))
+                hidden[b] = x @ P.T + update
+                check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}.{submodule}", b)
             if half == 1:
                 _rotate_writer(_linear(block, parts[0][3]), basis)
             elif open_shortcut is not None:
@@ -200,11 +267,11 @@ def plan_slicing(blocks: Sequence[tuple[str, nn.Module]], adapter: Adapter, rate
         ConfigError: no width meets the rate.
     """
     residual = _described(adapter)
-    width = blocks[0][1].get_submodule(residual.norm1).get_parameter("weight").numel()
+    width = _gain(_norm(blocks[0][1], residual.norm1)).numel()
     dense = per_column = last = 0
     for _, block in blocks:
         for norm, _, readers, writer in _halves(block, residual):
-            _subtracts_mean(block.get_submodule(norm))  # raises for norms that cannot be folded
+            _gain(_norm(block, norm))  # raises for norms that cannot be folded
             linears = [_linear(block, name) for name in (*readers, writer)]
             dense += sum(linear.weight.numel() for linear in linears)
             per_column += sum(linear.out_features for linear in linears[:-1]) + linears[-1].in_features
@@ -237,8 +304,8 @@ def fold(block: nn.Module, residual: Residual) -> None:
     for (norm_name, _, readers, writer), scale_name in zip(
         _halves(block, residual), (residual.scale1, residual.scale2), strict=True
     ):
-        norm, out = block.get_submodule(norm_name), _linear(block, writer)
-        gain, shift = norm.get_parameter("weight").double(), getattr(norm, "bias", None)
+        norm, out = _norm(block, norm_name), _linear(block, writer)
+        gain, shift = _gain(norm).double(), getattr(norm, "bias", None)
         for reader in readers:
             linear = _linear(block, reader)
             W = linear.weight.double()
@@ -280,6 +347,22 @@ def _described(adapter: Adapter) -> Residual:
     if adapter.residual is None:
         raise ModelError(f"slicegpt needs to know the residual stream, and adapter {adapter.name} does not describe it")
     return adapter.residual
+
+
+def _norm(block: nn.Module, name: str) -> nn.Module:
+    norm = dict(block.named_modules()).get(name)
+    if norm is None:
+        raise ModelError(f"slicegpt: {type(block).__name__} has no norm {name}")
+    return norm
+
+
+def _gain(norm: nn.Module) -> Tensor:
+    """The weights of a norm. Raises ModelError for norms without, or of another kind."""
+    _subtracts_mean(norm)
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"slicegpt: a {type(norm).__name__} of the model has no weights")
+    return weight
 
 
 def _subtracts_mean(norm: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from oats_vision.activations import ActivationStore
 from oats_vision.adapters import adapters, find_adapter, remember_adapter
 from oats_vision.block_calls import capture_block_calls
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.pipeline import plan_block
+from oats_vision.plan import plan_block
 from oats_vision.slicing import plan_slicing, slice_blocks
 
 FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}

@@ -1,0 +1,76 @@
+"""Which linears are compressed, and what each of their parts may keep: fixed before any work is done."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from oats_vision.adapters import Adapter
+from oats_vision.config import CompressionSettings
+from oats_vision.core.budget import layer_budget
+from oats_vision.errors import ConfigError, ModelError
+from oats_vision.splits import Parts
+
+Plan = dict[str, dict[str, Parts]]  # block -> linear, by its name there -> parts
+
+
+def plan_model(adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], settings: CompressionSettings) -> Plan:
+    """The parts of every linear that is compressed, and their budgets.
+
+    Raises:
+        ModelError: the blocks have no linear.
+        ConfigError: what is skipped is not there, or is all there is; or as `plan_block`.
+    """
+    names = [f"{block_name}.{name}" for block_name, block in blocks for name, _ in adapter.named_linears(block)]
+    if not names:
+        raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
+    for pattern in settings.skip:
+        if not any(_matches(name, pattern) for name in names):
+            first = blocks[0][0]
+            some = ", ".join([first, *(name for name in names if name.startswith(f"{first}."))])
+            raise ConfigError(f"skip {pattern!r} is the name of no linear or block: names are such as {some}")
+    if all(skipped(name, settings) for name in names):
+        raise ConfigError(f"skip {' '.join(settings.skip)} leaves no linear to compress: all {len(names)} match")
+    return {name: plan_block(adapter, name, block, settings) for name, block in blocks}
+
+
+def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: CompressionSettings) -> dict[str, Parts]:
+    """The parts of each linear of a block and their budgets, before any work is done.
+
+    Raises:
+        ConfigError: the settings leave a layer without rank or non-zeros, or a fused weight does not divide.
+    """
+    plan: dict[str, Parts] = {}
+    for name, linear in adapter.named_linears(block):
+        if skipped(f"{block_name}.{name}", settings):
+            continue
+        try:
+            parts = adapter.parts(block, name, linear)
+        except ValueError as wrong:
+            raise ModelError(f"{block_name}.{name}: {wrong}") from None
+        if settings.fused_qkv == "joint":
+            parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
+        try:
+            plan[name] = [(part, rows, layer_budget(rows, linear.in_features, *settings.terms)) for part, rows in parts]
+        except ValueError as impossible:
+            raise ConfigError(f"{block_name}.{name}: {impossible}") from None
+    return plan
+
+
+def skipped(name: str, settings: CompressionSettings) -> bool:
+    """Whether a linear, by its full name, is left dense."""
+    return any(_matches(name, pattern) for pattern in settings.skip)
+
+
+def planned_linears(plan: Plan, blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Linear]:
+    """The linears to compress, by their full names."""
+    found: Mapping[str, nn.Module] = {
+        f"{name}.{linear}": block.get_submodule(linear) for name, block in blocks for linear in plan[name]
+    }
+    return {name: linear for name, linear in found.items() if isinstance(linear, nn.Linear)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is that of a linear, or of a module that it is in."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

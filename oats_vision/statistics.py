@@ -1,0 +1,104 @@
+"""What the linears of a block see on the calibration batches."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.activations import ActivationStore
+from oats_vision.block_calls import BlockCalls
+from oats_vision.calibration import Statistic
+from oats_vision.config import CompressionSettings
+from oats_vision.errors import DataError, ModelError
+from oats_vision.methods import statistic_of
+from oats_vision.splits import Parts
+from oats_vision.structure import in_experts
+
+log = logging.getLogger(__name__)
+
+FEW_TOKENS = 256  # a second moment of that many is known to about 10%
+
+
+def collect_statistics(
+    block: nn.Module,
+    linears: Mapping[str, Parts],
+    settings: CompressionSettings,
+    hidden: ActivationStore,
+    calls: BlockCalls,
+    index: int,
+    block_name: str,
+    tell: Callable[[float, str], None],
+) -> tuple[dict[str, Statistic], dict[str, int]]:
+    """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
+
+    Raises:
+        DataError: batches are padded, and a linear sees a part of the tokens only.
+        ModelError: a linear's inputs are not finite.
+    """
+    statistics: dict[str, Statistic] = {}
+    tokens: dict[str, int] = dict.fromkeys(linears, 0)
+    handles = []
+    mask: Tensor | None = None  # of the batch that is running
+    b = 0  # its number
+
+    for name in linears:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        statistic = statistic_of(settings, linear.in_features, linear.weight.device)
+        statistics[name] = statistic
+
+        def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:
+            x: Tensor = args[0]
+            count = x.shape[:-1].numel()
+            if mask is not None:
+                if mask.numel() != count:
+                    raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
+                x = x[mask.to(x.device).view(x.shape[:-1])]
+            if not x.isfinite().all():
+                raise ModelError(
+                    f"{block_name}.{name}: its inputs are not finite in calibration batch {b}: the model overflows "
+                    f"{x.dtype}, or is broken"
+                )
+            statistic.update(x)
+            tokens[name] += x.shape[:-1].numel()
+
+        handles.append(linear.register_forward_pre_hook(update))
+    try:
+        for b in range(len(hidden)):
+            tell(0.3 * b / len(hidden), "second moments")
+            mask = calls.masks[b]
+            calls.run(block, index, b, hidden[b])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics, tokens
+
+
+def check_tokens(
+    block_name: str, block: nn.Module, statistics: Mapping[str, Statistic], tokens: Mapping[str, int]
+) -> None:
+    """Say which linears (experts) saw few tokens; one that saw none counts every input feature alike."""
+    if not any(tokens.values()):
+        return  # decomposing says so
+    few = {name: count for name, count in tokens.items() if count < min(FEW_TOKENS, max(tokens.values()))}
+    for name, count in few.items():
+        if not count:
+            if not in_experts(f"{block_name}.{name}"):
+                raise ModelError(f"{block_name}.{name} was never called, and is no expert: leave it dense by skip")
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            statistics[name].update(torch.eye(linear.in_features, device=linear.weight.device))
+    if few:
+        least = min(few, key=few.__getitem__)
+        log.warning(
+            "%s: %d of %d linears saw fewer than %d tokens (%s saw %d), too few to tell what they read: "
+            "calibrate with more text",
+            block_name,
+            len(few),
+            len(tokens),
+            FEW_TOKENS,
+            least,
+            few[least],
+        )
