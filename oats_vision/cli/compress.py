@@ -62,6 +62,7 @@ def compress(
     scaling: Annotated[str | None, option("scaling")] = None,
     refit: Annotated[bool | None, option("refit", "--refit/--no-refit")] = None,
     fused_qkv: Annotated[str | None, option("fused_qkv")] = None,
+    skip: Annotated[list[str] | None, option("skip")] = None,
     device: Annotated[str | None, option("device")] = None,
     dtype: Annotated[str | None, option("dtype")] = None,
     storage_dtype: Annotated[str | None, option("storage_dtype")] = None,

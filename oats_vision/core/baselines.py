@@ -95,7 +95,8 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
         weight: (out_features, in_features).
         gram: mean of x x^T over the inputs, (in_features, in_features).
         budget: with pattern `layer` the mask is chosen over all rows of a block of columns, as in the paper.
-        damping: added to the diagonal of H, as a share of its mean.
+        damping: added to the diagonal of H, as a share of each entry (of its mean in the paper, which a few outlier
+            features set far above all others).
 
     Raises:
         ValueError: `gram` is not finite.
@@ -131,7 +132,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
             block[:, j].masked_fill_(~mask[:, j], 0.0)
         W[:, end:] -= errors @ C[start:end, end:]
     factors = _sparse(original, W, D)
-    return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram.to(W)))
+    return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram))
 
 
 def _share(budget: Budget, rows: int, columns: int, start: int, end: int) -> Budget:
@@ -143,10 +144,9 @@ def _share(budget: Budget, rows: int, columns: int, start: int, end: int) -> Bud
 
 def _inverse_cholesky(H: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of H, with more damping if need be."""
-    mean = float(H.diagonal().mean())
     for attempt in range(8):
         damped = H.clone()
-        damped.diagonal().add_(damping * mean * 10**attempt)
+        damped.diagonal().mul_(1 + damping * 10**attempt)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)

@@ -76,8 +76,8 @@ def oats(
 
 
 def arithmetic(weight: Tensor) -> Tensor:
-    """The weight in the dtype that it is decomposed in: float64 stays, all else is float32."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    """The weight, row by row, in the dtype that it is decomposed in: float64 stays, all else is float32."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
 
 
 def relative_error(W: Tensor, S: Tensor, U: Tensor, V: Tensor, D: Tensor) -> float:
@@ -88,9 +88,14 @@ def relative_error(W: Tensor, S: Tensor, U: Tensor, V: Tensor, D: Tensor) -> flo
 
 def output_error(W: Tensor, S: Tensor, U: Tensor, V: Tensor, H: Tensor) -> float:
     """|(W - S - U V) X| / |W X| from H, the mean of x x^T over the inputs; 0 for a zero output."""
-    E = torch.addmm(W - S, U, V, alpha=-1)
+    E, H = torch.addmm(W - S, U, V, alpha=-1), normalised(H).to(W)
     lost, whole = (float(((M @ H) * M).sum().clamp_min(0)) for M in (E, W))
     return (lost / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def normalised(H: Tensor) -> Tensor:
+    """Second moments as shares of the features' mean square: what is too large for float32 fits into it then."""
+    return H / H.diagonal().mean().clamp_min(torch.finfo(H.dtype).tiny)
 
 
 def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -8,7 +8,9 @@ the layer's output error over the calibration inputs, trace((W - S - U V) H (W -
 import torch
 from torch import Tensor
 
-from oats_vision.core.oats import Factors, arithmetic, output_error, relative_error
+from oats_vision.core.oats import Factors, arithmetic, normalised, output_error, relative_error
+
+DEAD = 1e-8  # of the mean second moment: that of a feature without inputs, so that its values are defined
 
 
 def refit(
@@ -23,7 +25,8 @@ def refit(
         factors: of the weight, by `oats`.
         gram: H, (in_features, in_features).
         rounds: of U, V and S in turn; steps: of conjugate gradients in each.
-        damping: added to the diagonal of H, as a share of its mean.
+        damping: added to the diagonal of H, as a share of each entry: of the mean, a few outlier features would set
+            it far above all others.
 
     Raises:
         ValueError: `gram` is not finite.
@@ -31,10 +34,9 @@ def refit(
     if not gram.isfinite().all():
         raise ValueError("the inputs' second moments are not finite")
     W = arithmetic(weight)
-    H = gram.to(W)
+    H = normalised(gram).to(W)
     D = H.diagonal().sqrt()
-    H = H / H.diagonal().mean().clamp_min(torch.finfo(H.dtype).tiny)
-    H.diagonal().add_(damping)
+    H.diagonal().mul_(1 + damping).clamp_min_(DEAD)
     S, U, V = factors.S.clone(), factors.U, factors.V
     mask = (S != 0).to(W)
     for _ in range(rounds):
@@ -44,7 +46,7 @@ def refit(
             U = rest @ VH.T @ torch.linalg.pinv(VH @ V.T, hermitian=True)
             V = torch.linalg.pinv(U.T @ U, hermitian=True) @ (U.T @ rest)
         S = fit_values(W - U @ V, H, S, mask, steps)
-    error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram.to(W))
+    error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.rounds, of_output)
 
 

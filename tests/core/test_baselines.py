@@ -57,7 +57,7 @@ def test_wanda_keeps_the_largest_weight_times_input_norm(problem, dtype):
 def _sparsegpt(W: np.ndarray, H: np.ndarray, budget: Budget, block: int) -> np.ndarray:
     """Optimal brain surgeon, left to right: the inverse of what is left of H is formed anew for each column."""
     W, rows, columns = W.copy(), *W.shape
-    H = H + 0.01 * np.mean(np.diag(H)) * np.eye(columns)
+    H = H + 0.01 * np.diag(np.diag(H))
     inverses = [np.linalg.inv(H[j:, j:]) for j in range(columns)]
     saliency = np.array([inverse[0, 0] for inverse in inverses])
     mask = np.zeros(W.shape, dtype=bool)
