@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oats_vision.core.oats import Factors, arithmetic, normalised, output_error, relative_error
 
-DEAD = 1e-8  # of the mean second moment: that of a feature without inputs, so that its values are defined
+DEAD = 1e-12  # of the mean second moment: what counts as that of a feature without inputs, to be divided by
 
 
 def refit(
@@ -36,7 +36,7 @@ def refit(
     W = arithmetic(weight)
     H = normalised(gram).to(W)
     D = H.diagonal().sqrt()
-    H.diagonal().mul_(1 + damping).clamp_min_(DEAD)
+    H.diagonal().mul_(1 + damping).masked_fill_(H.diagonal() <= 0, DEAD)
     S, U, V = factors.S.clone(), factors.U, factors.V
     mask = (S != 0).to(W)
     for _ in range(rounds):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from oats_vision.core.budget import Pattern, layer_budget
-from oats_vision.core.oats import column_scale, oats
+from oats_vision.core.baselines import sparsegpt
+from oats_vision.core.budget import Budget, Pattern, layer_budget
+from oats_vision.core.oats import Factors, column_scale, oats
 from oats_vision.core.refit import fit_values, refit
 
 M, N = 24, 40
@@ -61,3 +62,67 @@ def test_a_full_budget_is_left_alone_and_dead_inputs_do_no_harm(problem):
     H[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         refit(W, full, H)
+
+
+def _outliers(dead: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and inputs (tokens, N) of which three features are 1000 times the others, and some may be zero."""
+    generator = np.random.default_rng(1)
+    inputs = generator.standard_normal((500, N)) @ (np.eye(N) + generator.standard_normal((N, N)) / N**0.5)
+    inputs[:, [3, 17, 30]] *= 1000
+    inputs[:, [5, 6]] *= not dead
+    return torch.from_numpy(generator.standard_normal((M, N))), torch.from_numpy(inputs)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_features_beside_outliers_are_fitted_as_well_as_least_squares_can(dead):
+    W, X = _outliers(dead)
+    mask = torch.rand(M, N, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, [3, 17, 30]] = True  # what is lost is then lost on the ordinary features
+    before = Factors((W * mask).float(), torch.zeros(M, 0), torch.zeros(0, N), 0.0, 1)
+    after = refit(W.float(), before, X.T @ X / len(X), rounds=1, steps=30)
+
+    def error(S: torch.Tensor) -> float:
+        return float((X @ (W - S.double()).T).norm() / (X @ W.T).norm())
+
+    reference = torch.zeros_like(W)
+    for row in range(M):
+        kept = mask[row]
+        solution, *_ = np.linalg.lstsq(X[:, kept].numpy(), (X @ W[row]).numpy(), rcond=None)
+        reference[row, kept] = torch.from_numpy(solution)
+    assert error(reference) < 0.8 * error(before.S)
+    assert error(after.S) < 1.01 * error(reference)
+    assert after.S.isfinite().all()
+
+
+def test_a_change_of_the_features_units_changes_nothing():
+    """W x is (W / c) (c x): what is kept, and what it becomes, must not depend on the units of the inputs."""
+    W, X = _outliers(dead=False)
+    H, c = X.T @ X / len(X), torch.logspace(-3, 3, N, dtype=W.dtype)
+    factors = oats(W, column_scale(H.diagonal()), layer_budget(M, N, 0.5, 0.2), iterations=10)
+    scaled = Factors(factors.S / c, factors.U, factors.V / c, 0.0, 1)
+    plain, other = refit(W, factors, H), refit(W / c, scaled, H * c * c[:, None])
+    np.testing.assert_allclose(other.dense() * c, plain.dense(), rtol=1e-4, atol=1e-6)
+    assert other.output_error == pytest.approx(plain.output_error, rel=1e-4)
+    budget = Budget(0, M * N // 2, Pattern("layer"))
+    pruned, other = sparsegpt(W, H, budget), sparsegpt(W / c, H * c * c[:, None], budget)
+    np.testing.assert_allclose(other.S * c, pruned.S, rtol=1e-4, atol=1e-6)
+
+
+def test_second_moments_beyond_float32_are_fitted():
+    W, X = _outliers(dead=False)
+    H = X.T @ X / len(X)
+    factors = oats(W.float(), column_scale(H.diagonal()), layer_budget(M, N, 0.5, 0.2), iterations=5)
+    expected, huge = refit(W.float(), factors, H), refit(W.float(), factors, H * 1e40)
+    assert huge.output_error == pytest.approx(expected.output_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer"])
+def test_a_weight_that_is_stored_by_columns_is_decomposed_as_any(pattern):
+    W, X = _outliers(dead=True)
+    H = X.T @ X / len(X)
+    budget = layer_budget(M, N, 0.5, 0.2, Pattern(pattern))
+    results = [
+        refit(weight, oats(weight, column_scale(H.diagonal()), budget, iterations=5), H).dense()
+        for weight in (W.float(), W.float().T.contiguous().T)
+    ]
+    torch.testing.assert_close(*results)
