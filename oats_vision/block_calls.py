@@ -139,7 +139,7 @@ class _Record:
         """Note that a block is called."""
         if self.hidden is None:
             self.hidden = hidden.detach().clone()
-        elif self.last is None or not _equal(hidden, self.last):
+        elif self.last is None or not _same_states(hidden, self.last):
             self.changed_after = self.changed_after or blocks[self.order[-1]][0]
         self.last = None
         self.order.append(index)
@@ -289,6 +289,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_cast(entry, dtype) for entry in value)
     return {name: _cast(entry, dtype) for name, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _same_states(a: Tensor, b: Tensor) -> bool:
+    """Whether hidden states are equal; those of padding may be NaN."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _equal(a: Any, b: Any) -> bool:
