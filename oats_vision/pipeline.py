@@ -18,7 +18,7 @@ from oats_vision.config import CompressionSettings, validated
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.methods import decompose
-from oats_vision.plan import Plan, plan_model, planned_linears
+from oats_vision.plan import Plan, chosen_linears, plan_block
 from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing, slice_blocks
 from oats_vision.splits import Parts, candidates, fastest
 from oats_vision.statistics import check_tokens, collect_statistics
@@ -165,11 +165,14 @@ def compress(
         blocks = adapter.named_blocks(model)
         if any(isinstance(block, SlicedBlock) for _, block in blocks):
             raise ModelError("the model is sliced already")
-        sliced = settings.method == "slicegpt"
-        plan = {name: {} for name, _ in blocks} if sliced else plan_model(adapter, blocks, settings)
-        slicing = plan_slicing(blocks, adapter, settings.rate) if sliced else None
-        linears = planned_linears(plan, blocks)
+        linears = chosen_linears(adapter, blocks, settings)
         check_replaceable(linears, blocks)
+        plan: Plan = {}
+        slicing: Slicing | None = None
+        if settings.method == "slicegpt":
+            slicing = plan_slicing(blocks, adapter, settings.rate)
+        else:
+            plan = {name: plan_block(adapter, name, block, settings) for name, block in blocks}
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
         check_storable(model.state_dict().items(), storage)
@@ -201,10 +204,14 @@ def compress(
 
 @contextmanager
 def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Whatever autocast the caller has on, results are those without."""
-    kind = floating(model).device.type
-    with torch.autocast("cpu", enabled=False), torch.autocast(kind, enabled=False):
-        yield
+    """Whatever autocast or default dtype the caller has set, results are those without."""
+    first, default = floating(model), torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(first.dtype, torch.float32))
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast(first.device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Which linears are compressed, and what each of their parts may keep: fixed before any work is done."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -14,24 +14,27 @@ from oats_vision.splits import Parts
 Plan = dict[str, dict[str, Parts]]  # block -> linear, by its name there -> parts
 
 
-def plan_model(adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], settings: CompressionSettings) -> Plan:
-    """The parts of every linear that is compressed, and their budgets.
+def chosen_linears(
+    adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], settings: CompressionSettings
+) -> dict[str, nn.Linear]:
+    """The linears to compress, by their full names.
 
     Raises:
         ModelError: the blocks have no linear.
-        ConfigError: what is skipped is not there, or is all there is; or as `plan_block`.
+        ConfigError: what is skipped is not there, or is all there is.
     """
-    names = [f"{block_name}.{name}" for block_name, block in blocks for name, _ in adapter.named_linears(block)]
-    if not names:
+    linears = {f"{block_name}.{n}": m for block_name, block in blocks for n, m in adapter.named_linears(block)}
+    if not linears:
         raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
     for pattern in settings.skip:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in linears):
             first = blocks[0][0]
-            some = ", ".join([first, *(name for name in names if name.startswith(f"{first}."))])
+            some = ", ".join([first, *(name for name in linears if name.startswith(f"{first}."))])
             raise ConfigError(f"skip {pattern!r} is the name of no linear or block: names are such as {some}")
-    if all(skipped(name, settings) for name in names):
-        raise ConfigError(f"skip {' '.join(settings.skip)} leaves no linear to compress: all {len(names)} match")
-    return {name: plan_block(adapter, name, block, settings) for name, block in blocks}
+    chosen = {name: linear for name, linear in linears.items() if not skipped(name, settings)}
+    if not chosen:
+        raise ConfigError(f"skip {' '.join(settings.skip)} leaves no linear to compress: all {len(linears)} match")
+    return chosen
 
 
 def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: CompressionSettings) -> dict[str, Parts]:
@@ -60,14 +63,6 @@ def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: Co
 def skipped(name: str, settings: CompressionSettings) -> bool:
     """Whether a linear, by its full name, is left dense."""
     return any(_matches(name, pattern) for pattern in settings.skip)
-
-
-def planned_linears(plan: Plan, blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Linear]:
-    """The linears to compress, by their full names."""
-    found: Mapping[str, nn.Module] = {
-        f"{name}.{linear}": block.get_submodule(linear) for name, block in blocks for linear in plan[name]
-    }
-    return {name: linear for name, linear in found.items() if isinstance(linear, nn.Linear)}
 
 
 def _matches(name: str, pattern: str) -> bool:

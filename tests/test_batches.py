@@ -148,5 +148,5 @@ def test_what_is_no_batch_is_a_clear_error(data, message):
 
 
 def test_texts_must_be_token_ids():
-    with pytest.raises(DataError, match="batch 0 must hold token ids, whole numbers, got torch.float32"):
+    with pytest.raises(DataError, match=r"batch 0 must hold token ids, whole numbers, got torch\.float32"):
         _read([TOKENS.float()], Text(), "sequences")

@@ -124,9 +124,9 @@ def test_a_model_that_is_not_block_by_block_is_refused_and_left_alone(between, m
 def test_a_block_that_is_used_twice_is_refused():
     model = Model()
     model.blocks[2] = model.blocks[0]
+    blocks = list(model.blocks.named_children())
     with pytest.raises(ModelError, match="each must run once"):
-        store = ActivationStore(1e9)
-        capture_block_calls(model, list(model.blocks.named_children()), BATCHES, store)
+        capture_block_calls(model, blocks, BATCHES, ActivationStore(1e9))
 
 
 def test_what_the_model_raises_is_one_error_that_says_which_batch():
@@ -143,8 +143,18 @@ def test_no_batch_is_an_error(data):
 @pytest.mark.parametrize("kind", [hf.Qwen2Config, hf.Gemma3TextConfig])
 @torch.no_grad()
 def test_masks_of_sliding_windows_are_seen_in_long_batches_after_a_short_one(kind):
-    args = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, "head_dim": 16}
-    windows = {"sliding_window": 4, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    args = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "head_dim": 16,
+    }
+    windows = {
+        "sliding_window": 4,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
     config = kind(**args, **windows, vocab_size=50, num_key_value_heads=1)
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config).eval()
