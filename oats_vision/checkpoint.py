@@ -271,7 +271,7 @@ def load(
         limits = _limits(file, config)
         if model is None:
             model = rebuild(source, trust_remote_code, limits)
-            if not adapter.matches(model):
+            if not adapter.matches(model) and find_adapter(model).name != adapter.name:
                 raise CheckpointError(f"{path} is damaged: {source.name} is no model of adapter {adapter.name}")
         with bounded(limits):
             _make_room(model, adapter, report, layers_dtype)
@@ -304,7 +304,7 @@ def _make_room(model: nn.Module, adapter: Adapter, report: CompressionReport, dt
     Raises:
         CheckpointError: the model has no such linear.
     """
-    remember_adapter(model, adapter)
+    adapter = remember_adapter(model, adapter)
     adapter.prepare(model)
     if report.slicing:
         try:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from hub_dinov3 import DinoVisionTransformer
 from tiny import HF
 from torch import nn
 
@@ -15,7 +16,7 @@ import oats_vision as ov
 from oats_vision.activations import ActivationStore
 from oats_vision.adapters import adapters, find_adapter, remember_adapter
 from oats_vision.block_calls import capture_block_calls
-from oats_vision.errors import ConfigError, ModelError
+from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.plan import plan_block
 from oats_vision.slicing import plan_slicing, slice_blocks
 
@@ -48,6 +49,29 @@ def _hub(**args: Any):
     from dinov2.models.vision_transformer import DinoVisionTransformer
 
     return DinoVisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, block_chunks=0, **args)
+
+
+class OwnHead(nn.Module):
+    """What users build: a head on the class token of somebody's backbone, called by position."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(48, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = getattr(self.backbone, "forward_features", self.backbone)(x)
+        tokens = tokens.get("x_norm_clstoken", tokens.get("last_hidden_state")) if hasattr(tokens, "get") else tokens
+        return self.head(tokens if tokens.ndim == 2 else tokens[:, 0])
+
+
+def _wrapped(build: Any):
+    return lambda: OwnHead(build())
+
+
+def _timm_wrapper():
+    config = {"architecture": "vit_tiny_patch16_224", "num_labels": 5}
+    args = {name: value for name, value in TIMM.items() if name != "num_classes"}
+    return hf.TimmWrapperForImageClassification(hf.TimmWrapperConfig(**config, model_args=args))
 
 
 EVA = {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.proj"}
@@ -108,8 +132,33 @@ CASES = {
         "hf_clip", _hf(hf.CLIPVisionModelWithProjection, hf.CLIPVisionConfig), "vision_model.encoder.layers", CLIP
     ),
     "hf siglip": Case("hf_siglip", _hf(hf.SiglipVisionModel, hf.SiglipVisionConfig), "encoder.layers", CLIP),
+    "hf deit": Case(
+        "hf_deit",
+        _hf(hf.DeiTForImageClassification, hf.DeiTConfig),
+        "deit.layers",
+        HF_ATTENTION | {"mlp.fc1", "mlp.fc2"},
+    ),
+    "hf timm wrapper": Case("timm_vit", _timm_wrapper, "timm_model.blocks", FUSED, {"attn.qkv"}),
     "hub dinov2": Case("dinov2_hub", _hub, "blocks", FUSED, {"attn.qkv"}),
+    "hub dinov3": Case("dinov3_hub", DinoVisionTransformer, "blocks", FUSED, {"attn.qkv"}),
+    "own head on timm": Case(
+        "timm_vit", _wrapped(_timm("vit_tiny_patch16_224")), "backbone.blocks", FUSED, {"attn.qkv"}
+    ),
+    "own head on timm eva": Case(
+        "timm_eva", _wrapped(_timm("vit_small_patch16_dinov3_qkvb")), "backbone.blocks", FUSED, {"attn.qkv"}
+    ),
+    "own head on hf": Case(
+        "hf_dinov2",
+        _wrapped(_hf(hf.Dinov2Model, hf.Dinov2Config)),
+        "backbone.encoder.layer",
+        HF_ATTENTION | {"mlp.fc1", "mlp.fc2"},
+    ),
+    "own head on hub": Case("dinov2_hub", _wrapped(_hub), "backbone.blocks", FUSED, {"attn.qkv"}),
+    "own head on hub dinov3": Case(
+        "dinov3_hub", _wrapped(DinoVisionTransformer), "backbone.blocks", FUSED, {"attn.qkv"}
+    ),
 }
+SLICED = [name for name, case in CASES.items() if case.adapter != "dinov3_hub"]
 
 
 def _outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -188,6 +237,7 @@ def _normalised(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return outputs[-1]
 
 
+@pytest.mark.parametrize("case", [CASES[name] for name in SLICED], ids=SLICED)
 @torch.no_grad()
 def test_rotated_unsliced_model_computes_the_same(model, pictures):
     """SliceGPT, Theorem 1: without a cut the rotations change nothing."""
@@ -204,6 +254,7 @@ def test_rotated_unsliced_model_computes_the_same(model, pictures):
     torch.testing.assert_close(_normalised(model, pictures[0]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", [CASES[name] for name in SLICED], ids=SLICED)
 @torch.no_grad()
 def test_sliced_model_is_smaller_and_survives_a_round_trip(model, pictures, tmp_path):
     fresh = copy.deepcopy(model)
@@ -232,6 +283,138 @@ def test_slicing_needs_a_rate_that_leaves_something_and_a_described_stream(tiny_
     bare = ov.Adapter("bare", "", lambda model: False, lambda model: "blocks")
     with pytest.raises(ModelError, match="adapter bare does not describe it"):
         ov.compress(tiny_vit, pictures, rate=0.3, method="slicegpt", adapter=bare)
+
+
+POST_NORM = {
+    "residual post-norm": _timm("vit_base_patch16_rpn_224"),
+    "eva post-norm": _timm("eva_giant_patch14_224", use_post_norm=True),
+    "more than two halves": lambda: _mixing(_timm("vit_tiny_patch16_224")()),
+    "two attentions at a time": _timm("vit_small_patch16_18x2_224"),
+}
+
+
+def _mixing(model: nn.Module) -> nn.Module:
+    """The second block adds features to others, past the norms."""
+    block = model.blocks[1]
+    forward = block.forward
+    block.forward = lambda x, **others: forward(x, **others) + x.roll(1, -1)
+    return model
+
+
+@pytest.mark.parametrize("kind", POST_NORM)
+def test_slicing_refuses_blocks_that_a_rotation_changes_and_leaves_them_alone(kind, pictures):
+    torch.manual_seed(0)
+    model = POST_NORM[kind]().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=r"slicegpt: (blocks\.\d .* computes something else|.* has no norm)"):
+        ov.compress(model, pictures, rate=0.1, method="slicegpt", storage_dtype="float16")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("build", "prefix", "class_token", "pooled_before_norm"),
+    [
+        (_timm("vit_tiny_patch16_224"), 1, True, False),
+        (_timm("vit_small_patch14_reg4_dinov2"), 5, True, False),
+        (_timm("deit_tiny_distilled_patch16_224"), 2, True, False),
+        (_timm("vit_medium_patch16_reg4_gap_256"), 4, False, True),
+        (_timm("vit_base_patch16_siglip_224"), 0, False, False),
+        (_timm("vit_small_patch16_dinov3"), 5, True, False),
+        (_timm("vit_tiny_patch16_224", global_pool="avg"), 1, True, True),
+        (_wrapped(_timm("vit_medium_patch16_reg4_gap_256")), 4, False, True),
+        (_hf(hf.SiglipVisionModel, hf.SiglipVisionConfig), 0, False, False),
+        (_hf(hf.DeiTModel, hf.DeiTConfig), 2, True, False),
+        (_wrapped(_hf(hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig)), 5, True, False),
+        (_hub, 1, True, False),
+        (DinoVisionTransformer, 5, True, False),
+    ],
+)
+def test_adapters_say_what_a_model_pools_before_and_after_it_is_changed(build, prefix, class_token, pooled_before_norm):
+    model = build()
+    for adapter in (find_adapter(model), remember_adapter(model, find_adapter(model))):
+        assert adapter.prefix_tokens(model) == prefix
+        assert adapter.class_token(model) is class_token
+        assert adapter.pooled_before_norm(model) is pooled_before_norm
+
+
+def test_by_default_prefix_tokens_are_led_by_a_class_token():
+    adapter = ov.Adapter("", "", bool, str, prefix_tokens=lambda model: 2)
+    assert adapter.class_token(nn.Identity())
+    assert not ov.Adapter("", "", bool, str, prefix_tokens=lambda model: 0).class_token(nn.Identity())
+
+
+@torch.no_grad()
+def test_a_merged_dinov3_of_the_hub_is_one_of_its_authors_code_again(pictures):
+    model = DinoVisionTransformer().eval()
+    nn.init.normal_(model.blocks[0].attn.qkv.bias)
+    names, kind = set(model.state_dict()), type(model.blocks[0].attn.qkv)
+    ov.compress(model, pictures, rate=0.5, iterations=2)
+    expected = ov.merge(model)(pictures[0])
+    find_adapter(model).restore(model)
+    assert set(model.state_dict()) == names
+    assert type(model.blocks[0].attn.qkv) is kind
+    torch.testing.assert_close(model(pictures[0]), expected)
+
+
+TEXT = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (hf.CLIPTextModel, hf.CLIPTextConfig),
+        (hf.CLIPTextModelWithProjection, hf.CLIPTextConfig),
+        (hf.SiglipTextModel, hf.SiglipTextConfig),
+    ],
+)
+def test_text_towers_are_no_vision_towers(model, config):
+    with pytest.raises(ModelError, match="no adapter knows"):
+        find_adapter(model(config(**TEXT)))
+
+
+def test_of_two_towers_that_of_the_pictures_is_taken(pictures):
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=HF, projection_dim=48))
+    texts = torch.randint(3, 90, (4, 8))
+    report = ov.compress(model, [{"pixel_values": x, "input_ids": texts} for x in pictures], rate=0.5, iterations=2)
+    assert {layer.name.split(".")[0] for layer in report.layers} == {"vision_model"}
+
+
+def test_a_model_with_several_models_inside_is_refused(pictures):
+    two = nn.ModuleDict({"student": _timm("vit_tiny_patch16_224")(), "teacher": _timm("vit_tiny_patch16_224")()})
+    with pytest.raises(ModelError, match=r"several families .timm_vit at student, timm_vit at teacher.: compress one"):
+        ov.compress(two, pictures)
+    vision = {"vision_config": hf.CLIPVisionConfig(**HF), "image_token_index": 5}
+    llava = hf.LlavaConfig(**vision, text_config=hf.LlamaConfig(**TEXT, num_key_value_heads=3))
+    with pytest.raises(ModelError, match=r"several families .hf_clip at .*, lm_llama at "):
+        ov.compress(hf.LlavaForConditionalGeneration(llava), pictures)
+
+
+def test_what_a_model_needs_besides_pictures_is_said(pictures):
+    encoder = hf.ViTModel(hf.ViTConfig(**HF))
+    decoder = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=48, n_layer=1, n_head=3, vocab_size=9, add_cross_attention=True))
+    model = hf.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    with pytest.raises(DataError, match="VisionEncoderDecoderModel cannot take calibration batch 0"):
+        ov.compress(model, pictures)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, r"the model is wrapped in DataParallel: compress model\.module"),
+        (lambda model: OwnHead(nn.DataParallel(model)), r"backbone of the model is wrapped .* model\.backbone\.module"),
+        (lambda model: torch.compile(model, backend="eager"), r"torch\.compile: compress model\._orig_mod"),
+        (torch.jit.script, "is TorchScript"),
+    ],
+)
+def test_replicas_and_compiled_models_are_refused_with_what_to_compress(wrap, message, pictures):
+    model = wrap(_timm("vit_tiny_patch16_224")())
+    with pytest.raises(ModelError, match=message):
+        find_adapter(model)
+    with pytest.raises(ModelError, match=message):
+        ov.compress(model, pictures, adapter=adapters()[0])
 
 
 def test_unknown_family_is_an_error_that_lists_the_known():

@@ -40,6 +40,8 @@ def remember_adapter(model: nn.Module, adapter: Adapter) -> Adapter:
     Returns:
         The adapter as it fits the model: of the part that belongs to the family, if that is wrapped in others.
     """
+    if adapter is getattr(model, "_oats_vision_adapter", None):
+        return adapter  # its blocks may be of other classes by now
     if not adapter.matches(model):
         inside = outermost(model, adapter.matches)
         adapter = within(adapter, inside[0]) if len(inside) == 1 else adapter
