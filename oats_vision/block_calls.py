@@ -13,6 +13,7 @@ from oats_vision.activations import ActivationStore
 from oats_vision.batches import Inputs, Reader, read_batches
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.structure import floating
+from oats_vision.values import all_finite
 
 Form = Callable[[Tensor], Any]  # hidden states -> what a block returns
 
@@ -271,7 +272,7 @@ def check_finite_states(hidden: Tensor, mask: Tensor | None, what: str, batch: i
     """Raises ModelError if hidden states (batch, tokens, width) are not finite, but for those of padding."""
     if mask is not None and hidden.shape[:2] == mask.shape:
         hidden = hidden[mask.to(hidden.device)]
-    if not hidden.isfinite().all():
+    if not all_finite(hidden):
         raise ModelError(
             f"{what} are not finite in calibration batch {batch}: the model overflows {hidden.dtype}, or is broken"
         )
@@ -293,7 +294,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _same_states(a: Tensor, b: Tensor) -> bool:
     """Whether hidden states are equal; those of padding may be NaN."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()))
 
 
 def _equal(a: Any, b: Any) -> bool:

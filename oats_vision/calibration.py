@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from oats_vision.core.oats import column_scale
+from oats_vision.values import all_finite
 
 Scaling = Literal["second_moment", "median", "none"]
 
@@ -115,7 +116,7 @@ class MeanAndVariance(SecondMoment):
 class Gram:
     """Mean of x x^T over all tokens x: the second moments of all pairs of input features (for SparseGPT).
 
-    Products are summed in float32 over a batch (in float64 if they may overflow) and in float64 beyond. The mean is
+    Products are summed in float32 over a batch (in float64 if they overflow) and in float64 beyond. The mean is
     symmetric: blocks of rows are computed from the diagonal on, which is little more than half of the work.
     """
 
@@ -133,9 +134,10 @@ class Gram:
         tokens = _tokens(inputs, mask)
         for chunk in tokens.chunk(max(1, -(-len(tokens) // 8192))):
             x = chunk if chunk.dtype == torch.float64 else chunk.float()
-            x = x.double() if len(x) and x.abs().amax() > 1e15 else x
             for first, block in zip(range(0, x.shape[1], self.BLOCK), self.upper, strict=True):
-                block += x[:, first : first + len(block)].T @ x[:, first:]
+                left, right = x[:, first : first + len(block)], x[:, first:]
+                product = left.T @ right
+                block += product if all_finite(product) else left.double().T @ right.double()
         self.tokens += len(tokens)
 
     def compute(self) -> Tensor:

@@ -15,6 +15,7 @@ from oats_vision.errors import DataError, ModelError
 from oats_vision.methods import statistic_of
 from oats_vision.splits import Parts
 from oats_vision.structure import in_experts
+from oats_vision.values import all_finite
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def collect_statistics(
                 if mask.numel() != count:
                     raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
                 x = x[mask.to(x.device).view(x.shape[:-1])]
-            if not x.isfinite().all():
+            if not all_finite(x):
                 raise ModelError(
                     f"{block_name}.{name}: its inputs are not finite in calibration batch {b}: the model overflows "
                     f"{x.dtype}, or is broken"

@@ -42,6 +42,12 @@ def test_squares_that_overflow_float32_are_kept():
     assert moment.compute().item() == pytest.approx(1e60)
 
 
+def test_products_that_overflow_float32_are_kept():
+    gram = Gram(2)
+    gram.update(torch.tensor([[1e30, 1.0], [-1e30, 3.0]]))
+    np.testing.assert_allclose(gram.compute(), [[1e60, -1e30], [-1e30, 5.0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [SecondMoment, MedianMagnitude])
 def test_masked_tokens_do_not_count(kind):
     x = _tokens(1)
