@@ -113,6 +113,17 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def note_weights(model: nn.Module) -> None:
+    """Note which weights a loaded model has now: it may have been trained since.
+
+    In 16 bits they cannot be told from the loaded ones, which were rounded: what was noted stays.
+    """
+    source = getattr(model, "_oats_vision_source", None)
+    whole = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
+    if isinstance(source, ModelSource) and source.dense_sha256 and whole:
+        remember_source(model, replace(source, dense_sha256=weights_digest(model)))
+
+
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Give a model's weights another dtype, in place, as `from_pretrained(dtype=)` does.
 
@@ -261,8 +272,8 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
 def _timm_source(model: Any, args: Mapping[str, Any], image_size: int | None, dtype: str) -> ModelSource:
     cfg = model.pretrained_cfg
     data = timm.data.resolve_model_data_config(model)
-    if image_size is not None:
-        data["input_size"] = (3, image_size, image_size)
+    size = data["input_size"][1:] if image_size is None else (image_size, image_size)
+    data["input_size"] = (args.get("in_chans") or data["input_size"][0], *size)
     args = {**args, "num_classes": getattr(model, "num_classes", cfg.get("num_classes"))}
     names = cfg.get("label_names")
     names = list(map(str, names)) if names else None

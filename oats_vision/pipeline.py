@@ -18,6 +18,7 @@ from oats_vision.config import CompressionSettings, validated
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.methods import decompose
+from oats_vision.models import note_weights
 from oats_vision.plan import Plan, chosen_linears, plan_block
 from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing, slice_blocks
 from oats_vision.splits import Parts, candidates, fastest
@@ -157,6 +158,7 @@ def compress(
     check_finite(model)
     check_device(model)
     refuse_wrappers(model)
+    note_weights(model)
     with _plain_arithmetic(model), _undone_unless_begun(model) as undo:
         adapter = remember_adapter(model, adapter or find_adapter(model))
         model.eval()

@@ -194,3 +194,13 @@ def test_help_shows_the_defaults_in_brackets():
     for command, words in (("knn", "10 20 100 200"), ("linear-probe", "the one that was compressed")):
         shown = CliRunner().invoke(app, ["eval", command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
         assert f"[default: ({words})]" in shown
+
+
+def test_a_damaged_report_does_not_lose_what_was_measured(compressed, tmp_path):
+    model = shutil.copytree(compressed, tmp_path / "model")
+    (model / "report.json").write_text("{")
+    done = run("eval", "top1", model, "--data", "demo", "--samples", 8, "--no-dense", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["compressed"]["pictures"] == 8
+    assert "report.json is damaged" in done.stderr
+    assert "Traceback" not in done.stderr

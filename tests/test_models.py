@@ -178,6 +178,28 @@ def test_the_dense_weights_are_known_by_a_digest(model_directory, tmp_path):
     assert source_of(ov.load_model(tmp_path / "trained")[0]).dense_sha256 != first
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_was_trained_after_it_was_loaded_is_another(model_directory, trained, tmp_path):
+    model, _ = ov.load_model(model_directory)
+    before = source_of(model).dense_sha256
+    if trained:
+        model.blocks[0].mlp.fc1.weight.data.add_(0.01)
+    ov.compress(model, [torch.randn(8, 3, 28, 28)], rate=0.5, iterations=1)
+    ov.save(model, tmp_path / "out")
+    noted = json.loads((tmp_path / "out" / "config.json").read_text())["source"]["dense_sha256"]
+    assert (noted != before) is trained
+
+
+def test_a_directory_of_one_channel_has_pictures_of_one(tmp_path):
+    args = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 1, "num_heads": 3, "in_chans": 1}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)
+    timm.models.save_for_hf(model, str(tmp_path / "grey"), model_args=args, safe_serialization=True)
+    model, transform = ov.load_model(tmp_path / "grey", image_size=28)
+    picture = transform(Image.new("RGB", (40, 40), "red"))
+    assert picture.shape == (1, 28, 28)
+    assert model(picture[None]).shape == (1, 3)
+
+
 @pytest.mark.parametrize("prefix", ["", "hf:"])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_repositories_of_timm_are_loaded_by_timm(model_directory, tmp_path, prefix, wrapped):

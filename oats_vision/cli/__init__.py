@@ -5,6 +5,7 @@ import signal
 import sys
 from types import FrameType
 
+import torch
 import typer
 from rich.logging import RichHandler
 
@@ -42,6 +43,10 @@ def main() -> None:
         app()
     except OatsVisionError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        typer.echo(f"error: out of memory: use a smaller --batch-size or another --device {reason}", err=True)
         sys.exit(1)
 
 

@@ -110,13 +110,13 @@ def show(
         "difference": {metric: difference.to_dict() for metric, difference in differences.items()},
         "machine": machine(models.device),
     }
-    if models.directory:
-        checkpoint.add_evaluation(models.directory, result)
     if as_json:
         typer.echo(json.dumps(result))
-        return
-    shown = {metric: str(difference) for metric, difference in differences.items()}
-    results().print(report.comparison_table(title, list(scores), values | rows, shown))
+    else:
+        shown = {metric: str(difference) for metric, difference in differences.items()}
+        results().print(report.comparison_table(title, list(scores), values | rows, shown))
+    if models.directory:  # last: a damaged report must not lose what was measured
+        checkpoint.add_evaluation(models.directory, result)
 
 
 def _origin(source: ModelSource, directory: Path | None) -> str:
