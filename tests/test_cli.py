@@ -149,7 +149,7 @@ def test_bad_folders_bad_config_and_existing_output(quick, tmp_path):
     (tmp_path / "taken").mkdir()
     for arguments, messages in (
         (["--data", tmp_path / "empty", "--out", "out"], ["empty has no picture"]),
-        (["--data", tmp_path / "broken", "--out", "out"], ["no batch"]),
+        (["--data", tmp_path / "broken", "--out", "out"], ["no picture could be read (1 skipped)"]),
         (["--config", "run.yaml", "--out", "out"], ["run.yaml", "rate: ", "speed: is no setting"]),
         (["--out", "taken"], ["taken exists", "--overwrite"]),
     ):
