@@ -379,6 +379,17 @@ def test_tensors_that_were_exchanged_are_seen(tokens):
         layer(x)
 
 
+@pytest.mark.parametrize("name", ["sparse.values", "sparse.bitmask", "low_rank.V", "bias"])
+@pytest.mark.parametrize("used", [False, True])
+def test_memory_that_was_freed_is_seen(name, used):
+    layer, x = _layer(), torch.randn(3, 40)
+    if used:
+        layer(x)
+    layer.state_dict()[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="its storage was freed"):
+        layer(x)
+
+
 def test_the_environment_forces_an_instruction_set():
     program = """
 import torch

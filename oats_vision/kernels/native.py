@@ -113,6 +113,9 @@ def address(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...
         raise ValueError(f"{name} must be a dense tensor on the CPU, got {tensor.layout} on {tensor.device}")
     if not tensor.is_contiguous() and not (rows_apart and tensor.stride(1) == 1):
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    reach = tensor.numel() and 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if (tensor.storage_offset() + reach) * tensor.itemsize > tensor.untyped_storage().nbytes() and reach:
+        raise ValueError(f"{name} has no memory: its storage was freed or made smaller")
     return tensor.data_ptr()
 
 
@@ -278,11 +281,11 @@ class MatrixCache:
             0 if bias is None else bias.data_ptr(),
             values.dtype,
         )
-        if self._matrix is None or key != self._key:
-            self._matrix = None  # whose memory is free for the new one
-            self._matrix = Matrix(values, bitmask, U, V, bias, list(zip(out_features, ranks, strict=True)))
-            self._key = key
-        return self._matrix
+        matrix = self._matrix
+        if matrix is None or key != self._key:
+            matrix = Matrix(values, bitmask, U, V, bias, list(zip(out_features, ranks, strict=True)))
+            self._matrix, self._key = matrix, key
+        return matrix
 
     def __deepcopy__(self, memo: object) -> "MatrixCache":
         return MatrixCache()
