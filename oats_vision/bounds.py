@@ -1,5 +1,6 @@
 """Build an architecture that a stranger's file describes, within what that file can account for."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from oats_vision.errors import CheckpointError
 
+BUILDING = threading.RLock()  # held while nn.Module is patched, here or by accelerate, which all threads see
 MEMORY = 64 << 20  # bytes that any architecture may ask for: masks and rotary tables are in no file
 
 
@@ -38,7 +40,6 @@ def bounded(limits: Limits) -> Iterator[None]:
         CheckpointError: there are more tensors, or more memory is asked for.
     """
     tensors = memory = 0
-    register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
 
     def count(tensor: Tensor | None, real: bool) -> None:
         nonlocal tensors, memory
@@ -58,12 +59,14 @@ def bounded(limits: Limits) -> Iterator[None]:
         register_buffer(module, name, tensor, persistent)
 
     patched: Any = nn.Module
-    patched.register_parameter, patched.register_buffer = parameter, buffer
-    try:
-        with _SmallTensors(limits):
-            yield
-    finally:
-        patched.register_parameter, patched.register_buffer = register_parameter, register_buffer
+    with BUILDING:
+        register_parameter, register_buffer = patched.register_parameter, patched.register_buffer
+        patched.register_parameter, patched.register_buffer = parameter, buffer
+        try:
+            with _SmallTensors(limits):
+                yield
+        finally:
+            patched.register_parameter, patched.register_buffer = register_parameter, register_buffer
 
 
 class _SmallTensors(TorchDispatchMode):

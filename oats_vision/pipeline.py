@@ -177,7 +177,8 @@ def compress(
             plan = {name: plan_block(adapter, name, block, settings) for name, block in blocks}
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
-        check_storable(model.state_dict().items(), storage)
+        buffers = {name for name, _ in model.named_buffers()}
+        check_storable(model.state_dict().items(), storage, buffers)
         report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=slicing)
         with ActivationStore(activation_memory * 1e9) as hidden:
             progress(Step(0.0, 0, len(blocks), "capturing the first block's inputs"))
@@ -193,10 +194,10 @@ def compress(
                     progress(Step((block + share) / len(blocks), block + 1, len(blocks), activity))
 
                 report.slicing = slice_blocks(model, adapter, slicing, hidden, calls, tell)
-                check_storable(model.state_dict().items(), storage)
+                check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                _decompose_blocks(blocks, plan, report, storage, hidden, calls, progress)
+                _decompose_blocks(blocks, plan, report, storage, hidden, calls, progress, begun=undo.pop_all)
     progress(Step(1.0, len(blocks), len(blocks), "done", report.layers[-1].error if report.layers else None))
     report.seconds["total"] = time.perf_counter() - start
     report.seconds["calibration"] = report.seconds["total"] - report.seconds["solver"]
@@ -250,8 +251,13 @@ def _decompose_blocks(
     hidden: ActivationStore,
     calls: BlockCalls,
     progress: Callable[[Step], None],
+    begun: Callable[[], object],
 ) -> None:
-    """Replace each block's linears in turn; `hidden` holds the first block's inputs and is overwritten."""
+    """Replace each block's linears in turn; `hidden` holds the first block's inputs and is overwritten.
+
+    Args:
+        begun: called once a linear is replaced, and what would undo earlier steps is of no use any more.
+    """
     for i, (name, block) in enumerate(blocks):
 
         def tell(share: float, activity: str, error: float | None = None, block_number: int = i) -> None:
@@ -280,6 +286,7 @@ def _decompose_blocks(
                 at_once,
             )
             report.layers.append(layer)
+            begun()
         report.seconds["solver"] += time.perf_counter() - tock
         if i + 1 < len(blocks):
             error = report.layers[-1].error if report.layers else None
