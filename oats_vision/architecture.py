@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from oats_vision.adapters import causal_lm, hf_vit
-from oats_vision.bounds import Limits, bounded
+from oats_vision.bounds import BUILDING, Limits, bounded
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.transforms import TransformConfig, plain
 
@@ -77,9 +77,9 @@ class ModelSource:
     def described_by(self, model: nn.Module) -> "ModelSource":
         """With what the model itself now says: its number of classes, its configuration."""
         args = self.args
-        classes = getattr(model, "num_classes", None)
+        classes, pool = getattr(model, "num_classes", None), getattr(model, "global_pool", None)
         if self.kind == "timm" and isinstance(classes, int):
-            args = args | {"num_classes": classes}
+            args = args | {"num_classes": classes} | ({"global_pool": pool} if isinstance(pool, str) else {})
         elif self.kind == "huggingface":
             args = huggingface_args(model)
             classes = len(args.get("id2label") or ())
@@ -134,7 +134,7 @@ def rebuild(source: ModelSource, trust_remote_code: bool = False, limits: Limits
         raise ModelError(f"the checkpoint is of {source.name}: pass a module of that class as load(..., model=)")
     if limits:
         _check_blocks(source.args, limits)
-    with bounded(limits) if limits else nullcontext(), init_empty_weights(include_buffers=False):
+    with BUILDING, bounded(limits) if limits else nullcontext(), init_empty_weights(include_buffers=False):
         model: nn.Module = library(what, build)
     return model.eval()
 
@@ -166,9 +166,14 @@ def _plain_argument(value: Any) -> bool:
 
 @cache
 def timm_arguments() -> frozenset[str]:
-    """Arguments of timm's VisionTransformer and Eva but for those that name classes, a device or a dtype."""
+    """Arguments of timm's VisionTransformer and Eva but for those that are classes, a device or a dtype.
+
+    Norms and activations are words that timm looks up in registries of its own.
+    """
+    words = ("act_layer", "norm_layer")
     names = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
-    return frozenset(name for name in names if not name.endswith(("_layer", "_fn")) and name not in ("device", "dtype"))
+    closed = (name for name in names if name in words or not name.endswith(("_layer", "_fn")))
+    return frozenset(closed) - {"device", "dtype"}
 
 
 def huggingface_class(name: str) -> type | None:
@@ -181,6 +186,17 @@ def huggingface_class(name: str) -> type | None:
     blocks = {*hf_vit.FAMILIES, *causal_lm.FAMILIES}
     own = kind.__module__.startswith("transformers.models.") and blocks & vars(sys.modules[kind.__module__]).keys()
     return kind if own else None
+
+
+def is_of_our_own(config: Any) -> None:
+    """See that a Hugging Face configuration leads neither to code nor to other files.
+
+    Raises:
+        ModelError: it does.
+    """
+    _closed(plain(config.to_dict()))
+    if config.model_type in ("timm_wrapper", "timm_backbone"):  # their arguments reach timm whole
+        raise ModelError(f"a {config.model_type} without its timm architecture: load it by its name in timm")
 
 
 def huggingface_args(model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oats_vision.adapters import Adapter, adapters, find_adapter, remember_adapter
 from oats_vision.architecture import ModelSource, library, rebuild
-from oats_vision.bounds import MEMORY, Limits, bounded
+from oats_vision.bounds import BUILDING, MEMORY, Limits, bounded
 from oats_vision.checkpoint_config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest, read_config
 from oats_vision.checkpoint_place import MERGED, REPORT, check_target, is_checkpoint, locked, new_directory
 from oats_vision.errors import CheckpointError, OatsVisionError
@@ -26,7 +26,8 @@ from oats_vision.models import TOKENIZER, remember_source, source_of
 from oats_vision.pipeline import CompressionReport
 from oats_vision.slicing import SlicedBlock, empty_sliced_blocks
 from oats_vision.transforms import Transform, build_transform, plain
-from oats_vision.weights import WEIGHTS, WeightsFile, check_bitmask, unusable
+from oats_vision.values import broken
+from oats_vision.weights import WEIGHTS, WeightsFile, check_bitmask
 
 __all__ = [
     "CONFIG",
@@ -130,13 +131,14 @@ def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any 
         **report.to_dict(),
         "generation_config": plain(generation.to_diff_dict()) if generation is not None else None,
     }
+    buffers = {name for name, _ in model.named_buffers()}
     tensors = {
         name: (tensor.to(storage) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in state.items()
         if name not in tied
     }
     for name, tensor in tensors.items():
-        if bad := unusable(tensor, name):
+        if bad := broken(tensor, name, is_parameter=name not in buffers):
             raise CheckpointError(f"the model cannot be stored in {config['storage_dtype']}: {bad}")
     with new_directory(path, overwrite) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
@@ -276,13 +278,15 @@ def load(
         with bounded(limits):
             _make_room(model, adapter, report, layers_dtype)
         _check_tensors(path, model, file, config, storage)
-        tensors = file.read(config["weights_sha256"], convert)
+        buffers = {name for name, _ in model.named_buffers()}
+        tensors = file.read(config["weights_sha256"], convert, lambda name: name not in buffers)
     for name, spec in specs.items():
         check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
     tensors |= {name: tensors[owner] for name, owner in config["tied"].items()}
-    model.load_state_dict(tensors, assign=True)
-    if config["tied"] and hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
+    with BUILDING:  # parameters are assigned, which another thread may have patched
+        model.load_state_dict(tensors, assign=True)
+        if config["tied"] and hasattr(model, "tie_weights"):
+            model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
     _check_computed(path, model, tensors)
     _set_generation(path, model, config.get("generation_config"))
     remember_source(model, source)
@@ -419,9 +423,10 @@ def read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         CheckpointError: the file is missing, truncated or corrupted.
     """
     specs = layer_specs(config)
+    compressed = tuple(f"{name}." for name in specs)  # of the others, only the model knows which are buffers
     with WeightsFile(path) as file:
         file.check_layers(specs, getattr(torch, config["storage_dtype"]))
-        tensors = file.read(config["weights_sha256"])
+        tensors = file.read(config["weights_sha256"], is_parameter=lambda name: name.startswith(compressed))
     for name, spec in specs.items():
         check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
     return tensors

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import sys
@@ -22,11 +23,16 @@ from oats_vision.files import umask
 from oats_vision.models import TOKENIZER
 from oats_vision.weights import WEIGHTS
 
+log = logging.getLogger(__name__)
+
 REPORT, MERGED = "report.json", "merged"
 # what runs of ours write, by paths in the directory
 _OURS = (CONFIG, WEIGHTS, REPORT)
 _UNFINISHED = (f".{MERGED}.writing-", f".{REPORT}.")  # beginnings of what killed runs leave
-_OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # in TOKENIZER and MERGED
+# in TOKENIZER and MERGED
+_OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab")
+_TEMPLATES = "additional_chat_templates"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network file systems
 
 
 @contextmanager
@@ -60,7 +66,10 @@ def _lock(file: Path) -> int:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as problem:
+            if problem.errno in _NO_LOCKS:
+                log.warning("%s: this file system has no locks: see that no two runs write there", file.parent)
+                return handle
             os.close(handle)
             raise
         with contextlib.suppress(FileNotFoundError):
@@ -172,7 +181,7 @@ def _foreign(place: Path) -> Path | None:
         if entry.is_symlink():
             return entry
         if entry.is_dir():
-            known = not folder and name in (TOKENIZER, MERGED)
+            known = name in (TOKENIZER, MERGED) if not folder else name == _TEMPLATES
         else:
             known = name in _OURS if not folder else any(fnmatch(name, pattern) for pattern in _OURS_BELOW)
         if not known:

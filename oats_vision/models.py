@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -17,12 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from oats_vision.adapters import find_adapter
+from oats_vision.adapters import SHIPPED, adapters, find_adapter
 from oats_vision.architecture import (
     ModelSource,
     from_torch_hub,
     huggingface_args,
     huggingface_class,
+    is_of_our_own,
     library,
     rebuild,
     timm_architecture,
@@ -31,6 +33,8 @@ from oats_vision.errors import ModelError
 from oats_vision.transforms import Transform, TransformConfig, build_transform, plain, timm_transform_config
 
 __all__ = ["ALIASES", "ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_source", "source_of"]
+
+log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # folder of a compressed language model's directory
 
@@ -97,10 +101,19 @@ def load_model(
     if image_size is not None and source.kind != "timm":
         raise ModelError(f"image_size {image_size} can be set for timm models only, and {name!r} is not one")
     find_adapter(model)
+    transform, source = _known_transform(name, source)
     origin = {"name": str(path.resolve()) if path.exists() and name != "demo" else name, "image_size": image_size}
     remember_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
-    transform = build_transform(source.transform) if source.transform else None
     return cast_weights(model, dtype).to(device=device).eval(), transform
+
+
+def _known_transform(name: str, source: ModelSource) -> tuple[Transform | None, ModelSource]:
+    """The model's preprocessing; none, which is said and noted, if it is of a kind that we do not make."""
+    try:
+        return build_transform(source.transform) if source.transform else None, source
+    except ModelError as unknown:
+        log.warning("%s is loaded without its preprocessing (%s): give batches of your own", name, unknown)
+        return None, replace(source, transform=None)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -232,7 +245,11 @@ def _from_timm_directory(path: Path, config: dict[str, Any], pretrained: bool, i
     failed = f"model {str(path)!r} cannot be loaded"
     inner = config.get("pretrained_cfg")
     saved = {**(inner if isinstance(inner, dict) else config)}
-    saved |= {name: config[name] for name in ("num_classes", "label_names", "label_descriptions") if config.get(name)}
+    saved |= {
+        name: config[name]
+        for name in ("num_classes", "label_names", "label_descriptions")
+        if config.get(name) is not None
+    }
     cfg = {name: saved[name] for name in _TIMM_CFG if saved.get(name) is not None}
     name, args = config["architecture"], {**(config.get("model_args") or {})}
     # timm itself takes these from the configuration's other fields
@@ -313,9 +330,15 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
                 raise ModelError(
                     f"{failed}: its {field[1:]} is code of a hub: pass --trust-remote-code if you trust it"
                 )
+    if not trust_remote_code:
+        is_of_our_own(config)
     towers = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
     architecture = str((config.architectures or [""])[0])
-    kind: Any = huggingface_class(towers.get(architecture, architecture)) or transformers.AutoModel
+    kind: Any = huggingface_class(towers.get(architecture, architecture)) or _mapped_class(config)
+    if kind is None:
+        if adapters() == list(SHIPPED) and not trust_remote_code:
+            raise ModelError(f"{failed}: no adapter knows {architecture or config.model_type}")
+        kind = transformers.AutoModel
     if architecture in towers:
         config = config.vision_config
     if pretrained:
@@ -330,6 +353,15 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     labels = [str(name) for _, name in sorted((model.config.id2label or {}).items())]  # may be numbered from 1
     names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
     return model, _huggingface_source(model, transform, config.dtype, names)
+
+
+def _mapped_class(config: Any) -> type | None:
+    """The class of a known family that transformers would take for a configuration that names none."""
+    import transformers
+
+    found = transformers.MODEL_MAPPING.get(type(config), None)
+    names = [kind.__name__ for kind in (found if isinstance(found, tuple) else (found,)) if kind is not None]
+    return next(filter(None, map(huggingface_class, names)), None)
 
 
 def _from_gguf(path: Path, pretrained: bool):

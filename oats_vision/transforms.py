@@ -1,6 +1,7 @@
 """A model's own input preprocessing, as data: stored in checkpoints, rebuilt without a network."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,9 @@ from oats_vision.errors import ModelError
 # {"kind": "huggingface", ...fields of an image processor}
 TransformConfig = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
-LARGEST = 1 << 14  # pixels of a side, beyond which no model reads
+LARGEST = 1 << 12  # pixels of a side, beyond which no model reads
+# of the families that adapters know; others may read files, or run programs that read text
+_PROCESSORS = re.compile(r"(ViT|DeiT|Beit|Bit|ConvNext|CLIP|Siglip|Siglip2|DINOv3ViT)ImageProcessor(Fast|Pil)?")
 
 _Pixels = Annotated[int, Field(ge=1, le=LARGEST)]
 _Channel = Annotated[float, Field(allow_inf_nan=False)]
@@ -97,14 +100,9 @@ def _image_processor(config: TransformConfig) -> Any:
     from transformers.image_processing_base import ImageProcessingMixin
 
     name = config.get("image_processor_type")
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not (
-        isinstance(found, type)
-        and issubclass(found, ImageProcessingMixin)
-        and found.__module__.startswith("transformers.models.")
-        and "layoutlm" not in found.__module__  # these run another program, which reads the text
-    ):
-        raise ModelError(f"transform: {name!r} is no image processor of transformers {transformers.__version__}")
+    found = getattr(transformers, name, None) if isinstance(name, str) and _PROCESSORS.fullmatch(name) else None
+    if not (isinstance(found, type) and issubclass(found, ImageProcessingMixin)):
+        raise ModelError(f"transform: {name!r} is no image processor of a family that an adapter knows")
     processor: Any = found
     fields = {name: value for name, value in config.items() if name != "kind" and not name.startswith("_")}
     leading = {"auto_map", "trust_remote_code", "custom_pipelines"} & fields.keys()

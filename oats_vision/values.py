@@ -1,12 +1,13 @@
 """The values of a model's tensors: finite before, between and after the steps of a compression."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from oats_vision.errors import ConfigError, ModelError
 
+LARGEST = 1e18  # the square of a larger value overflows float32, and every norm takes squares
 Rounded = list[tuple[Tensor, Tensor]]  # a tensor of the model, and its values before
 
 
@@ -16,11 +17,29 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=dtype).isfinite()) or bool(tensor.isfinite().all())
 
 
+def broken(tensor: Tensor, name: str, *, is_parameter: bool = True) -> str:
+    """What is wrong with a stored tensor's values, in words; empty if nothing is.
+
+    A buffer may hold -infinity, or the lowest number that there is: masks do.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    if not is_parameter and high < torch.inf:
+        return ""
+    largest = max(-low, high)
+    if -torch.inf < low and largest <= LARGEST:
+        return ""
+    return f"{name} holds " + (
+        f"a value of {largest:.3g}" if largest < torch.inf else "values that are NaN or infinite"
+    )
+
+
 def check_finite(model: nn.Module) -> None:
     """See that all parameters and floating buffers hold numbers.
 
     Raises:
-        ModelError: one holds NaN or infinity (a buffer may hold -infinity: masks do), or no values at all.
+        ModelError: one holds NaN, infinity or a value beyond all use (see `broken`), or no values at all.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
@@ -28,19 +47,16 @@ def check_finite(model: nn.Module) -> None:
                 f"{name} has no values: it is on the meta device, or offloaded by accelerate. Load the model whole, "
                 "onto one device"
             )
-        if not tensor.is_floating_point() or all_finite(tensor):
-            continue
-        finite = tensor.isfinite()
-        if not isinstance(tensor, nn.Parameter):
-            finite |= tensor == -torch.inf
-        if not finite.all():
-            raise ModelError(
-                f"{name} has {int((~finite).sum())} values that are NaN or infinite: the weights are broken"
-            )
+        if wrong := broken(tensor, name, is_parameter=isinstance(tensor, nn.Parameter)):
+            count = int((~tensor.isfinite()).sum())
+            raise ModelError(f"{wrong} ({count} of {tensor.numel()}): the weights are broken")
 
 
-def check_storable(tensors: Iterable[tuple[str, Tensor]], storage: torch.dtype) -> None:
+def check_storable(tensors: Iterable[tuple[str, Tensor]], storage: torch.dtype, buffers: Container[str] = ()) -> None:
     """See that finite values stay finite in the storage precision.
+
+    Args:
+        buffers: names of those whose lowest values may become -infinity.
 
     Raises:
         ConfigError: one does not.
@@ -48,6 +64,8 @@ def check_storable(tensors: Iterable[tuple[str, Tensor]], storage: torch.dtype) 
     for name, tensor in tensors:
         if tensor.is_floating_point():
             lost = tensor.isfinite() & ~tensor.to(storage).isfinite()
+            if name in buffers:
+                lost &= tensor > 0
             if lost.any():
                 kind = str(storage).removeprefix("torch.")
                 value = float(tensor[lost].double().abs().max())

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from oats_vision.errors import CheckpointError
 from oats_vision.layers import LayerSpec
+from oats_vision.values import broken
 
 WEIGHTS = "model.safetensors"
-LARGEST = 1e18  # the square of a larger value overflows float32, and every norm takes squares
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -75,12 +75,18 @@ class WeightsFile:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def read(self, sha256: str, convert: Callable[[str, Tensor], Tensor] = lambda name, t: t) -> dict[str, Tensor]:
+    def read(
+        self,
+        sha256: str,
+        convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+        is_parameter: Callable[[str], bool] = lambda name: True,
+    ) -> dict[str, Tensor]:
         """All tensors in memory of their own, which the file's later fate does not touch.
 
         Args:
             sha256: what the file's digest must be; it is taken of the very bytes that become tensors.
             convert: what to keep of each tensor, by its name, as soon as it is read.
+            is_parameter: whether the tensor of that name is one, and no buffer.
 
         Raises:
             CheckpointError: another digest, a value that is not finite, or the file was cut meanwhile.
@@ -90,7 +96,7 @@ class WeightsFile:
         tensors: dict[str, Tensor] = {}
         bad = ""
         for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].start):
-            content = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+            content = torch.empty(stored.end - stored.start, dtype=torch.uint8, device="cpu")
             view = content.numpy().data
             try:
                 if len(view) and self._stream.readinto(view) != len(view):
@@ -99,7 +105,7 @@ class WeightsFile:
                 raise CheckpointError(f"{self.path} cannot be read: {problem}") from None
             digest.update(view)
             tensor = content.ne(0) if stored.dtype == torch.bool else content.view(stored.dtype)
-            bad = bad or unusable(tensor, name)
+            bad = bad or broken(tensor, name, is_parameter=is_parameter(name))
             tensors[name] = convert(name, tensor.view(stored.shape))
         if digest.hexdigest() != sha256:
             raise CheckpointError(f"{self.path} is damaged: its SHA-256 is not the one in config.json")
@@ -166,18 +172,6 @@ def layer_shapes(spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], bool]]:
         "low_rank.V": ((sum(ranks), spec.in_features), False),
     }
     return shapes | ({"bias": ((spec.out_features,), False)} if spec.bias else {})
-
-
-def unusable(tensor: Tensor, name: str) -> str:
-    """What is wrong with a tensor's values, in words; empty if nothing is."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return ""
-    low, high = (float(value) for value in torch.aminmax(tensor))
-    largest = max(-low, high)
-    if math.isfinite(low) and math.isfinite(high) and largest <= LARGEST:
-        return ""
-    what = f"a value of {largest:.3g}" if math.isfinite(largest) else "values that are not finite"
-    return f"{name} holds {what}"
 
 
 def check_bitmask(bitmask: Tensor, spec: LayerSpec, where: str) -> None:

@@ -1,5 +1,8 @@
+import copy
+import errno
 import json
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,10 @@ def _overflow(model):
     model.norm.weight.data[2] = 1e6  # stored in float16
 
 
+def _other_pooling(model):
+    model.global_pool = "avg"
+
+
 def _other_head(model):
     model.head = torch.nn.Linear(48, 3)
 
@@ -122,8 +129,9 @@ def _other_head(model):
         (_interrupted, r"not those of its report \(such as blocks\.2\.mlp\.fc2\)"),
         (ov.merge, "was merged since"),
         (_offloaded, r"blocks\.1\.norm1\.weight is on the meta device"),
-        (_not_finite, r"head\.bias holds values that are not finite"),
+        (_not_finite, r"head\.bias holds values that are NaN or infinite"),
         (_overflow, r"cannot be stored in float16: norm\.weight"),
+        (_other_pooling, r"fc_norm\.weight is missing"),
         (_other_head, r"head\.weight is \[3, 48\], expected \[10, 48\].*say so in model\.num_classes"),
     ],
 )
@@ -143,6 +151,40 @@ def test_a_head_that_the_model_tells_of_is_saved(tiny_vit, pictures, tmp_path):
     loaded = ov.load(tmp_path / "out")
     assert loaded(pictures[0]).shape == (4, 3)
     assert ov.models.source_of(loaded).label_names is None  # they were those of the old head
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+@torch.no_grad()
+def test_a_mask_may_hold_the_lowest_numbers(tiny_vit, pictures, tmp_path, lowest):
+    class Masked(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("mask", torch.full((3, 3), lowest).triu(1))
+
+        def forward(self, x):
+            return self.inner(x) + self.mask.exp().sum() - 6
+
+    model, fresh = Masked(tiny_vit), Masked(copy.deepcopy(tiny_vit))
+    ov.compress(model, pictures, rate=0.5, iterations=1, storage_dtype="float16")
+    ov.save(model, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out", model=fresh)
+    torch.testing.assert_close(loaded(pictures[0]), model(pictures[0]), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_loading_does_not_depend_on_the_default_device(compressed, saved, pictures):
+    with torch.device("meta"):
+        loaded = ov.load(saved, device="cpu")
+    torch.testing.assert_close(loaded(pictures[0]), compressed(pictures[0]))
+
+
+def test_threads_may_load_at_once(saved, pictures):
+    before = torch.nn.Module.register_parameter, torch.nn.Module.register_buffer
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(ov.load, [saved] * 8))
+    assert (torch.nn.Module.register_parameter, torch.nn.Module.register_buffer) == before
+    assert all(torch.equal(model(pictures[0]), loaded[0](pictures[0])) for model in loaded)
 
 
 @torch.no_grad()
@@ -187,6 +229,24 @@ def test_files_of_others_in_a_checkpoint_are_never_lost(compressed, saved, file)
     with pytest.raises(CheckpointError, match=f"holds {file.rpartition('/')[0] or file}.*not ours and would be lost"):
         ov.save(compressed, saved, overwrite=True)
     assert (saved / file).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("file", ["tokenizer/additional_chat_templates/tools.jinja", "tokenizer/a.tiktoken"])
+def test_files_of_a_tokenizer_are_ours(compressed, saved, file):
+    (saved / file).parent.mkdir(parents=True)
+    (saved / file).write_text("{{ messages }}")
+    ov.save(compressed, saved, overwrite=True)
+    assert not (saved / file).exists()
+
+
+def test_a_file_system_without_locks_is_said(compressed, tmp_path, monkeypatch, caplog):
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint_place.fcntl, "flock", none)
+    ov.save(compressed, tmp_path / "out")
+    assert "has no locks" in caplog.text
+    ov.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("can_swap", [True, False])

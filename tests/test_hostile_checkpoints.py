@@ -65,6 +65,7 @@ CANARY = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass
         {"image_processor_type": "pipeline", "task": "x", "trust_remote_code": True},
         {"image_processor_type": "AutoImageProcessor"},
         {"image_processor_type": "ViTModel"},
+        {"image_processor_type": "OneFormerImageProcessor", "repo_path": ".", "class_info_file": "config.json"},
         {"image_processor_type": "ViTImageProcessor", "auto_map": {"AutoImageProcessor": "code.Model"}},
         {"image_processor_type": "ViTImageProcessor", "size": {"height": 10**6, "width": 10**6}},
         {"image_processor_type": ["ViTImageProcessor"]},
@@ -141,7 +142,7 @@ class _Payload:
         ("vit_small_patch16_dinov3", {"checkpoint_path": "x.pth"}, "'checkpoint_path' is no argument"),
         ("vit_small_patch16_dinov3", {"pretrained_cfg": {"file": "x.pth"}}, "'pretrained_cfg' is no argument"),
         ("vit_small_patch16_dinov3", {"features_only": True}, "'features_only' is no argument"),
-        ("vit_small_patch16_dinov3", {"norm_layer": "os.system"}, "'norm_layer' is no argument"),
+        ("vit_small_patch16_dinov3", {"norm_layer": "os.system"}, "norm_layer of a timm architecture must be"),
         ("vit_small_patch16_dinov3", {"attn_type": "os.system('x')"}, "must be a number or a word"),
         ("local-dir:x", {}, "is no architecture of timm"),
         ("hf-hub:org/name", {}, "is no architecture of timm"),
@@ -227,6 +228,38 @@ def test_a_hugging_face_directory_names_no_other_class(tmp_path, fields, message
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(ModelError, match=message):
         ov.load_model(str(tmp_path))
+
+
+def test_a_wrapper_of_timm_that_names_no_architecture_is_not_built(tmp_path, monkeypatch):
+    """Its arguments would reach timm whole, and lead it to a pickled file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(_Payload()))
+    opened = []
+    monkeypatch.setattr("timm.models._factory.load_checkpoint", lambda *args, **kwargs: opened.append(args))
+    fields = {"model_type": "timm_wrapper", "architectures": ["X"], "label_names": ["a", "b"], "num_classes": 2}
+    fields["model_args"] = {"checkpoint_path": str(tmp_path / "x.pth")}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"timm_wrapper|cannot be loaded"):
+        ov.load_model(tmp_path)
+    assert not opened
+    assert not Path("ran").exists()
+
+
+def test_a_family_that_no_adapter_knows_is_not_built(tmp_path, monkeypatch):
+    config = hf.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=1, intermediate_size=12)
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(hf.AutoModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was built"))
+    with pytest.raises(ModelError, match="no adapter knows bert"):
+        ov.load_model(tmp_path)
+
+
+def test_a_configuration_without_its_class_is_that_of_its_kind(tmp_path):
+    hf.ViTModel(hf.ViTConfig(**HF)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(ov.load_model(tmp_path)[0]) is hf.ViTModel
 
 
 def test_unmerged_adapters_are_not_followed_to_their_base(tmp_path):

@@ -190,6 +190,28 @@ def test_a_model_that_was_trained_after_it_was_loaded_is_another(model_directory
     assert (noted != before) is trained
 
 
+@pytest.mark.parametrize(
+    ("args", "change"),
+    [
+        ({"act_layer": "gelu_tanh", "norm_layer": "layernorm"}, {}),
+        ({"in_chans": 13}, {}),
+        ({}, {"num_classes": 0}),
+    ],
+)
+def test_directories_that_timm_writes_are_loaded(tmp_path, args, change):
+    size = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=change.get("num_classes", 3), **size, **args)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=size | args, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if change:  # as some repositories have it: in one of the two places only
+        del config["pretrained_cfg"]["num_classes"]
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    loaded, transform = ov.load_model(tmp_path)
+    x = torch.randn(2, args.get("in_chans", 3), 28, 28)
+    torch.testing.assert_close(loaded(x), model.eval()(x))
+    assert (transform is None) == ("in_chans" in args)  # no picture has 13 channels
+
+
 def test_a_directory_of_one_channel_has_pictures_of_one(tmp_path):
     args = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 1, "num_heads": 3, "in_chans": 1}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)
