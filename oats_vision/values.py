@@ -49,7 +49,8 @@ def check_finite(model: nn.Module) -> None:
             )
         if wrong := broken(tensor, name, is_parameter=isinstance(tensor, nn.Parameter)):
             count = int((~tensor.isfinite()).sum())
-            raise ModelError(f"{wrong} ({count} of {tensor.numel()}): the weights are broken")
+            share = f" ({count} of {tensor.numel():,})" if count else ""
+            raise ModelError(f"{wrong}{share}: the weights are broken")
 
 
 def check_storable(tensors: Iterable[tuple[str, Tensor]], storage: torch.dtype, buffers: Container[str] = ()) -> None:

@@ -98,8 +98,8 @@ def _infinite_buffer(model: nn.Module) -> None:
 
 def _overflowing(model: nn.Module) -> None:
     """Finite weights, infinite activations."""
-    model.blocks[1].norm1.weight.data.fill_(1e30)
-    model.blocks[1].attn.proj.weight.data.fill_(1e30)
+    for name in ("norm1", "attn.qkv", "attn.proj"):
+        model.blocks[1].get_submodule(name).weight.data.fill_(1e17)
 
 
 def _compiled(model: nn.Module) -> None:
@@ -115,8 +115,8 @@ FAULTS = {
     "one linear of two names": (_two_names, r"blocks\.0\.mlp\.fc2 and blocks\.0\.mlp\.also share one weight"),
     "never called": (_unused, r"blocks\.1\.spare was never called .* skip='blocks\.1\.spare'"),
     "meta": (_on_meta, r"blocks\.2\.norm1\.weight has no values: it is on the meta device"),
-    "NaN in the head": (_not_a_number, r"head\.weight has 3 values that are NaN or infinite"),
-    "infinite buffer": (_infinite_buffer, r"statistics has 1 values that are NaN or infinite"),
+    "NaN in the head": (_not_a_number, r"head\.weight holds values that are NaN or infinite \(3 of 480\)"),
+    "infinite buffer": (_infinite_buffer, r"statistics holds values that are NaN or infinite \(1 of 2\)"),
     "compiled block": (_compiled, r"blocks\.1 of the model is compiled"),
 }
 
