@@ -38,7 +38,7 @@ def results() -> Console:
 def option(name: str, *flags: str) -> Any:
     """An option of RunConfig; unset flags leave the field to the YAML file or the default."""
     field = RunConfig.model_fields[name]
-    default = "" if field.default is None else f" [default: {field.default}]"
+    default = "" if field.default in (None, ()) else f" [default: {field.default}]"
     return typer.Option(*flags, help=escape(f"{field.description}{default}"), show_default=False)
 
 
