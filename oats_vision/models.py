@@ -270,7 +270,8 @@ def _from_timm_directory(path: Path, config: dict[str, Any], pretrained: bool, i
             raise ModelError(f"{failed}: it has none of {', '.join(_TIMM_WEIGHTS)}")
         cfg = {**model.pretrained_cfg, "state_dict": library(failed, _state_dict, weights)}
         rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        sizes = {"num_classes": model.num_classes, "in_chans": args.get("in_chans") or 3}
+        # with three channels, whatever the model has: its own weights are not to be adapted to another number
+        sizes = {"num_classes": model.num_classes, "in_chans": 3}
         library(failed, timm.models.load_pretrained, model, cfg, filter_fn=rename, **sizes)
     dtype = _safetensors_dtype(weights) if weights is not None and weights.suffix == ".safetensors" else "float32"
     return model, _timm_source(model, args, image_size, dtype)
@@ -290,7 +291,10 @@ def _timm_source(model: Any, args: Mapping[str, Any], image_size: int | None, dt
     cfg = model.pretrained_cfg
     data = timm.data.resolve_model_data_config(model)
     size = data["input_size"][1:] if image_size is None else (image_size, image_size)
-    data["input_size"] = (args.get("in_chans") or data["input_size"][0], *size)
+    channels = args.get("in_chans") or data["input_size"][0]
+    data["input_size"] = (channels, *size)
+    if channels == 1:
+        data |= {name: (sum(data[name]) / len(data[name]),) for name in ("mean", "std")}
     args = {**args, "num_classes": getattr(model, "num_classes", cfg.get("num_classes"))}
     names = cfg.get("label_names")
     names = list(map(str, names)) if names else None

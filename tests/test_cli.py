@@ -234,7 +234,8 @@ def test_signals_end_a_run_as_errors_do(number):
         "cli.app = app\n"
         "cli.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    where = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=where)
     assert (done.returncode, done.stdout) == (128 + number, "cleaned\n")
     assert done.stderr == f"stopped by {number.name}\n"
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,7 +198,9 @@ def test_shapes_that_do_not_fit_are_errors():
 
 def _python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-c", program]
+    where = Path(__file__).parent  # in the repository's folder the sources would be imported, not what is installed
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, check=False)
 
 
 def _layer(rows: int = 24, columns: int = 40, dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:
