@@ -206,7 +206,8 @@ def test_an_encoder_layer_of_pytorch_is_refused():
 
 
 def test_unmerged_lora_is_refused_and_merged_lora_is_not(tiny_vit, pictures):
-    peft = pytest.importorskip("peft")
+    import peft
+
     wrapped = peft.get_peft_model(tiny_vit, peft.LoraConfig(r=4, target_modules=["qkv"]))
     with pytest.raises(ModelError, match="merge_and_unload"):
         ov.compress(wrapped, pictures, **OPTIONS)
