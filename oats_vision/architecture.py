@@ -224,7 +224,8 @@ def _closed(args: Any) -> Any:
     if leading:
         raise ModelError(f"{leading[0]} in a configuration leads to code or other files: it is not followed")
     # the number of labels is that of their names; by itself it makes as many names
-    dropped = {"num_labels", *_LEADING}
+    # and in what form outputs are given is of a call, not of the architecture
+    dropped = {"num_labels", "return_dict", "output_attentions", "output_hidden_states", *_LEADING}
     return {name: _closed(value) for name, value in _without_private(args).items() if name not in dropped}
 
 

@@ -124,6 +124,11 @@ def test_a_hugging_face_configuration_leads_nowhere(changed, args, message):
     assert not (path / "ran").exists()
 
 
+def test_the_form_of_outputs_is_not_chosen_by_a_file(changed):
+    path = changed("language model", lambda config: config["source"]["args"].update(return_dict=False))
+    assert ov.load(path)(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
 def test_private_fields_of_a_configuration_are_left_out(changed):
     """Attention of a hub's kernel, by the attribute that transformers keeps it in."""
     hidden = {"_attn_implementation": "org/kernel", "_attn_implementation_internal": "org/kernel", "num_labels": 10**8}
