@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from command import run
+from harness_task import TASK
 
 import oats_vision as ov
 
@@ -99,20 +100,7 @@ def task(tmp_path) -> Path:
     """A multiple-choice task in the harness's own format, with its documents in a file."""
     documents = [{"q": f"the cat sat {i}", "a": "on the mat", "b": "zzz qqq"} for i in range(12)]
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    (tmp_path / "cats.yaml").write_text(
-        f"""task: cats
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {tmp_path}/docs.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: ["on the mat", "zzz qqq"]
-doc_to_target: 0
-metric_list:
-  - metric: acc
-"""
-    )
+    (tmp_path / "cats.yaml").write_text(TASK.format(name="cats", file=tmp_path / "docs.jsonl"))
     return tmp_path
 
 

@@ -126,8 +126,6 @@ def extract_features(
     finally:
         for handle in handles:
             handle.remove()
-    if not labels:
-        raise DataError(f"no picture could be read ({batches.skipped} skipped)")
     features = Features(
         torch.cat(tokens),
         torch.cat(means),

@@ -4,23 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from harness_task import TASK
 
 import oats_vision as ov
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.evaluation.harness import run_tasks
-
-TASK = """task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {file}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: ["on the mat", "zzz qqq"]
-doc_to_target: 0
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.fixture
