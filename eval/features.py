@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import oats_vision as ov
-from oats_vision.cli.common import choose_device, machine_line
 from oats_vision.evaluation import extract_features
+from oats_vision.machine import choose_device, machine_line
 
 
 def main() -> None:

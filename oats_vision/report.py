@@ -1,97 +1,14 @@
-"""What people look at: progress, and tables of a run, of a checkpoint's layers and of the known models."""
+"""Tables of a run, of a checkpoint's layers and of measurements."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from oats_vision.benchmark import Timing
 from oats_vision.checkpoint import Sizes
 from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
-from oats_vision.pipeline import CompressionReport, Step
-
-LOGGED_EVERY = 15  # seconds
-_text = partial(TextColumn, markup=False)  # what is shown may be a name with brackets
-
-
-class Bars(Progress):
-    """Progress bars; where they cannot be drawn, as in a log file, their lines now and then."""
-
-    def __init__(self, *columns: str | ProgressColumn, console: Console) -> None:
-        super().__init__(*columns, console=console)
-        self._logged = self.get_time()
-
-    def update(self, *args: Any, **fields: Any) -> None:
-        super().update(*args, **fields)
-        if not self.console.is_terminal and self.get_time() - self._logged >= LOGGED_EVERY:
-            self._logged = self.get_time()
-            self.console.print(self.get_renderable())
-
-
-@contextmanager
-def compression_progress(console: Console) -> Iterator[Callable[[Step], None]]:
-    """A bar with block, linear, error of the last layer, and time left."""
-    columns = (
-        SpinnerColumn(),
-        _text("block {task.fields[block]}/{task.fields[blocks]}"),
-        BarColumn(bar_width=24),
-        _text("{task.percentage:>3.0f}%"),
-        _text("{task.fields[activity]}"),
-        _text("{task.fields[error]}"),
-        TimeElapsedColumn(),
-        _text("left"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console) as bar:
-        task = bar.add_task("", total=1.0, block=0, blocks="?", activity="loading pictures", error="")
-
-        def show(step: Step) -> None:
-            error = "" if step.error is None else f"error {step.error:.4f}"
-            fields: dict[str, Any] = {
-                "block": step.block,
-                "blocks": step.blocks,
-                "activity": step.activity,
-                "error": error,
-            }
-            bar.update(task, completed=step.done, **fields)
-
-        yield show
-
-
-def evaluation_progress(
-    console: Console, what: str, total: int | None
-) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar over pictures."""
-    return counting_progress(console, what, "pictures", total)
-
-
-@contextmanager
-def counting_progress(console: Console, what: str, unit: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar over things that are counted."""
-    columns = (
-        SpinnerColumn(),
-        _text("{task.description}"),
-        BarColumn(bar_width=24),
-        _text("{task.completed} {task.fields[unit]}"),
-        TimeElapsedColumn(),
-        _text("left"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total, unit=unit)
-        yield lambda done: bar.update(task, completed=done)
+from oats_vision.pipeline import CompressionReport
 
 
 def megabytes(size: float) -> str:

@@ -1,7 +1,6 @@
 """The command line as a user runs it: a process of its own, its output, its exit status and its files."""
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -21,9 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from oats_vision.cli.comparison import Models
+from oats_vision.config import RunConfig
 from oats_vision.data import load_pictures
+from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation import evaluate_top1
+from oats_vision.run import run as run_here
 
 
 @pytest.fixture
@@ -243,17 +245,15 @@ def test_signals_end_a_run_as_errors_do(number):
 
 @pytest.mark.parametrize("part", ["_score", "save_plain", "checkpoint.write_json"])
 def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path, monkeypatch, part):
-    command = importlib.import_module("oats_vision.cli.compress")
-
     def full(model, *args, **kwargs):
-        if part != "_score" or args[-1] != "dense":
+        if part != "_score" or args[2] != "dense":
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(f"oats_vision.cli.compress.{part}", full)
+    monkeypatch.setattr(f"oats_vision.run.{part}", full)
     out = tmp_path / "out"
     options = {"data": "demo", "samples": 8, "eval_samples": 8, "iterations": 1, "merge": True}
     with pytest.raises(CheckpointError, match=r"is complete; what comes after it failed: .*No space left") as error:
-        command.compress(model=str(model_directory), out=out, **options)
+        run_here(RunConfig(model=str(model_directory), out=out, **options), Display())
     assert f"oats-vision eval top1 {out}" in str(error.value)
     ov.load(out)
     assert not [entry for entry in out.iterdir() if entry.name.startswith(".")]

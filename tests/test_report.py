@@ -4,16 +4,17 @@ import re
 import pytest
 from rich.console import Console
 
-from oats_vision import report
+from oats_vision import display, report
 from oats_vision.cli.common import plain_console
+from oats_vision.display import Display
 from oats_vision.pipeline import Step
 
 
 @pytest.mark.parametrize(("every", "lines"), [(0, 5), (3600, 1)])
 def test_progress_goes_to_a_log_file_line_by_line_now_and_then(every, lines, monkeypatch):
-    monkeypatch.setattr(report, "LOGGED_EVERY", every)
+    monkeypatch.setattr(display, "LOGGED_EVERY", every)
     console = Console(file=io.StringIO(), width=120)
-    with report.compression_progress(console) as progress:
+    with Display(console).compression() as progress:
         for block in range(1, 5):
             progress(Step(block / 4, block, 4, "second moments", 0.25))
     written = console.file.getvalue().splitlines()
@@ -30,9 +31,9 @@ def test_names_are_shown_as_they_are_in_messages_tables_and_bars(name):
     console.print(f"Written to {name}.")
     console.print(report.key_values(name, {name: name}))
     console.print(report.comparison_table("title", [name], {"metric": [name]}, {"metric": name}))
-    with report.counting_progress(console, name, name, 3) as counting:
+    with Display(console).counting(name, name, 3) as counting:
         counting(3)
-    with report.compression_progress(console) as progress:
+    with Display(console).compression() as progress:
         progress(Step(1.0, 1, 1, name))
     assert console.file.getvalue().count(name) == 10
 

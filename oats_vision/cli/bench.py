@@ -11,17 +11,16 @@ from oats_vision import checkpoint, report
 from oats_vision.benchmark import BEGINNING, dense_twin, plain_picture, time_pictures, time_text, weight_bytes
 from oats_vision.cli.common import (
     Json,
-    choose_device,
     dtype_of,
-    machine,
-    machine_line,
     need_directory,
     need_transform,
     notes,
     results,
 )
+from oats_vision.display import Display
 from oats_vision.errors import ConfigError
 from oats_vision.kernels.semi_structured import to_semi_structured
+from oats_vision.machine import choose_device, machine, machine_line
 
 Sizes = Annotated[list[int], typer.Option(min=1, max=2**16, help="pictures in a batch; may be repeated")]
 Prompts = Annotated[list[int], typer.Option(min=1, max=2**20, help="tokens of a prompt (text); may be repeated")]
@@ -63,7 +62,7 @@ def bench(
     lengths = len(prompt) + 1 if vocabulary else len(batch_size)
     transform = checkpoint.load_transform(directory)
     picture = None if vocabulary else plain_picture(need_transform(transform, str(directory)))
-    with report.counting_progress(notes, "timing", "rounds", lengths * repeats) as progress:
+    with Display(notes).counting("timing", "rounds", lengths * repeats) as progress:
         if picture is None:
             timings = time_text(dense, compressed, vocabulary, prompt, new_tokens, repeats, progress)
         else:

@@ -1,7 +1,5 @@
 """What the commands share: consoles, options, devices, and what they say of the machine."""
 
-import resource
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from oats_vision import report
 from oats_vision.config import RunConfig
 from oats_vision.data import Batches
+from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.evaluation import Perplexity, Top1, evaluate_top1
 from oats_vision.evaluation import perplexity as perplexity_protocol
@@ -55,22 +53,6 @@ def dtype_of(flag: str, name: str) -> torch.dtype:
     return dtype
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA if it is there.
-
-    Raises:
-        ConfigError: the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise ConfigError(f"device: {name!r} is not there: {str(problem).splitlines()[0]}") from None
-    return device
-
-
 def need_directory(directory: Path) -> None:
     """See that a checkpoint's directory is one.
 
@@ -91,7 +73,7 @@ def need_transform(transform: Transform | None, model: str) -> Transform:
 
 def top1(model: torch.nn.Module, batches: Batches, what: str, mixed_precision: torch.dtype | None = None) -> Top1:
     """`evaluate_top1` with a progress bar."""
-    with report.evaluation_progress(notes, f"top-1 {what}", batches.total) as progress:
+    with Display(notes).counting(f"top-1 {what}", "pictures", batches.total) as progress:
         return evaluate_top1(model, batches, progress, mixed_precision=mixed_precision)
 
 
@@ -100,25 +82,5 @@ def perplexity(
 ) -> Perplexity:
     """`evaluation.perplexity` with a progress bar."""
     windows = max(len(ids) - length, 0) // (stride or length) + 1
-    with report.counting_progress(notes, f"perplexity {what}", "windows", windows) as progress:
+    with Display(notes).counting(f"perplexity {what}", "windows", windows) as progress:
         return perplexity_protocol(model, ids, length=length, stride=stride, batch_size=batch_size, progress=progress)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the process, or of the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What timings were taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def machine_line(device: torch.device) -> str:
-    """`machine` in words."""
-    about = machine(device)
-    return f"{about['device']} ({about['name']}), {about['threads']} threads, PyTorch {about['torch']}"

@@ -9,9 +9,10 @@ import typer
 from torch import Tensor, nn
 
 from oats_vision import checkpoint, report
-from oats_vision.cli.common import choose_device, dtype_of, machine, need_transform, results
+from oats_vision.cli.common import dtype_of, need_transform, results
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation import Difference, Perplexity, Ratio, paired_difference, paired_ratio
+from oats_vision.machine import choose_device, machine
 from oats_vision.models import ModelSource, load_model, source_of
 from oats_vision.transforms import Transform
 

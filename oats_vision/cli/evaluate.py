@@ -10,16 +10,18 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from oats_vision import checkpoint, report
-from oats_vision.cli.common import Json, choose_device, dtype_of, notes
+from oats_vision import checkpoint
+from oats_vision.cli.common import Json, dtype_of, notes
 from oats_vision.cli.common import top1 as classify_all
 from oats_vision.cli.comparison import Dense, Device, Dtype, Model, Models, NoDense, Score, Streaming, Trust, show
 from oats_vision.data import Batches, load_pictures
+from oats_vision.display import Display
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation import Features, cached_features, quick_probe
 from oats_vision.evaluation import knn as knn_protocol
 from oats_vision.evaluation import linear_probe as linear_probe_protocol
 from oats_vision.evaluation.knn import NEIGHBOURS, TEMPERATURE
+from oats_vision.machine import choose_device
 from oats_vision.transforms import Transform
 
 Batch = Annotated[int, typer.Option(min=1, help="pictures in a batch")]
@@ -134,7 +136,7 @@ def linear_probe(
             with notes.status(f"logistic regression, {what}"):
                 probe = quick_probe(*features, seed=seed)
         else:
-            with report.counting_progress(notes, f"linear probe, {what}", "steps", iterations) as progress:
+            with Display(notes).counting(f"linear probe, {what}", "steps", iterations) as progress:
                 probe = linear_probe_protocol(
                     *features,
                     iterations=iterations,
@@ -236,7 +238,7 @@ def _extraction(
         blocks = 1 if checkpoint.is_sliced(module) else 4
         features = []
         for flag, batches in splits.items():
-            with report.evaluation_progress(notes, f"features of --{flag}, {what}", batches.total) as progress:
+            with Display(notes).counting(f"features of --{flag}, {what}", "pictures", batches.total) as progress:
                 features.append(
                     cached_features(module, batches, folder, blocks=blocks, mixed_precision=mixed, progress=progress)
                 )

@@ -13,10 +13,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from oats_vision import checkpoint, report
 from oats_vision.adapters import adapters
-from oats_vision.cli.common import Json, choose_device, need_directory, need_transform, notes, results
+from oats_vision.cli.common import Json, need_directory, need_transform, notes, results
 from oats_vision.data import UNREADABLE, open_picture, picture_files
+from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.html_report import write_html
+from oats_vision.machine import choose_device
 from oats_vision.models import ALIASES
 from oats_vision.rollout import draw, rollout_map, views
 from oats_vision.transforms import Transform, as_seen
@@ -40,7 +42,7 @@ def inspect(
     done = checkpoint.CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
     if html:
-        with report.counting_progress(notes, "spectra", "layers", len(done.layers)) as progress:
+        with Display(notes).counting("spectra", "layers", len(done.layers)) as progress:
             write_html(directory, html, progress)
     if as_json:
         typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
@@ -90,7 +92,7 @@ def rollout(
     except OSError as problem:
         raise ConfigError(f"--out {out} cannot be made: {problem}") from None
     written = 0
-    with report.counting_progress(notes, "rollout", "pictures", len(targets)) as progress:
+    with Display(notes).counting("rollout", "pictures", len(targets)) as progress:
         for done, (path, target) in enumerate(targets.items(), 1):
             written += _draw_rollout(path, target, seen, transform)
             progress(done)
