@@ -58,7 +58,7 @@ def run(name: str, image_size: int | None, batch_size: int, batches: int, refit:
     pictures = ov.load_pictures("demo", transform, batch_size=batch_size, samples=batch_size * batches)
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     start = time.perf_counter()
-    report = ov.compress(model, pictures, rate=0.5, rank_ratio=0.2, refit=refit)
+    report = ov.compress(model, pictures, rate=0.5, rank_ratio=0.2, refit=refit).report
     seconds, top = time.perf_counter() - start, peak()
     batch, _ = next(iter(pictures))
     expected = model(batch)

@@ -115,7 +115,7 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
                 bench.calibration(seed),
                 settings=settings,
                 activation_memory=bench.config.activation_memory,
-            )
+            ).report
             layers = _layers(report, time.perf_counter() - start)
             ov.merge(model)
             for row in rows:

@@ -82,6 +82,17 @@ class Inputs:
         """A single picture (or sequence) as a batch."""
         return replace(self, values={n: v[None] if isinstance(v, Tensor) else v for n, v in self.values.items()})
 
+    def repeated(self, count: int) -> "Inputs":
+        """A batch of the first picture (or sequence) alone, `count` times."""
+        batch = len(self.tensor)
+        values = {
+            name: value[:1].expand(count, *value.shape[1:]).contiguous()
+            if isinstance(value, Tensor) and value.ndim and len(value) == batch
+            else value
+            for name, value in self.values.items()
+        }
+        return replace(self, values=values)
+
     def fits(self, other: "Inputs") -> bool:
         """Whether two batches can be put together."""
         return self._form() == other._form()

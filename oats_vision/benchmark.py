@@ -1,6 +1,7 @@
 """Speed and memory of models and layers, measured side by side."""
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,21 +13,35 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from oats_vision.batches import Inputs
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.layers import merge
+from oats_vision.models import rebuild, source_of
+from oats_vision.slicing import SlicedBlock
 from oats_vision.transforms import Transform
 
 BEGINNING = 16  # tokens that generation starts from
+FEWEST = 3  # rounds of a measurement
 
 
 @torch.inference_mode()
 def side_by_side(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, progress: Callable[[int], None] = lambda done: None
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    progress: Callable[[int], None] = lambda done: None,
+    limit: float = math.inf,
 ) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that what else the machine does meets all alike."""
+    """Median seconds of each call; the calls take turns, so that what else the machine does meets all alike.
+
+    Args:
+        repeats: rounds; after `limit` seconds no more than `FEWEST`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + limit
     for repeat in range(-1, repeats):  # the first round warms up
+        if repeat >= FEWEST and time.perf_counter() > end:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -62,18 +77,60 @@ class Timing:
     def speedup(self) -> float:
         return self.dense / self.compressed
 
+    @property
+    def change(self) -> str:
+        """The speedup in words."""
+        return f"{self.speedup:.2f} x {'as fast' if self.speedup < 1 else 'faster'}"
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "speedup": self.speedup}
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """A copy of a compressed model with dense layers of the same shapes."""
-    return merge(copy.deepcopy(model))
+    """A dense model of the shapes that a compressed one had, which is as fast as the one that it came from.
+
+    Raises:
+        ModelError: the model is sliced, and its architecture cannot be built anew.
+    """
+    if not any(isinstance(module, SlicedBlock) for module in model.modules()):
+        return merge(copy.deepcopy(model))
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    twin = rebuild(source_of(model))
+    for name, parameter in list(twin.named_parameters()):
+        owner = twin.get_submodule(name.rpartition(".")[0])
+        values = torch.empty(parameter.shape, dtype=first.dtype).normal_(std=0.02)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(values, requires_grad=False))
+    if hasattr(twin, "tie_weights"):
+        twin.tie_weights()  # type: ignore[operator]  # of transformers
+    return twin.to(first.device).eval()
 
 
 def plain_picture(transform: Transform) -> Tensor:
     """A picture of one colour as the model takes it, (channels, height, width): what it shows costs no time."""
     return torch.as_tensor(transform(Image.new("RGB", (256, 256), (120, 90, 60))))
+
+
+def time_inputs(
+    dense: nn.Module,
+    compressed: nn.Module,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    progress: Callable[[int], None] = lambda done: None,
+    limit: float = math.inf,
+) -> list[Timing]:
+    """A forward pass on the first of the inputs, as often as each batch size says; see `side_by_side`."""
+    device, timings = next(compressed.parameters()).device, list[Timing]()
+    for size in batch_sizes:
+        batch, before = inputs.repeated(size), len(timings) * repeats
+        calls = {
+            name: partial(batch.call, model, device, dtype)
+            for name, model in (("dense", dense), ("compressed", compressed))
+        }
+        taken = side_by_side(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
+        timings.append(Timing(f"forward, batch {size}", size, "pictures", **taken))
+    return timings
 
 
 @torch.inference_mode()
@@ -94,8 +151,12 @@ def time_pictures(
     batch_sizes: Sequence[int],
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
+    limit: float = math.inf,
 ) -> list[Timing]:
     """A forward pass on batches of `picture` (channels, height, width).
+
+    Args:
+        limit: seconds after which each measurement makes do with few rounds.
 
     Raises:
         ModelError: the outputs are not finite.
@@ -105,7 +166,7 @@ def time_pictures(
     for size in batch_sizes:
         batch, before = picture.expand(size, *picture.shape).contiguous(), len(timings) * repeats
         calls = {"dense": partial(dense, batch), "compressed": partial(compressed, batch)}
-        taken = side_by_side(calls, repeats, lambda done, before=before: progress(before + done))  # type: ignore[misc]
+        taken = side_by_side(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
         timings.append(Timing(f"forward, batch {size}", size, "pictures", **taken))
     return timings
 
@@ -118,6 +179,7 @@ def time_text(
     new_tokens: int,
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
+    limit: float = math.inf,
 ) -> list[Timing]:
     """Reading prompts of the given lengths, and token by token generation after `BEGINNING`; batch 1, random ids.
 
@@ -131,7 +193,7 @@ def time_text(
     def measure(what: str, ids: Tensor, units: int, run: Callable[[nn.Module, Tensor], Any]) -> None:
         calls = {"dense": lambda: run(dense, ids), "compressed": lambda: run(compressed, ids)}
         done = len(timings) * repeats
-        taken = side_by_side(calls, repeats, lambda now: progress(done + now))
+        taken = side_by_side(calls, repeats, lambda now: progress(done + now), limit)
         timings.append(Timing(what, units, "tokens", **taken))
 
     generator = torch.Generator().manual_seed(0)

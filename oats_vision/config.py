@@ -154,6 +154,7 @@ class RunConfig(CompressionSettings):
     dtype: Dtype = Field("float32", description="precision that the model computes in")
     activation_memory: float = Field(8.0, gt=0, description="GB of activations kept in memory; the rest on disk")
     out: Path = Field(Path("oats_compressed"), description="directory to write")
+    eval: bool = Field(True, description="measure what it cost, on calibration data that are held out")
     overwrite: bool = Field(False, description="replace an existing checkpoint in --out")
     merge: bool = Field(False, description="also write the dense S + U V as a plain checkpoint, in OUT/merged")
 

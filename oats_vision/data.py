@@ -49,12 +49,16 @@ class Batches:
 
     loader: of (pictures, labels, number skipped), or of the error that ends them.
     total: pictures expected, if known. fingerprint: of their and their labels' contents; None for a stream.
+    held_out: other pictures of the same source, none of which is in these batches. name: of the picture at a position,
+    as far as it is known.
     """
 
     loader: DataLoader[Any]
     total: int | None
     classes: list[str] | None = None
     fingerprint: Callable[[], str] | None = None
+    held_out: "Batches | None" = None
+    name: Callable[[int], str] = lambda position: f"picture {position + 1}"
     skipped: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,6 +89,7 @@ def load_pictures(
     split: str = "train",
     streaming: bool = False,
     workers: int = 0,
+    held_out: int = 0,
 ) -> Batches:
     """Batches of preprocessed pictures.
 
@@ -97,6 +102,8 @@ def load_pictures(
         labelled: needs labels (the folder must hold one folder a class); else the data's labels are not looked at.
         split: of a Hugging Face dataset; of the demo, `train` is the calibration set and all else the test set.
         streaming: a Hugging Face dataset.
+        held_out: with `samples`, keep that many other pictures apart, in the batches' `held_out`. Where there are not
+            enough for both, `shared_out` says how many of each.
 
     Raises:
         DataError: missing, empty, or without labels although they are needed. Iterating raises it where no picture
@@ -113,8 +120,15 @@ def load_pictures(
         if streaming:
             stream = dataset if samples is None else dataset.shuffle(seed=seed, buffer_size=max(1000, samples))
             classes = class_names(dataset, label) if label else None
-            streamed = _StreamedPictures(undecoded(stream, *columns), columns, source, transform, samples)
-            return Batches(DataLoader(streamed, batch_size, collate_fn=_collate), samples, classes)
+            stream = undecoded(stream, *columns)
+
+            def batches(part: Any, count: int | None) -> Batches:
+                streamed = _StreamedPictures(part, columns, source, transform, count)
+                return Batches(DataLoader(streamed, batch_size, collate_fn=_collate), count, classes)
+
+            found = batches(stream.skip(held_out) if held_out else stream, samples)
+            found.held_out = batches(stream.take(held_out), held_out) if held_out else None
+            return found
         examples, classes = table_examples(dataset, columns, source)
     else:
         examples, classes = folder_examples(Path(source), labelled)
@@ -122,14 +136,35 @@ def load_pictures(
         raise DataError(f"{source} has no picture")
     if samples is None:
         order = torch.arange(len(examples))
+        count, apart = len(order), 0
     else:
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    count = len(order) if samples is None else min(samples, len(order))
-    if samples is not None and count < samples and source != "demo":
-        log.warning("%s has %d pictures, fewer than the %d samples asked for", source, count, samples)
-    pictures = _Pictures(examples, order.tolist(), count, transform)
-    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate)
-    return Batches(loader, count, classes, pictures.fingerprint)
+        count, apart = shared_out(len(order), samples, held_out)
+        if len(order) < samples and source != "demo":
+            log.warning("%s has %d pictures, fewer than the %d samples asked for", source, len(order), samples)
+
+    def some(order: list[int], count: int) -> Batches:
+        pictures = _Pictures(examples, order, count, transform)
+        loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate)
+        return Batches(loader, count, classes, pictures.fingerprint, name=lambda i: examples[order[i]].name)
+
+    last = len(order) - apart
+    found = some(order[:last].tolist(), count)
+    found.held_out = some(order[last:].tolist(), apart) if apart else None
+    return found
+
+
+def shared_out(there: int, samples: int, held_out: int) -> tuple[int, int]:
+    """How many of what is there are samples, and how many are held out.
+
+    Where both do not fit, an eighth of what is there is held out, but 64 at least (which an interval needs), and never
+    more than a quarter.
+
+    >>> shared_out(5000, 2048, 256), shared_out(1000, 2048, 256), shared_out(100, 2048, 256), shared_out(3, 128, 64)
+    ((2048, 256), (875, 125), (75, 25), (3, 0))
+    """
+    apart = min(held_out, max(64, there - samples, there // 8), max(there - samples, there // 4))
+    return min(samples, there - apart), apart
 
 
 class _Reader:

@@ -1,66 +1,66 @@
 """Tables of a run, of a checkpoint's layers and of measurements."""
 
+import html
+import io
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from oats_vision.benchmark import Timing
-from oats_vision.checkpoint import Sizes
 from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
 from oats_vision.pipeline import CompressionReport
+
+CHANGES = ("dense", "compressed", "change [95% interval]")  # headings
 
 
 def megabytes(size: float) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def run_table(
-    title: str, parameters: tuple[int, int], sizes: Sizes, scores: tuple[Top1 | Perplexity, Top1 | Perplexity] | None
-) -> Table:
-    """Dense against compressed: accuracy, parameters, bytes.
-
-    Args:
-        parameters: of the whole model, dense and compressed.
-        scores: dense and compressed, if evaluated.
-    """
+def run_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """Dense against compressed: name, both values and the change of each figure."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("dense", "compressed", "change [95% interval]"):
+    for heading in CHANGES:
         table.add_column(heading, justify="right")
-    for row in _score_rows(*scores) if scores else []:
+    for row in rows:
         table.add_row(*row)
-    table.add_row("parameters", *(f"{count / 1e6:.2f} M" for count in parameters), _ratio(*parameters))
-    table.add_row(
-        "bytes on disk", *map(megabytes, (sizes.dense_total, sizes.total)), _ratio(sizes.dense_total, sizes.total)
-    )
-    table.add_row(
-        "  compressed layers",
-        *map(megabytes, (sizes.dense_layers, sizes.layers)),
-        _ratio(sizes.dense_layers, sizes.layers),
-    )
-    table.add_row("  of it positions of S", "", megabytes(sizes.positions), "")
     return table
 
 
-def _score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[str]]:
-    """Name, both values and the change, for each figure of an evaluation."""
+def score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[str]]:
+    """Name, both values and the change, for each figure of an evaluation on labelled pictures, or on text."""
     if isinstance(dense, Perplexity) and isinstance(ours, Perplexity):
-        speeds = [int(score.tokens.sum()) / score.seconds for score in (dense, ours)]
-        values = [f"{dense.value:.3f}", f"{ours.value:.3f}", str(paired_ratio(dense, ours))]
-        return [["perplexity", *values], _speed_row("tokens/s", speeds)]
+        return [["perplexity", f"{dense.value:.3f}", f"{ours.value:.3f}", str(paired_ratio(dense, ours))]]
     assert isinstance(dense, Top1)
     assert isinstance(ours, Top1)
     difference = paired_difference(dense.correct, ours.correct)
     return [
         ["top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", str(difference)],
         ["top-5", f"{dense.top5:.2f}%", f"{ours.top5:.2f}%", f"{ours.top5 - dense.top5:+.2f} points"],
-        _speed_row("pictures/s", [score.pictures / score.seconds for score in (dense, ours)]),
     ]
 
 
-def _speed_row(name: str, speeds: list[float]) -> list[str]:
-    return [name, *(f"{speed:.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f} x"]
+def as_text(table: Table) -> str:
+    """A table as plain lines."""
+    stream = io.StringIO()
+    Console(file=stream, width=100, markup=False, highlight=False, emoji=False).print(table)
+    return stream.getvalue().rstrip()
+
+
+def as_html(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """`run_table` and lines below it, for notebooks."""
+    head = "".join(f"<th style='text-align:right'>{html.escape(heading)}</th>" for heading in CHANGES)
+    lines = [
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+        + "".join(f"<td style='text-align:right'>{html.escape(value)}</td>" for value in values)
+        + "</tr>"
+        for name, *values in rows
+    ]
+    table = f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+    return table + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
 def layer_table(report: CompressionReport) -> Table:
@@ -129,8 +129,7 @@ def bench_table(title: str, timings: Sequence[Timing], memory: tuple[int, int]) 
         table.add_column(heading, justify="right")
     for timing in timings:
         pair = (timing.dense, timing.compressed)
-        change = f"{timing.speedup:.2f} x {'as fast' if timing.speedup < 1 else 'faster'}"
-        table.add_row(timing.what, *(f"{seconds * 1e3:.1f} ms" for seconds in pair), change)
+        table.add_row(timing.what, *(f"{seconds * 1e3:.1f} ms" for seconds in pair), timing.change)
         table.add_row(f"  {timing.unit}/s", *(f"{timing.units / seconds:.1f}" for seconds in pair), "")
     table.add_row("weights in memory", *map(megabytes, memory), _ratio(*memory))
     return table

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oats_vision import checkpoint
 from oats_vision.adapters import find_adapter
+from oats_vision.compression import Result, describe, measure
 from oats_vision.config import CompressionSettings, RunConfig
 from oats_vision.data import Batches, load_pictures
 from oats_vision.display import Display
@@ -24,14 +25,17 @@ from oats_vision.evaluation import (
     paired_ratio,
     perplexity,
 )
+from oats_vision.evaluation.closeness import closeness
 from oats_vision.layers import merge
 from oats_vision.machine import choose_device, machine, peak_memory
 from oats_vision.models import load_model, load_tokenizer, save_plain, source_of
-from oats_vision.pipeline import CompressionReport, compress
+from oats_vision.pipeline import compress
 from oats_vision.text import Sequences, load_sequences, load_tokens
 from oats_vision.transforms import Transform
 
 log = logging.getLogger(__name__)
+
+HELD_OUT = 64  # inputs at least
 
 Scores = tuple[Top1, Top1] | tuple[Perplexity, Perplexity]
 
@@ -40,15 +44,13 @@ Scores = tuple[Top1, Top1] | tuple[Perplexity, Perplexity]
 class Outcome:
     """What a run made and measured; `to_dict` is the checkpoint's report.json.
 
-    parameters: of the whole model, dense and compressed. scores: on labelled pictures or on text, dense and compressed,
-    if there were any. files: bytes of each in the checkpoint's directory. peak_memory: bytes.
+    scores: on labelled pictures or on text, dense and compressed, if there were any. files: bytes of each in the
+    checkpoint's directory. peak_memory: bytes.
     """
 
     run: RunConfig
     settings: CompressionSettings
-    report: CompressionReport
-    sizes: checkpoint.Sizes
-    parameters: tuple[int, int]
+    result: Result
     files: dict[str, int]
     skipped: int
     scores: Scores | None = None
@@ -57,15 +59,15 @@ class Outcome:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        figures = self.result.to_dict()
         return {
             "run": self.run.model_dump(mode="json"),
+            **figures,
             "settings": self.settings.model_dump(),
-            "samples": self.report.samples,
             "skipped_pictures": self.skipped,
-            "parameters": dict(zip(("dense", "compressed"), self.parameters, strict=True)),
-            "bytes": asdict(self.sizes) | {"layer_ratio": self.sizes.layer_ratio, "files": self.files},
+            "bytes": figures["bytes"] | {"files": self.files},
             **(_compared(*self.scores) if self.scores else {}),
-            "seconds": {**self.report.seconds, "command": self.seconds},
+            "seconds": {**figures["seconds"], "command": self.seconds},
             "peak_memory": self.peak_memory,
             "machine": self.machine,
             "out": str(self.run.out),
@@ -125,31 +127,41 @@ def _run(run: RunConfig, display: Display) -> Outcome:
         calibration, test = _text(run, tokenizer)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    close = None
+    if run.eval and calibration.held_out is not None:
+        total = len(calibration.held_out) if isinstance(calibration, Sequences) else calibration.held_out.total
+        with display.counting("dense model, held-out", unit, total) as progress:
+            close = closeness(model, calibration.held_out, transform, progress)
     before = _score(model, test, run, "dense", display)
     with display.compression() as progress:
         report = compress(
             model, calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
         )
     checkpoint.write(model, run.out, run.overwrite, tokenizer)
-    storage = getattr(torch, str(settings.storage_dtype))
+    result = describe(model, report, parameters)
     outcome = Outcome(
         run=run,
         settings=settings,
-        report=report,
-        sizes=checkpoint.measure(model.state_dict().values(), report, storage),
-        parameters=(parameters, parameters - report.dense_parameters + report.parameters),
+        result=result,
         files={file.name: file.stat().st_size for file in run.out.iterdir() if file.is_file()},
         skipped=calibration.skipped if isinstance(calibration, Batches) else 0,
         machine=machine(target),
     )
     with _after_the_checkpoint(run, how_to_evaluate(unit)):
-        after = _score(model, test, run, "compressed", display)
+        # from here on the model as its users will have it: read from the files, in the stored precision
+        del model, result.model
+        result.model = checkpoint.load(
+            run.out, device=target, dtype=getattr(torch, run.dtype), trust_remote_code=run.trust_remote_code
+        )
+        if close is not None:
+            measure(result, result.model, close, display, run.batch_size)
+        after = _score(result.model, test, run, "compressed", display)
         outcome.scores = (before, after) if before and after else None  # type: ignore[assignment]  # of one kind
         outcome.seconds, outcome.peak_memory = time.perf_counter() - start, peak_memory(target)
         checkpoint.write_json(run.out / checkpoint.REPORT, outcome.to_dict())
         if run.merge:
             with checkpoint.new_directory(run.out / checkpoint.MERGED, overwrite=False) as merged:
-                save_plain(merge(model), source, storage, merged)
+                save_plain(merge(result.model), source, getattr(torch, str(settings.storage_dtype)), merged)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(merged)
     return outcome
@@ -185,12 +197,20 @@ def _pictures(run: RunConfig, transform: Transform) -> tuple[Batches, Batches | 
         "streaming": run.streaming,
         "workers": run.workers,
     }
-    calibration = load_pictures(run.data or "demo", transform, samples=run.samples, split=run.split, **loading)
+    calibration = load_pictures(
+        run.data or "demo", transform, samples=run.samples, split=run.split, held_out=_held_out(run), **loading
+    )
     source = run.eval_data or ("demo" if run.model == "demo" else None)
     if source is None:
         return calibration, None
     options: dict[str, Any] = {"samples": run.eval_samples, "split": run.eval_split, "labelled": True}
     return calibration, load_pictures(source, transform, **options, **loading)
+
+
+def _held_out(run: RunConfig) -> int:
+    """How many inputs to keep apart to measure the cost on."""
+    assert run.samples is not None
+    return max(HELD_OUT, run.samples // 8) if run.eval else 0
 
 
 def _text(run: RunConfig, tokenizer: Any) -> tuple[Sequences, Tensor | None]:
@@ -204,6 +224,7 @@ def _text(run: RunConfig, tokenizer: Any) -> tuple[Sequences, Tensor | None]:
         seed=run.seed,
         split=run.split,
         streaming=run.streaming,
+        held_out=_held_out(run),
     )
     if run.eval_data is None:
         return calibration, None

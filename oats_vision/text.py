@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oats_vision.data import shared_out
 from oats_vision.documents import FIELDS, articles, read_documents, texts
 from oats_vision.errors import DataError
 from oats_vision.models import demo_directory
@@ -22,15 +23,20 @@ DATASETS = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", True),
 }
+WINDOWS, WINDOW = 64, 512  # of text that is held out
 BUFFER = 10_000  # documents of a stream that are shuffled at a time
 
 
 @dataclass
 class Sequences:
-    """Token ids in rows of equal length, without padding: (sequences, length), int64; iterates over batches."""
+    """Token ids in rows of equal length, without padding: (sequences, length), int64; iterates over batches.
+
+    held_out: windows of other rows of the same source.
+    """
 
     ids: Tensor
     batch_size: int
+    held_out: "Sequences | None" = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,6 +55,7 @@ def load_sequences(
     seed: int = 42,
     split: str = "train",
     streaming: bool = False,
+    held_out: int = 0,
 ) -> Sequences:
     """Calibration text: documents in an order chosen by the seed, joined by the end-of-text token, cut into rows.
 
@@ -62,12 +69,14 @@ def load_sequences(
         length: tokens in a row.
         split: of a dataset.
         streaming: a dataset; `c4` and `fineweb` always are.
+        held_out: keep that many other rows apart; fewer if the text is too short for both. `held_out` has windows of
+            them, of 512 tokens at most.
 
     Raises:
         DataError: missing, without text, or shorter than one row.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    wanted, ids = samples * length, list[int]()
+    wanted, ids = (samples + held_out) * length, list[int]()
     source = str(source)
     documents = _documents(source, split, streaming, seed)
     for document in documents:
@@ -84,8 +93,18 @@ def load_sequences(
     if rows < samples:
         log.warning("%s has %d sequences of %d tokens, fewer than the %d asked for", source, rows, length, samples)
     table = torch.tensor(ids[: rows * length]).view(rows, length)
-    chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return Sequences(table[chosen], batch_size)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    count, apart = shared_out(rows, samples, held_out)
+    last = rows - apart
+    others = Sequences(_windows(table[order[last:]]), batch_size) if apart else None
+    return Sequences(table[order[:count]], batch_size, others)
+
+
+def _windows(rows: Tensor) -> Tensor:
+    """At most `WINDOWS` windows of at most `WINDOW` tokens of the rows (rows, length): enough to tell a difference."""
+    length = min(rows.shape[1], WINDOW)
+    whole = rows[:, : rows.shape[1] // length * length].reshape(len(rows), -1, length)
+    return whole.transpose(0, 1).flatten(0, 1)[:WINDOWS]  # the first of every row before any second one
 
 
 def load_tokens(source: str | Path, tokenizer: Any, *, split: str = "test", streaming: bool = False) -> Tensor:

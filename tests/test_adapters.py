@@ -205,7 +205,7 @@ def test_prepared_model_computes_the_same(model, pictures):
 @torch.no_grad()
 def test_loaded_model_is_bit_equal(case, model, pictures, tmp_path):
     fresh = copy.deepcopy(model)
-    report = ov.compress(model, pictures, rate=0.5, iterations=5, storage_dtype="float16")
+    report = ov.compress(model, pictures, rate=0.5, iterations=5, storage_dtype="float16").report
     assert {layer.name for layer in report.layers} == {
         f"{case.blocks}.{i}.{name}" for i in range(2) for name in case.linears
     }
@@ -262,7 +262,7 @@ def test_rotated_unsliced_model_computes_the_same(model, pictures):
 def test_sliced_model_is_smaller_and_survives_a_round_trip(model, pictures, tmp_path):
     fresh = copy.deepcopy(model)
     dense = sum(linear.weight.numel() for _, b in find_adapter(model).named_blocks(model) for linear in _linears(b))
-    report = ov.compress(model, pictures, rate=0.3, method="slicegpt", storage_dtype="float16")
+    report = ov.compress(model, pictures, rate=0.3, method="slicegpt", storage_dtype="float16").report
     blocks = [block for _, block in find_adapter(model).named_blocks(model)]
     assert report.dense_parameters == dense
     assert report.parameters == sum(linear.weight.numel() for block in blocks for linear in _linears(block))
@@ -381,7 +381,9 @@ def test_text_towers_are_no_vision_towers(model, config):
 def test_of_two_towers_that_of_the_pictures_is_taken(pictures):
     model = hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=HF, projection_dim=48))
     texts = torch.randint(3, 90, (4, 8))
-    report = ov.compress(model, [{"pixel_values": x, "input_ids": texts} for x in pictures], rate=0.5, iterations=2)
+    report = ov.compress(
+        model, [{"pixel_values": x, "input_ids": texts} for x in pictures], rate=0.5, iterations=2
+    ).report
     assert {layer.name.split(".")[0] for layer in report.layers} == {"vision_model"}
 
 

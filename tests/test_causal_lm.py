@@ -129,7 +129,7 @@ def _final_norm(model: nn.Module) -> nn.Module:
 def test_round_trip_generation_with_cache_and_merge(case, texts, tmp_path):
     model = _build(case)
     names = set(model.state_dict())
-    report = ov.compress(model, texts, rate=0.5, iterations=5, storage_dtype="float16")
+    report = ov.compress(model, texts, rate=0.5, iterations=5, storage_dtype="float16").report
     assert 0.4 < report.parameters / report.dense_parameters <= 0.5
     expected = model(texts[0]).logits
     ov.save(model, tmp_path / "out")
@@ -179,7 +179,7 @@ def test_rotated_unsliced_model_computes_the_same(case, texts):
 @torch.no_grad()
 def test_sliced_language_model_is_smaller_and_generates(texts, tmp_path):
     model = _build("llama")
-    report = ov.compress(model, texts, rate=0.3, method="slicegpt")
+    report = ov.compress(model, texts, rate=0.3, method="slicegpt").report
     assert report.parameters <= 0.7 * report.dense_parameters
     ov.save(model, tmp_path / "out")
     loaded = ov.load(tmp_path / "out")
@@ -218,7 +218,7 @@ def test_experts_have_statistics_of_their_own(texts):
     expert.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for batch in texts:
         reference(batch)
-    report = ov.compress(model, texts, rate=0.5, iterations=3)
+    report = ov.compress(model, texts, rate=0.5, iterations=3).report
     layers = {layer.name: layer for layer in report.layers}
     name = "model.layers.0.mlp.experts.1.gate_up_proj"
     assert layers[name].tokens == sum(map(len, seen))
@@ -235,7 +235,7 @@ def test_experts_have_statistics_of_their_own(texts):
 def test_an_expert_that_no_token_goes_to_is_said_and_still_compressed(texts, caplog):
     model = _build("mixtral")
     model.model.layers[0].mlp.gate.weight.zero_()  # all experts alike: the first two are taken
-    report = ov.compress(model, texts, rate=0.5, iterations=3)
+    report = ov.compress(model, texts, rate=0.5, iterations=3).report
     tokens = {layer.name: layer.tokens for layer in report.layers}
     unseen = [e for e in range(4) if not tokens[f"model.layers.0.mlp.experts.{e}.down_proj"]]
     assert len(unseen) == 2

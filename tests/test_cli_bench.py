@@ -74,7 +74,7 @@ def test_a_sliced_model_or_no_model_is_a_clear_error(model_directory, tmp_path):
 
 def test_rank_ratio_auto_stays_within_the_tolerance_and_the_budget(tiny_vit, pictures):
     def errors(model: nn.Module, **options) -> dict[str, float]:
-        report = ov.compress(model, pictures, rate=0.5, iterations=5, **options)
+        report = ov.compress(model, pictures, rate=0.5, iterations=5, **options).report
         return {layer.name: layer.error for layer in report.layers if layer.name.startswith("blocks.0.attn.qkv")}
 
     fixed = [errors(copy.deepcopy(tiny_vit), rank_ratio=ratio) for ratio in (0.0, 0.1, 0.2, 0.3, 0.4)]

@@ -34,7 +34,7 @@ def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
     assert likelier_than_paris() < 10  # not greedy text: which of two close words comes first depends on the CPU
 
     texts = ov.load_sequences("demo", tokenizer, samples=4, length=256, batch_size=4)
-    report = ov.compress(model, texts, rate=0.3, iterations=5, storage_dtype="float16")
+    report = ov.compress(model, texts, rate=0.3, iterations=5, storage_dtype="float16").report
     assert len(report.layers) == 30 * 7
     ratio = paired_ratio(dense, perplexity(ov.merge(model), ids, length=256, batch_size=4))
     assert 0.9 < ratio.value < 1.6

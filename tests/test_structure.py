@@ -163,13 +163,13 @@ def test_other_errors_leave_the_model_as_it_was_too(tiny_vit, pictures, data, se
 
 def test_a_subclass_without_a_forward_of_its_own_is_a_plain_linear(tiny_vit, pictures):
     _replaced(tiny_vit, Renamed)
-    report = ov.compress(tiny_vit, pictures, **OPTIONS)
+    report = ov.compress(tiny_vit, pictures, **OPTIONS).report
     assert "blocks.0.mlp.fc2" in {layer.name for layer in report.layers}
 
 
 def test_minus_infinity_in_a_mask_is_no_fault(tiny_vit, pictures):
     tiny_vit.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
-    assert ov.compress(tiny_vit, pictures, **OPTIONS).layers
+    assert ov.compress(tiny_vit, pictures, **OPTIONS).report.layers
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -194,7 +194,7 @@ def test_attention_of_pytorch_is_refused_and_compressed_around():
     model = Stack(Attention(16), Attention(16))
     with pytest.raises(ModelError, match=r"layers\.0\.attention\.out_proj was never called \(2 linears were not\)"):
         ov.compress(model, TOKENS, adapter=STACK, **SMALL)
-    report = ov.compress(model, TOKENS, adapter=STACK, **SMALL, skip="*.out_proj")
+    report = ov.compress(model, TOKENS, adapter=STACK, **SMALL, skip="*.out_proj").report
     assert [layer.name for layer in report.layers] == ["layers.0.mlp", "layers.1.mlp"]
     assert model.eval()(TOKENS[0]).isfinite().all()
 
@@ -213,7 +213,7 @@ def test_unmerged_lora_is_refused_and_merged_lora_is_not(tiny_vit, pictures):
         ov.compress(wrapped, pictures, **OPTIONS)
     with pytest.raises(ModelError, match="merge_and_unload"):
         ov.compress(wrapped.base_model.model, pictures, **OPTIONS)
-    assert ov.compress(wrapped.merge_and_unload(), pictures, **OPTIONS).layers
+    assert ov.compress(wrapped.merge_and_unload(), pictures, **OPTIONS).report.layers
 
 
 class TestSkip:
@@ -228,7 +228,7 @@ class TestSkip:
     )  # fmt: skip
     def test_what_is_skipped_stays_dense_bit_by_bit(self, tiny_vit, pictures, tmp_path, skip, left):
         before = copy.deepcopy(tiny_vit)
-        report = ov.compress(tiny_vit, pictures, **OPTIONS, skip=skip)
+        report = ov.compress(tiny_vit, pictures, **OPTIONS, skip=skip).report
         dense = {name: module for name, module in before.named_modules() if isinstance(module, nn.Linear)}
         compressed = {layer.name for layer in report.layers}
         assert compressed == {name for name in dense if name.startswith("blocks.")} - left
@@ -250,7 +250,7 @@ class TestSkip:
     def test_a_linear_of_another_kind_may_be_skipped(self, tiny_vit, pictures):
         _replaced(tiny_vit, Scaled)
         _tied_weight(tiny_vit)
-        assert len(ov.compress(tiny_vit, pictures, **OPTIONS, skip=["*.mlp"]).layers) == 6
+        assert len(ov.compress(tiny_vit, pictures, **OPTIONS, skip=["*.mlp"]).report.layers) == 6
 
 
 class TestSurroundings:
@@ -306,4 +306,4 @@ def test_a_model_of_one_channel_is_compressed_and_another_picture_is_a_clear_err
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, in_chans=1, num_classes=3)
     with pytest.raises(DataError, match=r"cannot take calibration batch 0, \(4, 3, 32, 32\)"):
         ov.compress(model, pictures, **OPTIONS)
-    assert ov.compress(model, [x[:, :1] for x in pictures], **OPTIONS).samples == 8
+    assert ov.compress(model, [x[:, :1] for x in pictures], **OPTIONS).report.samples == 8

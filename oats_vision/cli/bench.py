@@ -52,8 +52,6 @@ def bench(
     compressed = checkpoint.load(
         directory, device=target, dtype=dtype_of("--dtype", dtype), trust_remote_code=trust_remote_code
     )
-    if checkpoint.is_sliced(compressed):
-        raise ConfigError(f"{directory} was compressed by slicegpt: its layers are dense already, and smaller")
     dense = dense_twin(compressed)
     if target.type == "cuda" and dtype != "float32":
         to_semi_structured(compressed)  # the layers that are 2:4

@@ -69,10 +69,13 @@ def compress(
 
 def _show(outcome: Outcome) -> None:
     """The table, and in a few lines what was done and where it is."""
-    config, done = outcome.run, outcome.report
+    config, result, done = outcome.run, outcome.result, outcome.result.report
     console = results()
     title = f"{config.model}: {outcome.settings.summary}, stored in {outcome.settings.storage_dtype}"
-    console.print(report.run_table(title, outcome.parameters, outcome.sizes, outcome.scores))
+    scores = report.score_rows(*outcome.scores) if outcome.scores else []
+    console.print(report.run_table(title, [*scores, *result.rows()]))
+    if result.footnote:
+        console.print(result.footnote, soft_wrap=True)
     errors = [layer.error for layer in done.layers]
     quality = (
         f"{done.error_name.capitalize()}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
@@ -95,6 +98,8 @@ def _show(outcome: Outcome) -> None:
         soft_wrap=True,
         markup=False,
     )
-    if not outcome.scores:
+    for advice in result.advice:
+        console.print(advice, soft_wrap=True)
+    if not outcome.scores and result.cost is None:
         how = how_to_evaluate(done.unit).format(config.out, "LABELLED_PICTURES" if done.unit == "pictures" else "TEXT")
         console.print(f"What it cost was not measured: oats-vision eval {how}", markup=False)

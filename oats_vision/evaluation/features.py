@@ -112,7 +112,7 @@ def extract_features(
                     raise ModelError(f"{len(outputs)} of the last {len(modules)} blocks ran: each should run once")
                 if any(output.shape[-1] != outputs[-1].shape[-1] for output in outputs):
                     raise ModelError("the inner blocks of a sliced model have no features: use the last block only")
-                summaries, patches = _pooled(model, adapter, outputs)
+                summaries, patches = pooled(model, adapter, outputs)
             tokens.append(torch.stack(summaries, 1).half().cpu())
             means.append(patches.half().cpu())
             if not (tokens[-1].isfinite().all() and means[-1].isfinite().all()):
@@ -139,7 +139,7 @@ def extract_features(
     return features
 
 
-def _pooled(model: nn.Module, adapter: Adapter, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def pooled(model: nn.Module, adapter: Adapter, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """What stands for a picture in each block's output, and the mean patch token of the last one.
 
     Args:

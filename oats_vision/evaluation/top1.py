@@ -114,21 +114,39 @@ def classify(model: nn.Module, images: Tensor, mixed_precision: torch.dtype | No
     first = next(model.parameters())
     with autocast(first.device, mixed_precision):
         output = model(images.to(first.device, first.dtype))
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or _is_backbone(model):
+    logits = class_logits(model, output)
+    if logits is None:
         raise ModelError("the model has no classification head: top-1 needs one (a backbone gives features)")
     if not logits.isfinite().all():  # argmax takes a NaN for the largest
         raise ModelError("the logits are not finite: the model diverges on these pictures, or its dtype is too narrow")
     return logits
 
 
+def class_logits(model: nn.Module, output: Any) -> Tensor | None:
+    """The logits (batch, classes) in what a model returned; None if it is a backbone, which gives features."""
+    logits = getattr(output, "logits", output)
+    none = not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or _is_backbone(model)
+    return None if none else logits
+
+
 def _is_backbone(model: nn.Module) -> bool:
     """Whether what is called a head by its usual names holds no matrix; a model may have none of these names."""
-    if getattr(model, "num_classes", None) == 0:
+    if getattr(model, "num_classes", None) == 0 or _is_clip_tower(model):
         return True
     heads = [getattr(model, name, 0) for name in HEADS]
     heads = [head for head in heads if head is None or isinstance(head, nn.Module)]
     return bool(heads) and not any(tensor.ndim > 1 for head in filter(None, heads) for tensor in _tensors(head))
+
+
+def _is_clip_tower(model: nn.Module) -> bool:
+    """Whether timm's head is CLIP's projection to the space of texts, whose outputs are no classes."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    trained_on_classes = "_ft_" in f"_{cfg.get('tag') or ''}_"
+    return (
+        "_clip_" in str(cfg.get("architecture"))
+        and not trained_on_classes
+        and getattr(model, "num_classes", None) == cfg.get("num_classes")
+    )
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

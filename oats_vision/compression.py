@@ -1,0 +1,301 @@
+"""`oats_vision.compress`: compress a model, and say what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from oats_vision import checkpoint, pipeline
+from oats_vision.adapters import Adapter
+from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
+from oats_vision.config import CompressionSettings, validated
+from oats_vision.display import Display
+from oats_vision.errors import ConfigError, ModelError
+from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
+from oats_vision.kernels import native
+from oats_vision.pipeline import CompressionReport, Step
+from oats_vision.results import Cost, Example
+
+ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.side_by_side`
+PROMPT, NEW_TOKENS = 128, 32  # of text that is timed
+FAR = 3.0  # times the median error of a model's layers, from where a layer is named
+FEW = 64  # held-out inputs, below which an interval is wide
+SLOWER = 0.97  # times as fast: below it the difference is no noise
+
+
+@dataclass
+class Result:
+    """A compressed model, and what it cost.
+
+    parameters: of the whole model, dense and compressed. sizes: in bytes, as stored. cost: on held-out inputs, if there
+    were any; speed: beside the dense model, measured with it.
+    """
+
+    model: nn.Module = field(repr=False)
+    report: CompressionReport
+    parameters: tuple[int, int]
+    sizes: checkpoint.Sizes
+    cost: Cost | None = None
+    examples: list[Example] = field(default_factory=list, repr=False)
+    speed: list[Timing] = field(default_factory=list)
+
+    @property
+    def advice(self) -> list[str]:
+        """What came out worse than it should, and what to do about it."""
+        return [*_advice_on_speed(self.speed), *_advice_on_layers(self.report), *_advice_on_cost(self.cost)]
+
+    def save(self, path: str | Path, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write the model to a directory, as `oats_vision.save` does."""
+        checkpoint.save(self.model, path, overwrite=overwrite, tokenizer=tokenizer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        return {
+            "settings": self.report.settings.model_dump(),
+            "samples": self.report.samples,
+            "parameters": dict(zip(("dense", "compressed"), self.parameters, strict=True)),
+            "bytes": asdict(self.sizes) | {"layer_ratio": self.sizes.layer_ratio},
+            "cost": self.cost.model_dump() if self.cost else None,
+            "speed": [timing.to_dict() for timing in self.speed],
+            "advice": self.advice,
+            "seconds": dict(self.report.seconds),
+        }
+
+    def rows(self) -> list[list[str]]:
+        """Name, dense, compressed and change of each figure, as the tables show them."""
+        return [*self.cost_rows(), *self.speed_rows(), *self.size_rows()]
+
+    def cost_rows(self) -> list[list[str]]:
+        if self.cost is None:
+            return []
+        return [[f"{metric.name} *", "", metric.figure, metric.interval] for metric in self.cost.metrics]
+
+    def speed_rows(self) -> list[list[str]]:
+        return [
+            [
+                timing.what,
+                *(f"{seconds * 1e3:.1f} ms" for seconds in (timing.dense, timing.compressed)),
+                timing.change,
+            ]
+            for timing in self.speed
+        ]
+
+    def size_rows(self) -> list[list[str]]:
+        sizes = self.sizes
+        return [
+            ["parameters", *(f"{count / 1e6:.2f} M" for count in self.parameters), _ratio(*self.parameters)],
+            _bytes_row("bytes on disk", sizes.dense_total, sizes.total),
+            _bytes_row("  compressed layers", sizes.dense_layers, sizes.layers),
+            ["  positions of S in them", "", _megabytes(sizes.positions), ""],
+        ]
+
+    @property
+    def footnote(self) -> str:
+        """What the star in the table means."""
+        if self.cost is None:
+            return ""
+        return f"* beside the dense model, on {self.cost.samples} {self.cost.unit} held out from calibration"
+
+    def __str__(self) -> str:
+        from oats_vision.report import as_text, run_table
+
+        notes = [self.footnote, *self.advice]
+        return "\n".join([as_text(run_table(self.report.settings.summary, self.rows())), *filter(None, notes)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from oats_vision.report import as_html
+
+        return as_html(self.report.settings.summary, self.rows(), list(filter(None, [self.footnote, *self.advice])))
+
+
+def compress(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    held_out: Any = None,
+    method: Literal["oats", "magnitude", "wanda", "sparsegpt", "dsnot", "svd", "slicegpt"] = "oats",
+    rate: float | None = None,
+    rank_ratio: float | Literal["auto"] | None = None,
+    pattern: str | None = None,
+    skip: str | Sequence[str] = (),
+    storage_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    refit: bool | None = None,
+    iterations: int = 80,
+    solver: Literal["fast", "exact"] = "fast",
+    tolerance: float = 1e-3,
+    scaling: Literal["second_moment", "median", "none"] = "second_moment",
+    fused_qkv: Literal["split", "joint"] = "split",
+    error_tolerance: float = 0.05,
+    latency_tokens: int | None = None,
+    settings: CompressionSettings | None = None,
+    adapter: Adapter | None = None,
+    activation_memory: float = 8.0,
+    progress: bool | Callable[[Step], None] = False,
+) -> Result:
+    """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
+
+    Args:
+        model: of a family that an adapter knows; put in eval mode and changed in place. An error that comes before
+            its first layer is replaced leaves it as it was.
+        calibration: batches, iterated once: tensors or arrays, (tensor, ...) or mappings of keyword arguments, or
+            single pictures (sequences), in an iterable or a Dataset; or one tensor of many.
+        held_out: more of the same that calibration does not hold; what compression cost is measured on it. By default
+            what `load_pictures(held_out=)` or `load_sequences(held_out=)` kept apart.
+        method: `oats`, or a baseline to compare with.
+        rate: share of the parameters removed, in (0, 1); 0.5 if not given.
+        rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the split
+            that is fastest here; 0.2 for `oats` if not given.
+        pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
+        skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
+        storage_dtype: precision that the weights are rounded to and stored in; the model's if not given.
+        refit: fit S's values, U and V to the inputs' full second moments by least squares; by default with `oats`.
+        iterations: rounds of alternating thresholding at most.
+        solver: `fast` is warm-started and extrapolated; `exact` takes an SVD each round, as the paper does.
+        tolerance: `fast` stops when ten rounds lower the error by less than this share; 0: never.
+        scaling: statistic of the inputs that scales the columns.
+        fused_qkv: decompose a fused qkv as three matrices or as one.
+        error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the best split's.
+        latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
+        settings: all of these at once, in place of single ones.
+        adapter: of the model's family; found by itself if not given.
+        activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
+        progress: True for a bar (in notebooks too), or a function that is called with each step.
+
+    Returns:
+        The model, each layer's budget and error, sizes, and with held-out inputs the cost and the speed. It prints as a
+        table.
+
+    Raises:
+        ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
+        ModelError: no adapter knows the model, it does not run block by block, has linears that are more than
+            nn.Linear, or values that are not finite.
+        DataError: no calibration batch, or one that the model cannot take.
+    """
+    given = locals()
+    options = {name: given[name] for name in CompressionSettings.model_fields}
+    if settings is None:
+        settings = validated(CompressionSettings, options)
+    elif changed := [name for name, value in options.items() if value != _DEFAULTS[name]]:
+        raise ConfigError(f"give either settings or single options, got settings and {', '.join(changed)}")
+    display = Display(Console() if progress is True else None)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    others = getattr(calibration, "held_out", None) if held_out is None else held_out
+    close = None
+    if others is not None:
+        with display.counting("dense model, held-out", "inputs", None) as tell:
+            close = closeness(model, others, progress=tell)
+    with nullcontext(progress) if callable(progress) else display.compression() as step:
+        report = pipeline.compress(
+            model, calibration, adapter=adapter, settings=settings, activation_memory=activation_memory, progress=step
+        )
+    result = describe(model, report, parameters)
+    if close is not None:
+        measure(result, model, close, display)
+    return result
+
+
+_DEFAULTS = {name: value for name, value in (compress.__kwdefaults__ or {}).items()}
+
+
+def describe(model: nn.Module, report: CompressionReport, parameters: int) -> Result:
+    """The result of a compression, without what has to be measured.
+
+    Args:
+        parameters: that the dense model had.
+    """
+    storage = report.settings.storage_dtype
+    dtype = getattr(torch, storage) if storage else next(p.dtype for p in model.parameters() if p.is_floating_point())
+    sizes = checkpoint.measure(model.state_dict().values(), report, dtype)
+    return Result(model, report, (parameters, parameters - report.dense_parameters + report.parameters), sizes)
+
+
+def measure(
+    result: Result,
+    model: nn.Module,
+    close: PictureCloseness | TextCloseness,
+    display: Display,
+    batch_size: int | None = None,
+) -> None:
+    """Add the cost and the speed to a result.
+
+    Args:
+        model: the compressed one as it will be used.
+        close: what the dense model said of held-out inputs.
+        batch_size: to time beside a batch of one; that of the held-out inputs if not given.
+    """
+    with display.counting("compressed model, held-out", close.reader.unit, close.count) as tell:
+        result.cost, result.examples = close.compare(model, tell)
+    result.speed = speed(model, close, display, batch_size)
+
+
+def speed(
+    model: nn.Module, close: PictureCloseness | TextCloseness, display: Display, batch_size: int | None = None
+) -> list[Timing]:
+    """Latency of a compressed model in turns with its dense twin, at batch 1 and at the batch size."""
+    try:
+        twin = dense_twin(model)
+    except ModelError:  # a sliced model of the user's own: there is no dense one to time
+        return []
+    first = close.first
+    sizes = sorted({1, batch_size or len(first.tensor)})
+    with display.counting("timing dense and compressed", "rounds", 2 * ROUNDS) as tell:
+        if isinstance(close, PictureCloseness):
+            return time_inputs(twin, model, first, close.dtype, sizes, ROUNDS, tell, SECONDS)
+        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+        length = min(first.tensor.shape[1], PROMPT)
+        new = max(1, min(NEW_TOKENS, first.tensor.shape[1] - BEGINNING))
+        return time_text(twin, model, vocabulary, [length], new, ROUNDS, tell, SECONDS)
+
+
+def _advice_on_speed(timings: Sequence[Timing]) -> list[str]:
+    slow = [timing for timing in timings if timing.speedup < SLOWER]
+    if not slow:
+        return []
+    what = ", ".join(f"{timing.speedup:.2f} x as fast at {timing.what}" for timing in slow)
+    if not native.available():
+        return [f"Slower than dense ({what}): the compiled kernels are missing; `oats-vision doctor` says why."]
+    return [
+        f"Slower than dense ({what}): try --rank-ratio auto (for each layer the split that is fastest here), "
+        "or a higher --rate. The files are smaller all the same."
+    ]
+
+
+def _advice_on_layers(report: CompressionReport) -> list[str]:
+    errors = torch.tensor([layer.error for layer in report.layers])
+    if not len(errors):
+        return []
+    limit = max(FAR * float(errors.median()), 0.05)
+    far = sorted((layer for layer in report.layers if layer.error > limit), key=lambda layer: -layer.error)
+    if not far:
+        return []
+    named = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in far[:3]) + ", ..." * (len(far) > 3)
+    return [
+        f"{len(far)} of {len(errors)} layers have an error of more than {FAR:g} times the median "
+        f"({float(errors.median()):.3f}): {named}. To leave one dense: --skip '{far[0].name}'."
+    ]
+
+
+def _advice_on_cost(cost: Cost | None) -> list[str]:
+    if cost is None or cost.samples >= FEW:
+        return []
+    return [f"Only {cost.samples} {cost.unit} were held out, so the intervals are wide: give more calibration data."]
+
+
+def _ratio(dense: float, ours: float) -> str:
+    return f"{ours / dense:.3f} x"
+
+
+def _bytes_row(name: str, dense: int, ours: int) -> list[str]:
+    return [name, _megabytes(dense), _megabytes(ours), _ratio(dense, ours)]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB"

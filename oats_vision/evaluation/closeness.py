@@ -1,0 +1,317 @@
+"""How close a compressed model stays to the dense one, on inputs without labels that calibration has not seen."""
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oats_vision.activations import ActivationStore
+from oats_vision.adapters import Adapter, find_adapter
+from oats_vision.batches import Inputs, Reader, read_batches
+from oats_vision.block_calls import first_output
+from oats_vision.data import Batches
+from oats_vision.errors import DataError, ModelError
+from oats_vision.evaluation.compare import paired_ratio
+from oats_vision.evaluation.features import pooled
+from oats_vision.evaluation.perplexity import Perplexity
+from oats_vision.evaluation.top1 import class_logits
+from oats_vision.models import source_of
+from oats_vision.results import Answer, Cost, Example, Metric
+from oats_vision.thumbnails import patch_maps, thumbnail
+from oats_vision.transforms import Transform
+
+EXAMPLES = 12  # pictures that are shown
+RESAMPLES = 4000
+Progress = Callable[[int], None]
+
+
+def closeness(
+    model: nn.Module, held_out: Any, transform: Transform | None = None, progress: Progress = lambda done: None
+) -> "PictureCloseness | TextCloseness":
+    """Note what the dense model says of the held-out inputs; `compare` then tells how close another one comes.
+
+    Args:
+        model: dense, of a family that an adapter knows.
+        held_out: batches as for `compress`, that can be iterated again; of one pass, they are kept in memory.
+        transform: that made the pictures, to show them in their colours.
+        progress: called with the number of inputs done.
+
+    Raises:
+        DataError: there is no input, or one that the model cannot take.
+        ModelError: the model's outputs are not finite.
+    """
+    adapter = find_adapter(model)
+    data = list(held_out) if isinstance(held_out, Iterator) else held_out
+    kind = PictureCloseness if adapter.unit == "pictures" else TextCloseness
+    found = kind(model, data, transform)
+    found.note(model, progress)
+    return found
+
+
+@dataclass
+class _Closeness:
+    """Held-out inputs, and the dense model's answers to them.
+
+    count: of the inputs. first: batch of them. dtype: that floating ones have.
+    """
+
+    dense: nn.Module = field(repr=False)
+    held_out: Any = field(repr=False)
+    transform: Transform | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.reader = Reader.of(self.dense, find_adapter(self.dense).unit)
+        del self.dense  # it is compressed in place
+
+    def inputs(self, model: nn.Module, progress: Progress) -> Iterator[tuple[int, Inputs, Any]]:
+        """Number, inputs and the model's output of each batch."""
+        first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        self.dtype = _computing_dtype(model)
+        done = 0
+        model.eval()
+        for number, inputs in enumerate(read_batches(self.held_out, self.reader)):
+            if not number:
+                self.first = inputs
+            yield number, inputs, inputs.call(model, first.device, self.dtype)
+            done += len(inputs.tensor)
+            progress(done)
+        if not done:
+            raise DataError("no input was held out to measure the cost on")
+        self.count = done
+
+
+@dataclass
+class PictureCloseness(_Closeness):
+    """Of pictures: classes where the model has a head, and features."""
+
+    def note(self, model: nn.Module, progress: Progress) -> None:
+        self.features, self.summaries, self.logits = ActivationStore(1e9), list[Tensor](), list[Tensor]()
+        with torch.inference_mode(), _LastBlock(model) as last:
+            for _, _, output in self.inputs(model, progress):
+                seen = last.seen(output)
+                self.features.append(seen.tokens)
+                self.summaries.append(seen.summary)
+                self.logits += [seen.logits] if seen.logits is not None else []
+
+    def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
+        """How close the model comes, and the pictures on which it differs most."""
+        same: list[Tensor] = []
+        columns: dict[str, list[Tensor]] = {name: [] for name in ("class", "patch", "change", "size")}
+        candidates = _Largest(EXAMPLES)
+        with torch.inference_mode(), _LastBlock(model) as last:
+            for number, inputs, output in self.inputs(model, progress):
+                seen, dense = last.seen(output), self.features[number].to(torch.float32)
+                columns["class"].append(F.cosine_similarity(seen.summary, self.summaries[number], dim=-1))
+                columns["patch"].append(
+                    F.cosine_similarity(seen.patches, dense[:, last.prefix :], dim=-1).mean(1).nan_to_num(1.0)
+                )
+                columns["change"].append((seen.tokens - dense).square().sum((1, 2), dtype=torch.float64))
+                columns["size"].append(dense.square().sum((1, 2), dtype=torch.float64))
+                if self.logits and seen.logits is not None:
+                    same.append(seen.logits.argmax(1) == self.logits[number].argmax(1))
+                self._show(number, inputs, seen, dense, last.prefix, candidates, model)
+        values = {name: torch.cat(column).double().numpy() for name, column in columns.items()}
+        metrics = [_proportion("same class", torch.cat(same))] if same else []
+        if not same:
+            metrics += [_mean(f"cosine of {name} features", values[name]) for name in ("class", "patch")]
+        metrics.append(_relative_error("relative error of features", values["change"], values["size"]))
+        return Cost(unit="pictures", samples=self.count, metrics=metrics), candidates.examples()
+
+    def _show(
+        self,
+        number: int,
+        inputs: Inputs,
+        seen: "_Seen",
+        dense: Tensor,
+        prefix: int,
+        candidates: "_Largest",
+        model: nn.Module,
+    ) -> None:
+        """Offer the pictures of a batch as examples: those whose class changed first, then those that moved most."""
+        if inputs.tensor.ndim != 4:
+            return
+        cosines = F.cosine_similarity(seen.tokens.flatten(1), dense.flatten(1), dim=1)
+        names = source_of(model).label_names
+        first = sum(len(summary) for summary in self.summaries[:number])
+        name = self.held_out.name if isinstance(self.held_out, Batches) else lambda i: f"picture {i + 1}"
+        for i, cosine in enumerate(cosines.tolist()):
+            answers: list[Answer | None] = [None, None]
+            if self.logits and seen.logits is not None:
+                answers = [_answer(logits[i], names) for logits in (self.logits[number], seen.logits)]
+            changed = answers[0] is not None and answers[1] is not None and answers[0].label != answers[1].label
+            if not candidates.takes((changed, -cosine)):
+                continue
+            example = Example(
+                name=name(first + i),
+                thumbnail=thumbnail(inputs.tensor[i], self.transform),
+                dense=answers[0],
+                compressed=answers[1],
+                cosine=cosine,
+                maps=patch_maps(dense[i, prefix:], seen.tokens[i, prefix:]),
+            )
+            candidates.add((changed, -cosine), example)
+
+
+@dataclass
+class TextCloseness(_Closeness):
+    """Of text: perplexity, and the likeliest next token."""
+
+    def note(self, model: nn.Module, progress: Progress) -> None:
+        self.answers = self._read(model, progress)
+
+    def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
+        """How close the model comes; text has no pictures to show."""
+        (dense, expected), (ours, found) = self.answers, self._read(model, progress)
+        ratio = paired_ratio(dense, ours)
+        same = np.array([float((a == b).double().mean()) for a, b in zip(expected, found, strict=True)])
+        metrics = [
+            Metric(name="perplexity", kind="ratio", value=ratio.value, low=ratio.low, high=ratio.high),
+            _mean("same next token", 100 * same, kind="percent"),
+        ]
+        return Cost(unit="sequences", samples=self.count, metrics=metrics), []
+
+    @torch.inference_mode()
+    def _read(self, model: nn.Module, progress: Progress) -> tuple[Perplexity, list[Tensor]]:
+        """The loss of each sequence, and the likeliest next token at each place that is no padding."""
+        losses, counts, likeliest = list[Tensor](), list[int](), list[Tensor]()
+        for _, inputs, output in self.inputs(model, progress):
+            mask = inputs.padding_mask
+            for i, ids in enumerate(inputs.tensor):
+                logits = output.logits[i, :-1].float()
+                kept = torch.ones(len(ids) - 1, dtype=torch.bool) if mask is None else mask[i, 1:].cpu()
+                loss = F.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()[kept]
+                if not loss.isfinite().all():
+                    raise ModelError("the model's loss is not finite on held-out text: its dtype is too narrow")
+                losses.append(loss.double().mean())
+                counts.append(int(kept.sum()))
+                likeliest.append(logits.argmax(1).cpu()[kept])
+        nll, tokens = torch.stack(losses), torch.tensor(counts)
+        return Perplexity(float(((nll * tokens).sum() / tokens.sum()).exp()), 0.0, nll, tokens), likeliest
+
+
+@dataclass
+class _Seen:
+    """What a model makes of a batch of pictures, on the CPU in float32.
+
+    logits: (pictures, classes), None without a head. summary: what stands for a picture, (pictures, width).
+    tokens: after the last block and the final norm, (pictures, tokens, width); patches: those of them that are patches.
+    """
+
+    logits: Tensor | None
+    summary: Tensor
+    tokens: Tensor
+    patches: Tensor
+
+
+class _LastBlock:
+    """Reads off a model's last block while the model runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.adapter = model, find_adapter(model)
+        self.prefix = self.adapter.prefix_tokens(model)
+        self.output: Tensor | None = None
+
+    def __enter__(self) -> "_LastBlock":
+        block = self.adapter.named_blocks(self.model)[-1][1]
+        self.handle = block.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.handle.remove()
+
+    def _keep(self, block: nn.Module, args: Any, output: Any) -> None:
+        self.output = first_output(output)
+
+    def seen(self, output: Any) -> _Seen:
+        """What the last call of the model gave; `output` is what it returned.
+
+        Raises:
+            ModelError: its last block was not called, or what it says is not finite.
+        """
+        if self.output is None:
+            raise ModelError("the model's last block did not run")
+        hidden, self.output = self.output, None
+        hidden = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[:, None]  # (pictures, tokens, width)
+        adapter: Adapter = self.adapter
+        path = adapter.final_norm(self.model)
+        norm = self.model.get_submodule(path) if path and not adapter.pooled_before_norm(self.model) else nn.Identity()
+        summaries, _ = pooled(self.model, adapter, [hidden])
+        tokens = norm(hidden).float().cpu()
+        logits = class_logits(self.model, output)
+        if not (tokens.isfinite().all() and (logits is None or logits.isfinite().all())):
+            raise ModelError("the model's outputs on held-out pictures are not finite: its dtype is too narrow")
+        return _Seen(
+            None if logits is None else logits.float().cpu(),
+            summaries[-1].float().cpu(),
+            tokens,
+            tokens[:, self.prefix :],
+        )
+
+
+class _Largest:
+    """The examples with the largest keys."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.heap, self.number = count, list[tuple[Any, int, Example]](), 0
+
+    def takes(self, key: tuple[bool, float]) -> bool:
+        return len(self.heap) < self.count or key > self.heap[0][0]
+
+    def add(self, key: tuple[bool, float], example: Example) -> None:
+        self.number += 1
+        entry = (key, -self.number, example)
+        if len(self.heap) < self.count:
+            heapq.heappush(self.heap, entry)
+        else:
+            heapq.heapreplace(self.heap, entry)
+
+    def examples(self) -> list[Example]:
+        return [example for _, _, example in sorted(self.heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _answer(logits: Tensor, names: list[str] | None) -> Answer:
+    share, index = logits.softmax(0).max(0)
+    return Answer(label=names[int(index)] if names else f"class {int(index)}", share=float(share))
+
+
+def _computing_dtype(model: nn.Module) -> torch.dtype:
+    """Of the model's inputs: compressed layers may be stored in a smaller one."""
+    from oats_vision.layers import other_parameter
+
+    parameter = other_parameter(model)
+    return torch.float32 if parameter is None else parameter.dtype
+
+
+def _proportion(name: str, hits: Tensor) -> Metric:
+    """A share in percent, with Clopper and Pearson's exact interval: all the same on 64 is no proof of 100%."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="exact")
+    value = 100 * float(hits.double().mean())
+    return Metric(name=name, kind="percent", value=value, low=100 * interval.low, high=100 * interval.high)
+
+
+def _mean(name: str, values: np.ndarray, kind: Any = "number") -> Metric:
+    low, high = _bootstrap(len(values), lambda draws: values[draws].mean(1))
+    return Metric(name=name, kind=kind, value=float(values.mean()), low=low, high=high)
+
+
+def _relative_error(name: str, change: np.ndarray, size: np.ndarray) -> Metric:
+    """|compressed - dense| / |dense| over all inputs, from the squares of each."""
+    low, high = _bootstrap(len(size), lambda draws: np.sqrt(change[draws].sum(1) / size[draws].sum(1)))
+    value = math.sqrt(change.sum() / size.sum())
+    return Metric(name=name, kind="number", value=value, low=low, high=high)
+
+
+def _bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic over inputs that are drawn anew, (draws, count) -> (draws,)."""
+    draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    low, high = np.percentile(statistic(draws), [2.5, 97.5])
+    return float(low), float(high)

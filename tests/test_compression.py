@@ -1,0 +1,163 @@
+"""What `oats_vision.compress` returns: figures, a table, advice."""
+
+import dataclasses
+import inspect
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import oats_vision as ov
+from oats_vision.benchmark import Timing
+from oats_vision.config import CompressionSettings, RunConfig
+from oats_vision.data import shared_out
+from oats_vision.display import Display
+from oats_vision.errors import ConfigError
+from oats_vision.run import run
+
+QUICK = {"rate": 0.5, "iterations": 3}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Thirty pictures of one colour each, and no labels."""
+    path = tmp_path / "pictures"
+    path.mkdir()
+    for i in range(30):
+        Image.new("RGB", (40, 40), (8 * i, 255 - 8 * i, 5 * i)).save(path / f"{i:02}.png")
+    return path
+
+
+@pytest.fixture
+def result(model_directory):
+    model, transform = ov.load_model(model_directory)
+    pictures = ov.load_pictures("demo", transform, batch_size=8, samples=16, held_out=70)
+    return ov.compress(model, pictures, **QUICK)
+
+
+def test_the_result_prints_as_the_table_and_shows_in_notebooks(result):
+    rows = result.rows()
+    text, page = str(result), result._repr_html_()
+    for name, *values in rows:
+        for value in (name, *values):
+            assert value.strip() in text
+            assert value.strip() in page
+    names = [row[0] for row in rows]
+    assert names[:2] == ["same class *", "relative error of features *"]
+    assert names[2:4] == ["forward, batch 1", "forward, batch 8"]
+    assert "on 70 pictures held out from calibration" in text
+    assert max(map(len, text.splitlines()[: len(rows) + 4])) <= 100
+
+
+def test_the_figures_are_json_and_those_of_the_checkpoint(result, tmp_path):
+    figures = json.loads(json.dumps(result.to_dict()))
+    assert figures["cost"]["samples"] == 70
+    result.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert figures["settings"]["rate"] == config["settings"]["rate"] == 0.5
+    loaded = ov.load(tmp_path / "out")
+    assert sum(p.numel() for p in loaded.parameters()) <= figures["parameters"]["compressed"]
+    assert figures["bytes"]["total"] < figures["bytes"]["dense_total"]
+
+
+def test_markup_of_strangers_is_text_in_notebooks(result):
+    result.report.settings = result.report.settings.model_copy(update={"skip": ("<script>x</script>",)})
+    assert "<script>" not in result._repr_html_()
+
+
+def test_an_editor_sees_every_setting_with_its_default():
+    parameters = inspect.signature(ov.compress).parameters
+    for name, field in CompressionSettings.model_fields.items():
+        assert parameters[name].default == field.default, name
+        assert re.search(rf"^    +{name}: ", ov.compress.__doc__, re.M), name
+
+
+def test_settings_and_single_options_contradict(tiny_vit, pictures):
+    settings = CompressionSettings(rate=0.4)
+    with pytest.raises(ConfigError, match="either settings or single options, got settings and rate, skip"):
+        ov.compress(tiny_vit, pictures, settings=settings, rate=0.5, skip="*.fc2")
+    assert ov.compress(tiny_vit, pictures, settings=settings).report.settings == settings
+
+
+def test_advice_names_what_came_out_slower_or_worse(result):
+    assert not any("batch" in line for line in dataclasses.replace(result, speed=[]).advice)
+    slow = [Timing("forward, batch 1", 1, "pictures", 1.0, 1.25), Timing("forward, batch 8", 8, "pictures", 1.0, 0.5)]
+    advice = dataclasses.replace(result, speed=slow).advice
+    assert any("0.80 x" in line and "batch 1" in line and "--rank-ratio auto" in line for line in advice)
+    assert not any("2.00" in line for line in advice)
+    layers = result.report.layers
+    worst = dataclasses.replace(layers[3], output_errors={"fc2": 10.0})
+    result.report.layers = [*layers[:3], worst, *layers[4:]]
+    assert any(worst.name in line and f"--skip '{worst.name}'" in line for line in result.advice)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 4096), st.integers(0, 512))
+def test_sharing_out_never_takes_what_is_not_there(there, samples, held_out):
+    count, apart = shared_out(there, samples, held_out)
+    assert 1 <= count <= samples
+    assert 0 <= apart <= held_out
+    assert count + apart <= there
+    if there >= samples + held_out:
+        assert (count, apart) == (samples, held_out)
+    else:
+        assert count >= min(samples, there - there // 4)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_picture_is_both_seen_and_held_out(folder, tmp_path, streaming):
+    import datasets
+
+    source: object = folder
+    if streaming:
+        files = [str(file) for file in sorted(folder.iterdir())]
+        table = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+        table.save_to_disk(tmp_path / "table")
+        table.to_parquet(tmp_path / "table.parquet")
+        source = tmp_path / "table"
+    batches = ov.load_pictures(
+        source, lambda picture: torch.tensor(picture.getpixel((0, 0))).view(3, 1, 1) / 255, batch_size=4, samples=20,
+        held_out=6,
+    )  # fmt: skip
+    seen, apart = (
+        {tuple(x.flatten().tolist()) for pictures, _ in part for x in pictures} for part in (batches, batches.held_out)
+    )
+    assert (len(seen), len(apart), seen & apart) == (20, 6, set())
+
+
+def test_a_run_on_a_folder_without_labels_says_what_it_cost(folder, model_directory, tmp_path):
+    config = RunConfig(model=str(model_directory), data=str(folder), out=tmp_path / "out", batch_size=8, **QUICK)
+    outcome = run(config, Display())
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["samples"] + written["cost"]["samples"] == 30
+    assert written["cost"]["samples"] == 7  # a quarter, since there are few
+    assert written["cost"] == outcome.result.cost.model_dump()
+    assert [timing["what"] for timing in written["speed"]] == ["forward, batch 1", "forward, batch 8"]
+    assert any("Only 7 pictures were held out" in line for line in written["advice"])
+    loaded = ov.load(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), outcome.result.model.parameters(), strict=True))
+
+
+def test_a_run_without_evaluation_calibrates_on_all(folder, model_directory, tmp_path):
+    config = RunConfig(model=str(model_directory), data=str(folder), out=tmp_path / "out", eval=False, **QUICK)
+    outcome = run(config, Display())
+    assert (outcome.result.report.samples, outcome.result.cost, outcome.result.speed) == (30, None, [])
+
+
+def test_a_language_model_says_what_it_cost(language_directory, tmp_path):
+    config = RunConfig(
+        model=str(language_directory),
+        data="demo",
+        samples=4,
+        sequence_length=64,
+        out=tmp_path / "out",
+        storage_dtype="float32",
+        **QUICK,
+    )
+    outcome = run(config, Display())
+    assert [metric.name for metric in outcome.result.cost.metrics] == ["perplexity", "same next token"]
+    assert outcome.result.cost.samples == 64
+    assert [timing.what for timing in outcome.result.speed] == ["prompt of 64 tokens", "generating 32 tokens"]
