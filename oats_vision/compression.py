@@ -25,7 +25,8 @@ from oats_vision.results import Cost, Example
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.side_by_side`
 PROMPT, NEW_TOKENS = 128, 32  # of text that is timed
-FAR = 3.0  # times the median error of a model's layers, from where a layer is named
+# a layer is named whose error is so many times the median of the model's layers, and so large
+FAR, NOTABLE = 3.0, 0.1
 FEW = 64  # held-out inputs, below which an interval is wide
 SLOWER = 0.97  # times as fast: below it the difference is no noise
 
@@ -49,7 +50,11 @@ class Result:
     @property
     def advice(self) -> list[str]:
         """What came out worse than it should, and what to do about it."""
-        return [*_advice_on_speed(self.speed), *_advice_on_layers(self.report), *_advice_on_cost(self.cost)]
+        return [
+            *_advice_on_speed(self.speed, self.report.settings),
+            *_advice_on_layers(self.report),
+            *_advice_on_cost(self.cost),
+        ]
 
     def save(self, path: str | Path, *, overwrite: bool = False, tokenizer: Any = None) -> None:
         """Write the model to a directory, as `oats_vision.save` does."""
@@ -255,31 +260,31 @@ def speed(
         return time_text(twin, model, vocabulary, [length], new, ROUNDS, tell, SECONDS)
 
 
-def _advice_on_speed(timings: Sequence[Timing]) -> list[str]:
+def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:
     slow = [timing for timing in timings if timing.speedup < SLOWER]
     if not slow:
         return []
-    what = ", ".join(f"{timing.speedup:.2f} x as fast at {timing.what}" for timing in slow)
+    what = "Slower than dense: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
     if not native.available():
-        return [f"Slower than dense ({what}): the compiled kernels are missing; `oats-vision doctor` says why."]
-    return [
-        f"Slower than dense ({what}): try --rank-ratio auto (for each layer the split that is fastest here), "
-        "or a higher --rate. The files are smaller all the same."
-    ]
+        return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
+    auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.terms[2].kind != "n:m"
+    ways = ["rank ratio auto (for each layer the split that is fastest here)"] * auto + ["a higher rate"]
+    return [f"{what} Try {' or '.join(ways)}; what is saved for certain is memory."]
 
 
 def _advice_on_layers(report: CompressionReport) -> list[str]:
     errors = torch.tensor([layer.error for layer in report.layers])
     if not len(errors):
         return []
-    limit = max(FAR * float(errors.median()), 0.05)
-    far = sorted((layer for layer in report.layers if layer.error > limit), key=lambda layer: -layer.error)
+    median = float(errors.median())
+    far = [layer for layer in report.layers if layer.error > max(FAR * median, NOTABLE)]
+    far.sort(key=lambda layer: -layer.error)
     if not far:
         return []
-    named = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in far[:3]) + ", ..." * (len(far) > 3)
+    named = ", ".join(f"{layer.name} {layer.error:.3f}" for layer in far[:3]) + ", ..." * (len(far) > 3)
     return [
-        f"{len(far)} of {len(errors)} layers have an error of more than {FAR:g} times the median "
-        f"({float(errors.median()):.3f}): {named}. To leave one dense: --skip '{far[0].name}'."
+        f"{len(far)} of {len(errors)} layers have more than {FAR:g} times the median error of {median:.3f}: {named}. "
+        f"Leave the worst dense (skip {far[0].name}), or take a lower rate."
     ]
 
 

@@ -87,12 +87,12 @@ def test_advice_names_what_came_out_slower_or_worse(result):
     assert not any("batch" in line for line in dataclasses.replace(result, speed=[]).advice)
     slow = [Timing("forward, batch 1", 1, "pictures", 1.0, 1.25), Timing("forward, batch 8", 8, "pictures", 1.0, 0.5)]
     advice = dataclasses.replace(result, speed=slow).advice
-    assert any("0.80 x" in line and "batch 1" in line and "--rank-ratio auto" in line for line in advice)
+    assert any("0.80 x (forward, batch 1)." in line and "rank ratio auto" in line for line in advice)
     assert not any("2.00" in line for line in advice)
     layers = result.report.layers
     worst = dataclasses.replace(layers[3], output_errors={"fc2": 10.0})
     result.report.layers = [*layers[:3], worst, *layers[4:]]
-    assert any(worst.name in line and f"--skip '{worst.name}'" in line for line in result.advice)
+    assert any(worst.name in line and f"(skip {worst.name})" in line for line in result.advice)
 
 
 @given(st.integers(1, 10_000), st.integers(1, 4096), st.integers(0, 512))

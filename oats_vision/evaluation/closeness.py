@@ -109,18 +109,19 @@ class PictureCloseness(_Closeness):
             for number, inputs, output in self.inputs(model, progress):
                 seen, dense = last.seen(output), self.features[number].to(torch.float32)
                 columns["class"].append(F.cosine_similarity(seen.summary, self.summaries[number], dim=-1))
-                columns["patch"].append(
-                    F.cosine_similarity(seen.patches, dense[:, last.prefix :], dim=-1).mean(1).nan_to_num(1.0)
-                )
+                if seen.patches.shape[1]:
+                    columns["patch"].append(F.cosine_similarity(seen.patches, dense[:, last.prefix :], dim=-1).mean(1))
                 columns["change"].append((seen.tokens - dense).square().sum((1, 2), dtype=torch.float64))
                 columns["size"].append(dense.square().sum((1, 2), dtype=torch.float64))
                 if self.logits and seen.logits is not None:
                     same.append(seen.logits.argmax(1) == self.logits[number].argmax(1))
                 self._show(number, inputs, seen, dense, last.prefix, candidates, model)
-        values = {name: torch.cat(column).double().numpy() for name, column in columns.items()}
+        values = {name: torch.cat(column).double().numpy() for name, column in columns.items() if column}
         metrics = [_proportion("same class", torch.cat(same))] if same else []
         if not same:
-            metrics += [_mean(f"cosine of {name} features", values[name]) for name in ("class", "patch")]
+            metrics += [
+                _mean(f"cosine of {name} features", values[name]) for name in ("class", "patch") if name in values
+            ]
         metrics.append(_relative_error("relative error of features", values["change"], values["size"]))
         return Cost(unit="pictures", samples=self.count, metrics=metrics), candidates.examples()
 
