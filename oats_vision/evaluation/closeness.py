@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +28,7 @@ from oats_vision.thumbnails import patch_maps, thumbnail
 from oats_vision.transforms import Transform
 
 EXAMPLES = 12  # pictures that are shown
+MEMORY = 1e9  # bytes of features that are kept there; the rest on disk
 RESAMPLES = 4000
 Progress = Callable[[int], None]
 
@@ -47,30 +48,23 @@ def closeness(
         DataError: there is no input, or one that the model cannot take.
         ModelError: the model's outputs are not finite.
     """
-    adapter = find_adapter(model)
     data = list(held_out) if isinstance(held_out, Iterator) else held_out
-    kind = PictureCloseness if adapter.unit == "pictures" else TextCloseness
-    found = kind(model, data, transform)
-    found.note(model, progress)
-    return found
+    kind = PictureCloseness if find_adapter(model).unit == "pictures" else TextCloseness
+    return kind(model, data, transform, progress)
 
 
-@dataclass
 class _Closeness:
     """Held-out inputs, and the dense model's answers to them.
 
     count: of the inputs. first: batch of them. dtype: that floating ones have.
     """
 
-    dense: nn.Module = field(repr=False)
-    held_out: Any = field(repr=False)
-    transform: Transform | None = field(default=None, repr=False)
+    def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None) -> None:
+        self.held_out, self.transform = held_out, transform
+        self.reader = Reader.of(model, find_adapter(model).unit)
+        self.count = 0
 
-    def __post_init__(self) -> None:
-        self.reader = Reader.of(self.dense, find_adapter(self.dense).unit)
-        del self.dense  # it is compressed in place
-
-    def inputs(self, model: nn.Module, progress: Progress) -> Iterator[tuple[int, Inputs, Any]]:
+    def calls(self, model: nn.Module, progress: Progress) -> Iterator[tuple[int, Inputs, Any]]:
         """Number, inputs and the model's output of each batch."""
         first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.dtype = _computing_dtype(model)
@@ -87,18 +81,18 @@ class _Closeness:
         self.count = done
 
 
-@dataclass
 class PictureCloseness(_Closeness):
     """Of pictures: classes where the model has a head, and features."""
 
-    def note(self, model: nn.Module, progress: Progress) -> None:
-        self.features, self.summaries, self.logits = ActivationStore(1e9), list[Tensor](), list[Tensor]()
+    def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> None:
+        super().__init__(model, held_out, transform)
+        self.features, self.summaries, self.logits = ActivationStore(MEMORY), list[Tensor](), list[Tensor]()
         with torch.inference_mode(), _LastBlock(model) as last:
-            for _, _, output in self.inputs(model, progress):
+            for _, _, output in self.calls(model, progress):
                 seen = last.seen(output)
                 self.features.append(seen.tokens)
                 self.summaries.append(seen.summary)
-                self.logits += [seen.logits] if seen.logits is not None else []
+                self.logits += [] if seen.logits is None else [seen.logits]
 
     def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
         """How close the model comes, and the pictures on which it differs most."""
@@ -106,7 +100,7 @@ class PictureCloseness(_Closeness):
         columns: dict[str, list[Tensor]] = {name: [] for name in ("class", "patch", "change", "size")}
         candidates = _Largest(EXAMPLES)
         with torch.inference_mode(), _LastBlock(model) as last:
-            for number, inputs, output in self.inputs(model, progress):
+            for number, inputs, output in self.calls(model, progress):
                 seen, dense = last.seen(output), self.features[number].to(torch.float32)
                 columns["class"].append(F.cosine_similarity(seen.summary, self.summaries[number], dim=-1))
                 if seen.patches.shape[1]:
@@ -160,11 +154,11 @@ class PictureCloseness(_Closeness):
             candidates.add((changed, -cosine), example)
 
 
-@dataclass
 class TextCloseness(_Closeness):
     """Of text: perplexity, and the likeliest next token."""
 
-    def note(self, model: nn.Module, progress: Progress) -> None:
+    def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> None:
+        super().__init__(model, held_out, transform)
         self.answers = self._read(model, progress)
 
     def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
@@ -182,7 +176,7 @@ class TextCloseness(_Closeness):
     def _read(self, model: nn.Module, progress: Progress) -> tuple[Perplexity, list[Tensor]]:
         """The loss of each sequence, and the likeliest next token at each place that is no padding."""
         losses, counts, likeliest = list[Tensor](), list[int](), list[Tensor]()
-        for _, inputs, output in self.inputs(model, progress):
+        for _, inputs, output in self.calls(model, progress):
             mask = inputs.padding_mask
             for i, ids in enumerate(inputs.tensor):
                 logits = output.logits[i, :-1].float()
