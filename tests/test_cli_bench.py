@@ -61,12 +61,18 @@ def test_a_model_of_pictures_without_preprocessing_is_a_clear_error(pictures, tm
     assert "Traceback" not in done.stderr
 
 
-def test_a_sliced_model_or_no_model_is_a_clear_error(model_directory, tmp_path):
+def test_a_sliced_model_is_timed_beside_one_of_the_shapes_that_it_had(model_directory, tmp_path):
     out = tmp_path / "sliced"
     _compress(model_directory, "demo", out, "--samples", 8, "--method", "slicegpt")
-    done = run("bench", out)
-    assert done.returncode == 1
-    assert "slicegpt" in done.stderr
+    done = run("bench", out, "--json", "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    dense, _ = ov.load_model(model_directory)
+    assert result["weight_bytes"]["dense"] == weight_bytes(dense)
+    assert all(timing["dense"] > 0 for timing in result["timings"])
+
+
+def test_a_directory_without_a_model_is_a_clear_error(tmp_path):
     done = run("bench", tmp_path)
     assert done.returncode == 1
     assert "no compressed model" in done.stderr
