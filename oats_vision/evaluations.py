@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 PROTOCOLS = ("top1", "perplexity", "linear probe", "quick linear probe", "k-NN")  # the one that says most first
 LINE, PICTURE = 1_000, 100_000  # characters at most of a line of advice and of a picture's address
 
-T = TypeVar("T")
+Line = Annotated[str, Field(max_length=LINE)]
 Count = Annotated[int, Field(ge=1, lt=1 << 48)]
 Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
 Address = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$", max_length=PICTURE)]
@@ -118,9 +118,9 @@ class _WhenCompressed(BaseModel):
 class _Timing(BaseModel):
     """A benchmark.Timing whose times are those of a machine."""
 
-    what: Annotated[str, Field(max_length=LINE)]
+    what: Line
     units: Count
-    unit: Annotated[str, Field(max_length=LINE)]
+    unit: Line
     dense: Seconds
     compressed: Seconds
 
@@ -129,7 +129,7 @@ class _Example(Example):
     """An example whose pictures are small."""
 
     thumbnail: Address
-    maps: list[Address] = []
+    maps: list[Address] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ def read_report(directory: Path) -> Measured:
         except ValidationError as problem:
             log.warning("%s: %s is left out: %s", file, what, _first(problem))
 
-    def known(kind: type[T], name: str) -> T | None:
+    def known(kind: Any, name: str) -> Any:
         value = content.get(name)
         return None if value is None else next(one(kind, value, name), None)
 
-    def each(kind: type[T], name: str, singular: str) -> Iterator[T]:
+    def each(kind: Any, name: str, singular: str) -> Iterator[Any]:
         for i, value in enumerate(known(list, name) or [], 1):
             yield from one(kind, value, f"{singular} {i}")
 
@@ -203,12 +203,12 @@ def read_report(directory: Path) -> Measured:
         evaluations=(*when_compressed(), *each(Evaluation, "evaluations", "evaluation")),
         cost=known(Cost, "cost"),
         speed=tuple(Timing(**timing.model_dump()) for timing in each(_Timing, "speed", "speed")),
-        advice=tuple(each(Annotated[str, Field(max_length=LINE)], "advice", "advice")),  # type: ignore[arg-type]
+        advice=tuple(each(Line, "advice", "advice")),
         examples=tuple(each(_Example, "examples", "example")),
         run=_plain(known(dict, "run")),
         machine=_plain(known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,
-        peak_memory=known(Count, "peak_memory"),  # type: ignore[arg-type]
+        peak_memory=known(Count, "peak_memory"),
     )
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SIZE = (4.2, 3.0)  # inches, as a phone shows them
 SERIES = 8  # colours that templates/base.html names
 # drawn in these, and replaced by the page's variables
 INK, MUTED, GRID, PAPER = "#0d0d01", "#0d0d02", "#0d0d03", "#0d0d04"
@@ -23,7 +23,7 @@ STYLE: Any = {
     "text.parse_math": False,  # a layer's name may have a $
     "text.usetex": False,
     "text.color": INK,
-    "font.size": 9,
+    "font.size": 8.5,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
     "axes.spines.top": False,
@@ -47,7 +47,7 @@ def colour(number: int) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """Of a scatter: its mark, and the interval of y if known. number: from 0, of its colour; None is the dense model."""
+    """Of a scatter, with the interval of y if known. number: from 0, of its colour; None is the dense model."""
 
     label: str
     x: float
@@ -67,11 +67,20 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
                 axes.vlines(point.x, *point.interval, color=shade, linewidth=1, alpha=0.6)
             marker = "D" if point.number is None else "o"
             axes.plot([point.x], [point.y], marker, color=shade, markersize=6, markeredgecolor=PAPER)
-            axes.annotate(point.label, (point.x, point.y), (6, 5), textcoords="offset points", color=INK, fontsize=8)
+            side = -1 if (point.number or 0) % 2 else 1  # neighbours are often close together
+            axes.annotate(
+                point.label,
+                (point.x, point.y),
+                (6 * side, 5),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                color=INK,
+                fontsize=8,
+            )
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.margins(0.12)
 
-    return _svg(draw, (4.8, 3.4), f"{y_label} against {x_label}")
+    return _svg(draw, SIZE, f"{y_label} against {x_label}")
 
 
 def line_plot(lines: Mapping[str, Mapping[int, float]], label: str, *, from_zero: bool = True) -> Markup:
@@ -93,29 +102,30 @@ def line_plot(lines: Mapping[str, Mapping[int, float]], label: str, *, from_zero
         # by itself a legend leaves out names that start with _
         figure.legend(axes.lines, list(lines), fontsize=8, ncols=2, loc="outside lower center")
 
-    return _svg(draw, (4.8, 3.4 + 0.09 * len(lines)), f"{label} by block")
+    return _svg(draw, (SIZE[0], SIZE[1] + 0.08 * len(lines)), f"{label} by block")
 
 
-def bar(parts: Mapping[str, float], label: str) -> Markup:
-    """One bar of several parts, in MB; the last is what is saved.
+def bar(parts: Sequence[tuple[str, float, int | None]], label: str) -> Markup:
+    """One bar of several parts.
 
     Args:
-        parts: bytes of each.
+        parts: name, bytes and number of the colour; without a number it is no more than the ground.
     """
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        left, whole = 0.0, sum(parts.values())
-        for number, (name, size) in enumerate(parts.items()):
-            shade = GRID if number == len(parts) - 1 else colour(number)
+        left, whole = 0.0, sum(size for _, size, _ in parts)
+        for name, size, number in parts:
+            shade = GRID if number is None else colour(number)
             axes.barh([0], [size / 1e6], left=left, color=shade, label=f"{name}: {size / whole:.1%}")
             left += size / 1e6
         axes.set(xlabel="MB", yticks=[])
+        axes.margins(0)
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
         figure.legend(fontsize=8, ncols=2, loc="outside lower center")
 
-    return _svg(draw, (4.8, 1.9), label)
+    return _svg(draw, (SIZE[0], 1.7), label)
 
 
 def _sorted(values: Mapping[int, float]) -> tuple[list[int], list[float]]:
