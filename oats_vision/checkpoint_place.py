@@ -25,10 +25,10 @@ from oats_vision.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
 
-REPORT, MERGED = "report.json", "merged"
+REPORT, PAGE, MERGED = "report.json", "report.html", "merged"
 # what runs of ours write, by paths in the directory
-_OURS = (CONFIG, WEIGHTS, REPORT)
-_UNFINISHED = (f".{MERGED}.writing-", f".{REPORT}.")  # beginnings of what killed runs leave
+_OURS = (CONFIG, WEIGHTS, REPORT, PAGE)
+_UNFINISHED = (f".{MERGED}.writing-", f".{REPORT}.", f".{PAGE}.")  # beginnings of what killed runs leave
 # in TOKENIZER and MERGED
 _OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab")
 _TEMPLATES = "additional_chat_templates"

@@ -1,30 +1,35 @@
-"""One self-contained page about a checkpoint: `oats-vision inspect DIR --html report.html`."""
+"""One self-contained page about a checkpoint: what it saves, what it cost, and then all that is known of it."""
 
-import io
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from torch import Tensor
 
-from oats_vision import checkpoint
-from oats_vision.errors import CheckpointError
-from oats_vision.evaluations import read_evaluations
-from oats_vision.files import replacing
+from oats_vision import checkpoint, figures
+from oats_vision.benchmark import Timing
+from oats_vision.compare import block_of, errors_by_block, short
+from oats_vision.evaluation import Difference
+from oats_vision.evaluations import Evaluation, Measured, read_report
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
+from oats_vision.page import render, write_page
 from oats_vision.pipeline import CompressionReport
+from oats_vision.results import Cost
 
 POINTS = 80  # of a spectrum that are drawn
-STYLE: Any = {
-    "svg.fonttype": "none",  # text as text
-    "svg.hashsalt": "oats_vision",
-    "text.parse_math": False,  # a layer's name may have a $
-    "text.usetex": False,
-}
-HEADINGS = ["layer", "part", "shape", "rank", "non-zeros", "kept", "error", "output error", "rounds"]
+EXAMPLES = 12  # pictures that are shown
+WORK = 3e11  # multiplications for spectra: some seconds
+UNTOLD = ("out", "overwrite", "merge")  # of a run: they are about the directory, which may have moved
+# and whether they are texts
+HEADINGS = [
+    ("layer", True),
+    ("part", True),
+    *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "rounds")),
+]
 
 
 def write_html(directory: Path, file: Path, progress: Callable[[int], None] = lambda layers: None) -> None:
@@ -38,54 +43,155 @@ def write_html(directory: Path, file: Path, progress: Callable[[int], None] = la
     Raises:
         CheckpointError: the checkpoint is damaged, or the file cannot be written.
     """
-    page = html_report(directory, progress)
-    try:
-        with replacing(file) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as problem:
-        raise CheckpointError(f"{file} cannot be written: {problem}") from None
+    write_page(html_report(directory, progress), file)
 
 
 def html_report(directory: Path, progress: Callable[[int], None] = lambda layers: None) -> str:
-    """The page as text: summary, accuracy, errors, budget, spectra, and a table of layers that sorts."""
-    evaluations = read_evaluations(directory)
+    """The page as text, made from the directory alone."""
+    measured = read_report(directory)
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     report = CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), report, getattr(torch, config["storage_dtype"]))
-    settings = report.settings
-    name = config["source"]["name"]
-    cards = [
-        (f"{report.parameters / report.dense_parameters:.1%}", "of the blocks' parameters kept"),
-        (f"{sizes.layer_ratio:.3f}", f"bytes of the blocks, to dense {config['storage_dtype']}"),
-        (f"{sizes.total / 1e6:.1f} MB", f"whole model; dense {sizes.dense_total / 1e6:.1f} MB"),
-        (f"{report.samples:,}", f"calibration {report.unit}"),
-        (f"{report.seconds.get('total', 0):.0f} s", "to compress"),
-    ]
-    if report.layers:
-        errors = [layer.error for layer in report.layers]
-        cards.append((f"{sum(errors) / len(errors):.4f}", f"mean {report.error_name}"))
+    name, source = directory.resolve().name, config["source"]
+    chosen = spectra_of([layer.spec for layer in report.layers], [layer.name for layer in report.layers])
     spectra = []
-    for i, layer in enumerate(report.layers):
-        spectra.append(spectrum(layer.name, layer.spec, tensors))
-        progress(i + 1)
-    environment = Environment(loader=PackageLoader("oats_vision"), autoescape=select_autoescape())
-    return environment.get_template("report.html").render(
-        title=f"{name}, {settings.method} at rate {settings.rate:.3g}",
-        subtitle=f"{directory.name}: {config['source']['kind']} {name}, adapter {config['adapter']}, "
-        f"{settings.summary}, written by {config['written_by']}",
-        cards=cards,
-        accuracy=[row for evaluation in evaluations for row in evaluation.rows()],
-        protocol=f"top1 {directory.name} --data LABELLED_PICTURES"
-        if report.unit == "pictures"
-        else f"perplexity {directory.name} --data TEXT",
+    for i in chosen:
+        spectra.append(spectrum(report.layers[i].name, report.layers[i].spec, tensors))
+        progress(len(spectra))
+    model = (source.get("origin") or source)["name"]
+    return render(
+        "report.html",
+        title=f"{model}, {report.settings.method} at rate {report.settings.rate:.3g}",
+        model=model,
+        subtitle=f"{report.settings.summary}, stored in {config['storage_dtype']}",
+        headlines=[_bytes(sizes), _speed(measured, name), _cost(measured, name, report.unit)],
+        measured=measured,
+        examples=measured.examples[:EXAMPLES],
+        accuracy=_accuracy(measured),
+        speed=[_timing_row(timing) for timing in measured.speed],
         plots=_plots(report, sizes),
-        layers=report.layers,
+        layers=len(report.layers),
+        mean_error=f"{sum(layer.error for layer in report.layers) / max(len(report.layers), 1):.4f}",
+        error_name=report.error_name,
         headings=HEADINGS,
         rows=_rows(report),
         spectra=spectra,
-        settings=[(key, str(value)) for key, value in settings.model_dump().items() if value is not None],
+        drawn=[report.layers[i].name for i in chosen],
+        about=_tables(config, report, measured, name),
     )
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of the page's first figures, whose value and unit read as a sentence. command: measures what is not yet."""
+
+    name: str
+    value: str = ""
+    unit: str = ""
+    text: str = ""
+    small: Sequence[str] = ()
+    command: str = ""
+
+
+def _bytes(sizes: checkpoint.Sizes) -> Headline:
+    return Headline(
+        "Bytes",
+        f"{sizes.total / sizes.dense_total:.2f}",
+        " x the bytes",
+        f"{sizes.dense_total / 1e6:.1f} → {sizes.total / 1e6:.1f} MB",
+        [f"{sizes.layer_ratio:.3f} x in the compressed layers"],
+    )
+
+
+def _speed(measured: Measured, name: str) -> Headline:
+    if not measured.speed:
+        return Headline("Speed", command=f"oats-vision bench {shlex.quote(name)}")
+    first, *others = measured.speed
+    return Headline(
+        "Speed",
+        f"{first.speedup:.2f}",
+        " x as fast",
+        f"{first.dense * 1e3:.1f} → {first.compressed * 1e3:.1f} ms at {short(first.what)}",
+        [f"{timing.speedup:.2f} x at {short(timing.what)}" for timing in others],
+    )
+
+
+def _cost(measured: Measured, name: str, unit: str) -> Headline:
+    """The difference on labelled data if there is one, else the first metric of what was measured without."""
+    cost = measured.cost
+    if evaluation := measured.labelled:
+        return _labelled(evaluation, [f"{cost.metrics[0].name} {cost.metrics[0]}, {_held_out(cost)}"] if cost else [])
+    if cost:
+        first, *others = cost.metrics
+        sign = {"percent": "%", "ratio": " x", "number": ""}[first.kind]
+        return Headline(
+            "What it cost",
+            first.figure.removesuffix(sign),
+            sign,
+            first.name,
+            [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
+        )
+    protocol, data = ("top1", "LABELLED_PICTURES") if unit == "pictures" else ("perplexity", "TEXT")
+    return Headline("What it cost", command=f"oats-vision eval {protocol} {shlex.quote(name)} --data {data}")
+
+
+def _held_out(cost: Cost) -> str:
+    return f"on {cost.samples:,} held-out {cost.unit}"
+
+
+def _labelled(evaluation: Evaluation, agreement: list[str]) -> Headline:
+    metric = str(evaluation.compared)
+    assert evaluation.dense is not None
+    values = f"{evaluation.dense.metrics[metric]} → {evaluation.compressed.metrics[metric]}"
+    change, count = evaluation.difference[metric], evaluation.compressed.count
+    where = f"on {count} of {evaluation.where}" if count else f"on {evaluation.where}"
+    if isinstance(change, Difference):
+        value, unit, interval = f"{change.points:+.2f}", " points", f"[{change.low:+.2f}, {change.high:+.2f}]"
+    else:
+        value, unit, interval = f"{change.value:.3f}", " x", f"[{change.low:.3f}, {change.high:.3f}]"
+    return Headline(
+        "What it cost", value, unit, f"{metric}: {values}", [f"95% interval {interval}, {where}", *agreement]
+    )
+
+
+def _accuracy(measured: Measured) -> list[list[str]]:
+    """Metric, dense, compressed, the difference with its interval, protocol and data."""
+    rows = [
+        [metric, dense, compressed, change, protocol, data]
+        for evaluation in measured.evaluations
+        for protocol, data, metric, dense, compressed, change in evaluation.rows()
+    ]
+    if cost := measured.cost:
+        where = f"{cost.samples:,} held-out {cost.unit}"
+        rows += [[one.name, "", one.figure, one.interval, "against dense, no labels", where] for one in cost.metrics]
+    return rows
+
+
+def _timing_row(timing: Timing) -> list[str]:
+    rates = (f"{timing.units / seconds:,.1f}" for seconds in (timing.dense, timing.compressed))
+    times = (f"{seconds * 1e3:.1f} ms" for seconds in (timing.dense, timing.compressed))
+    return [timing.what, *times, f"{timing.speedup:.2f} x", *rates, timing.unit]
+
+
+def spectra_of(specs: Sequence[LayerSpec], names: Sequence[str]) -> list[int]:
+    """Places of the layers whose spectra are computed: those of all blocks, or of as many as `WORK` allows.
+
+    These are evenly spaced, with the first and the last; there is at least one, unless it alone takes minutes.
+    """
+    blocks: dict[int, list[int]] = {}
+    for i, name in enumerate(names):
+        blocks.setdefault(block_of(name), []).append(i)
+    work = sum(_work(spec) for spec in specs) / max(len(blocks), 1)
+    count = min(len(blocks), int(max(WORK // max(work, 1), work < 10 * WORK)))
+    places = {round(i * (len(blocks) - 1) / max(count - 1, 1)) for i in range(count)}
+    return [i for place, layers in enumerate(blocks.values()) if place in places for i in layers]
+
+
+def _work(spec: LayerSpec) -> float:
+    """Multiplications of two products with the own transpose, and of as many sets of eigenvalues."""
+    small, large = sorted((spec.in_features, spec.out_features))
+    return 2.0 * small**2 * (large + 3.5 * small)
 
 
 def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -101,14 +207,22 @@ def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str
     whole, sparse = layer.dense_weight(), layer.sparse.dense()
     count = min(whole.shape)
     ranks = sorted({round(1 + i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
+    heights, widths = [part.out_features for part in spec.parts], [part.rank for part in spec.parts]
+    U = torch.block_diag(*(u[:, :rank] for u, rank in zip(layer.low_rank.U.split(heights), widths, strict=True)))
+    terms = {"whole": _singular_values(whole), "sparse": _singular_values(sparse)}
+    terms["low_rank"] = _singular_values(torch.linalg.qr(U).R @ layer.low_rank.V)
     values = {}
-    for term, matrix in {"whole": whole, "sparse": sparse, "low_rank": whole - sparse}.items():
-        small = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-        singular = torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
-        floor = 1e-6 * float(singular[0])  # what lies below is rounding
-        chosen = singular[[rank - 1 for rank in ranks]].tolist()
+    for term, singular in terms.items():
+        floor = 1e-6 * float(singular[0]) if len(singular) else 0.0  # what lies below is rounding
+        chosen = [float(singular[rank - 1]) if rank <= len(singular) else 0.0 for rank in ranks]
         values[term] = [float(f"{value:.4g}") if value > floor else 0.0 for value in chosen]
     return {"rank": ranks, "values": values}
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    """In falling order, by the eigenvalues of the smaller product with the transpose."""
+    small = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
 
 
 def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
@@ -117,7 +231,7 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
     for layer in report.layers:
         for part in layer.spec.parts:
             size = part.out_features * layer.spec.in_features
-            kept = (part.nonzeros + part.rank * (part.out_features + layer.spec.in_features)) / size
+            kept = (part.nonzeros + part.rank * (part.out_features + layer.spec.in_features)) / max(size, 1)
             rows.append(
                 [
                     (layer.name, str(len(rows))),  # the model's order
@@ -128,80 +242,70 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (f"{kept:.1%}", f"{kept:.6f}"),
                     _number(layer.errors.get(part.name)),
                     _number(layer.output_errors.get(part.name)),
-                    (str(layer.rounds.get(part.name, "")), str(layer.rounds.get(part.name, -1))),
+                    (str(layer.rounds.get(part.name, "")), str(layer.rounds.get(part.name, ""))),
                 ]
             )
     return rows
 
 
 def _number(value: float | None) -> tuple[str, str]:
-    """What is shown and what is sorted by; a value that is not known comes first."""
-    return ("", "-1") if value is None else (f"{value:.4f}", f"{value:.8f}")
+    """What is shown and what is sorted by."""
+    return ("", "") if value is None else (f"{value:.4f}", f"{value:.8f}")
 
 
-def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[Markup]:
+def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str, Markup]]:
     """Error of each linear by block, and where the bytes go; of a sliced model the signal kept by block."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        return [_svg(figure) for figure in _figures(report, sizes)]
-
-
-def _figures(report: CompressionReport, sizes: checkpoint.Sizes) -> list[Any]:
     if report.slicing:
-        attention, mlp = report.slicing.kept[::2], report.slicing.kept[1::2]
-        lines = {"attention": list(attention), "MLP": list(mlp)}
+        kept = {"attention": report.slicing.kept[::2], "MLP": report.slicing.kept[1::2]}
+        lines = {name: dict(enumerate(values)) for name, values in kept.items()}
         width = f"{report.slicing.sliced_width} of {report.slicing.width} dimensions"
-        return [_line_plot(lines, "share of the second moment kept", f"{width}, by block")]
-    by_kind: dict[str, list[float]] = {}
-    for layer in report.layers:
-        path = layer.name.split(".")
-        block = max(i for i, part in enumerate(path) if part.isdigit()) if any(map(str.isdigit, path)) else -1
-        by_kind.setdefault(".".join(path[block + 1 :]), []).append(layer.error)
+        label = "share of the second moment kept"
+        return [(f"Signal kept in {width}, by block", figures.line_plot(lines, label, from_zero=False))]
     storage = sizes.dense_layers / max(report.dense_parameters, 1)
     low_rank = sum(layer.spec.parameters - layer.spec.nonzeros for layer in report.layers)
-    budget = {
-        "S, values": report.layers and sum(layer.spec.nonzeros for layer in report.layers) * storage,
-        "S, positions": sizes.positions,
-        "U and V": low_rank * storage,
-        "saved": sizes.dense_layers - sizes.layers,
-    }
-    return [_line_plot(by_kind, report.error_name, "Error of each linear, by block"), _budget_plot(budget)]
-
-
-def _line_plot(lines: dict[str, list[float]], label: str, title: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    drawn = [
-        axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2)[0] for values in lines.values()
+    budget: list[tuple[str, float, int | None]] = [
+        ("S, values", sum(layer.spec.nonzeros for layer in report.layers) * storage, 0),
+        ("S, positions", sizes.positions, 4),
+        ("U and V", low_rank * storage, 1),
+        ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]
-    axes.set(xlabel="block", ylabel=label, title=title)
-    axes.locator_params(axis="x", integer=True)
-    axes.set_ylim(bottom=0 if "error" in label else None)
-    axes.legend(drawn, list(lines), fontsize=8)  # by itself it leaves out names that start with _
-    axes.grid(alpha=0.3)
-    return figure
+    return [
+        ("Error of each linear, by block", figures.line_plot(errors_by_block(report), report.error_name)),
+        ("Bytes of the compressed layers, of those they had", figures.bar(budget, "Bytes of the compressed layers")),
+    ]
 
 
-def _budget_plot(budget: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
+def _tables(
+    config: dict[str, Any], report: CompressionReport, measured: Measured, name: str
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the checkpoint is, its settings, the run and the machine: titles, and names with values."""
+    source = config["source"]
+    settings = {key: value for key, value in report.settings.model_dump().items() if value not in (None, ())}
+    run = [(key, value) for key, value in measured.run if key not in (*settings, *UNTOLD) and value != "False"]
+    times = [("compression" if key == "total" else key, f"{value:.1f} s") for key, value in report.seconds.items()]
+    whole = [("whole run", f"{measured.seconds:.1f} s")] if measured.seconds else []
+    memory = [("peak memory", f"{measured.peak_memory / 1e9:.2f} GB")] if measured.peak_memory else []
+    tables = [
+        (
+            "Checkpoint",
+            [
+                ("directory", name),
+                ("model", f"{source['kind']} {source['name']}"),
+                ("adapter", config["adapter"]),
+                ("parameters", f"{report.parameters:,} of {report.dense_parameters:,} in the compressed layers"),
+                ("calibration", f"{report.samples:,} {report.unit}"),
+                ("computed in", config["dtype"]),
+                ("written by", f"{config['written_by']}, format {config['format_version']}"),
+                ("SHA-256 of the weights", config["weights_sha256"]),
+                *([("of the dense weights", source["dense_sha256"])] if source.get("dense_sha256") else []),
+            ],
+        ),
+        ("Settings", [(_words(key), str(value)) for key, value in settings.items()]),
+        ("Run", [(_words(key), value) for key, value in run]),
+        ("Machine and time", [*measured.machine, *times, *whole, *memory]),
+    ]
+    return [(title, rows) for title, rows in tables if rows]
 
-    figure = Figure(figsize=(6, 2.4), layout="constrained")
-    axes = figure.subplots()
-    left, whole = 0.0, sum(budget.values())
-    for (name, size), colour in zip(budget.items(), ("#2f6fde", "#9dbcf2", "#d9480f", "#e6e9ef"), strict=True):
-        axes.barh([0], [size / 1e6], left=left, color=colour, label=f"{name}: {size / whole:.1%}")
-        left += size / 1e6
-    axes.set(xlabel="MB", title="Bytes of the compressed layers, of those they had", yticks=[])
-    figure.legend(fontsize=9, ncols=2, loc="outside lower center", frameon=False)
-    return figure
 
-
-def _svg(figure: Any) -> Markup:
-    """Inline SVG, without the XML header."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return Markup(text[text.index("<svg") :])
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,10 @@ from oats_vision.evaluation import (
     paired_ratio,
     perplexity,
 )
-from oats_vision.evaluation.closeness import closeness
+from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.layers import merge
 from oats_vision.machine import choose_device, machine, peak_memory
-from oats_vision.models import load_model, load_tokenizer, save_plain, source_of
+from oats_vision.models import ModelSource, load_model, load_tokenizer, save_plain, source_of
 from oats_vision.pipeline import compress
 from oats_vision.text import Sequences, load_sequences, load_tokens
 from oats_vision.transforms import Transform
@@ -74,6 +74,46 @@ class Outcome:
         }
 
 
+@dataclass
+class Draw:
+    """Calibration data of one seed, and what the dense model says of the inputs that are held out of them."""
+
+    calibration: Batches | Sequences
+    close: PictureCloseness | TextCloseness | None
+
+
+@dataclass
+class Prepared:
+    """What comes before a compression, and is the same for every compression of a model.
+
+    run: with the defaults that depend on what the model reads. test: labelled pictures, or text as token ids.
+    parameters: of the dense model.
+    """
+
+    run: RunConfig
+    device: torch.device
+    unit: Literal["pictures", "sequences"]
+    source: ModelSource
+    parameters: int
+    transform: Transform | None
+    tokenizer: Any
+    test: Batches | Tensor | None
+
+    def draw(self, model: nn.Module, seed: int, display: Display) -> Draw:
+        """Open the calibration data that a seed chooses, and ask the dense model about the held-out ones."""
+        run = self.run.model_copy(update={"seed": seed})
+        calibration = _pictures(run, self.transform) if self.transform else _text(run, self.tokenizer)
+        if not run.eval or calibration.held_out is None:
+            return Draw(calibration, None)
+        total = len(calibration.held_out) if isinstance(calibration, Sequences) else calibration.held_out.total
+        with display.counting("dense model, held-out", self.unit, total) as progress:
+            return Draw(calibration, closeness(model, calibration.held_out, self.transform, progress))
+
+    def score(self, model: nn.Module, what: str, display: Display) -> Top1 | Perplexity | None:
+        """Top-1 on the labelled pictures, perplexity on the text."""
+        return _score(model, self.test, self.run, what, display)
+
+
 def run(config: RunConfig, display: Display) -> Outcome:
     """Do what `oats-vision compress` does, and return what it made.
 
@@ -88,83 +128,105 @@ def run(config: RunConfig, display: Display) -> Outcome:
         return _run(config, display)
 
 
-def _run(run: RunConfig, display: Display) -> Outcome:
+def _run(config: RunConfig, display: Display) -> Outcome:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
-    target = choose_device(run.device)
-    if run.data is None and run.model != "demo":
+    model, prepared = prepare(config)
+    draw = prepared.draw(model, config.seed, display)
+    before = prepared.score(model, "dense", display)
+    outcome = compress_and_write(model, prepared.run, prepared, draw, display)
+    with _after_the_checkpoint(outcome.run, how_to_evaluate(prepared.unit)):
+        del model
+        measure_stored(outcome, prepared, draw, before, display)
+        outcome.seconds = time.perf_counter() - start
+        checkpoint.write_json(config.out / checkpoint.REPORT, outcome.to_dict())
+        if config.merge:
+            with checkpoint.new_directory(config.out / checkpoint.MERGED, overwrite=False) as merged:
+                dtype = getattr(torch, str(outcome.settings.storage_dtype))
+                save_plain(merge(outcome.result.model), prepared.source, dtype, merged)
+                if prepared.tokenizer is not None:
+                    prepared.tokenizer.save_pretrained(merged)
+    return outcome
+
+
+def prepare(config: RunConfig) -> tuple[nn.Module, Prepared]:
+    """Load the dense model, and open the data that it is scored on.
+
+    Raises:
+        OatsVisionError: something that was given is wrong.
+    """
+    device = choose_device(config.device)
+    if config.data is None and config.model != "demo":
         raise ConfigError(
             "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
         )
     model, transform = load_model(
-        run.model,
-        pretrained=run.pretrained,
-        image_size=run.image_size,
-        dtype=getattr(torch, run.dtype),
-        device=target,
-        trust_remote_code=run.trust_remote_code,
+        config.model,
+        pretrained=config.pretrained,
+        image_size=config.image_size,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        trust_remote_code=config.trust_remote_code,
     )
     checkpoint.check_source(model)
     unit = find_adapter(model).unit
-    run = run.completed(unit)
-    source = source_of(model)
-    settings = run.settings().model_copy(update={"storage_dtype": run.storage_dtype or source.dtype})
-    tokenizer = load_tokenizer(run.model) if unit == "sequences" else None
-    calibration: Batches | Sequences
+    run = config.completed(unit)
+    tokenizer: Any = None
     test: Batches | Tensor | None
-    if tokenizer is None:
-        if transform is None:
-            raise ModelError(
-                f"{run.model} says nothing about its preprocessing: use the Python API with batches of your own"
-            )
-        calibration, test = _pictures(run, transform)
-    else:
+    if unit == "sequences":
+        transform, tokenizer = None, load_tokenizer(run.model)
         positions = getattr(model.config, "max_position_embeddings", None)
         if isinstance(positions, int) and run.sequence_length > positions:
             raise ConfigError(
                 f"sequence_length must be at most the model's {positions} positions, got {run.sequence_length}"
             )
-        calibration, test = _text(run, tokenizer)
-
+        test = _test_text(run, tokenizer)
+    elif transform is None:
+        raise ModelError(
+            f"{run.model} says nothing about its preprocessing: use the Python API with batches of your own"
+        )
+    else:
+        test = _test_pictures(run, transform)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    close = None
-    if run.eval and calibration.held_out is not None:
-        total = len(calibration.held_out) if isinstance(calibration, Sequences) else calibration.held_out.total
-        with display.counting("dense model, held-out", unit, total) as progress:
-            close = closeness(model, calibration.held_out, transform, progress)
-    before = _score(model, test, run, "dense", display)
+    return model, Prepared(run, device, unit, source_of(model), parameters, transform, tokenizer, test)
+
+
+def compress_and_write(model: nn.Module, run: RunConfig, prepared: Prepared, draw: Draw, display: Display) -> Outcome:
+    """Compress the model, in place, and write it to `run.out`, both as the run's settings say."""
+    settings = run.settings().model_copy(update={"storage_dtype": run.storage_dtype or prepared.source.dtype})
     with display.compression() as progress:
         report = compress(
-            model, calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
+            model, draw.calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
         )
-    checkpoint.write(model, run.out, run.overwrite, tokenizer)
-    result = describe(model, report, parameters)
-    outcome = Outcome(
+    checkpoint.write(model, run.out, run.overwrite, prepared.tokenizer)
+    return Outcome(
         run=run,
         settings=settings,
-        result=result,
+        result=describe(model, report, prepared.parameters),
         files={file.name: file.stat().st_size for file in run.out.iterdir() if file.is_file()},
-        skipped=calibration.skipped if isinstance(calibration, Batches) else 0,
-        machine=machine(target),
+        skipped=draw.calibration.skipped if isinstance(draw.calibration, Batches) else 0,
+        machine=machine(prepared.device),
     )
-    with _after_the_checkpoint(run, how_to_evaluate(unit)):
-        # from here on the model as its users will have it: read from the files, in the stored precision
-        del model, result.model
-        result.model = checkpoint.load(
-            run.out, device=target, dtype=getattr(torch, run.dtype), trust_remote_code=run.trust_remote_code
-        )
-        if close is not None:
-            measure(result, result.model, close, display, run.batch_size)
-        after = _score(result.model, test, run, "compressed", display)
-        outcome.scores = (before, after) if before and after else None  # type: ignore[assignment]  # of one kind
-        outcome.seconds, outcome.peak_memory = time.perf_counter() - start, peak_memory(target)
-        checkpoint.write_json(run.out / checkpoint.REPORT, outcome.to_dict())
-        if run.merge:
-            with checkpoint.new_directory(run.out / checkpoint.MERGED, overwrite=False) as merged:
-                save_plain(merge(result.model), source, getattr(torch, str(settings.storage_dtype)), merged)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(merged)
-    return outcome
+
+
+def measure_stored(
+    outcome: Outcome, prepared: Prepared, draw: Draw, before: Top1 | Perplexity | None, display: Display
+) -> None:
+    """Measure the model as its users will have it: read from its files, in the stored precision.
+
+    Args:
+        before: the dense model's score, if there is data to score on.
+    """
+    run, result = outcome.run, outcome.result
+    del result.model  # before the other one takes memory
+    result.model = checkpoint.load(
+        run.out, device=prepared.device, dtype=getattr(torch, run.dtype), trust_remote_code=run.trust_remote_code
+    )
+    if draw.close is not None:
+        measure(result, result.model, draw.close, display, run.batch_size)
+    after = prepared.score(result.model, "compressed", display)
+    outcome.scores = (before, after) if before and after else None  # type: ignore[assignment]  # of one kind
+    outcome.peak_memory = peak_memory(prepared.device)
 
 
 def how_to_evaluate(unit: str) -> str:
@@ -189,22 +251,30 @@ def _after_the_checkpoint(run: RunConfig, how: str) -> Iterator[None]:
         ) from problem
 
 
-def _pictures(run: RunConfig, transform: Transform) -> tuple[Batches, Batches | None]:
-    """Calibration pictures, and labelled ones for the evaluation if there are any."""
-    loading: dict[str, Any] = {
-        "batch_size": run.batch_size,
-        "seed": run.seed,
-        "streaming": run.streaming,
-        "workers": run.workers,
-    }
-    calibration = load_pictures(
-        run.data or "demo", transform, samples=run.samples, split=run.split, held_out=_held_out(run), **loading
+def _pictures(run: RunConfig, transform: Transform) -> Batches:
+    """Calibration pictures."""
+    return load_pictures(
+        run.data or "demo",
+        transform,
+        samples=run.samples,
+        split=run.split,
+        held_out=_held_out(run),
+        **_reading(run),
     )
-    source = run.eval_data or ("demo" if run.model == "demo" else None)
+
+
+def _test_pictures(run: RunConfig, transform: Transform) -> Batches | None:
+    """Labelled pictures for the evaluation, if there are any."""
+    source = run.eval_data or ("demo" if run.model == "demo" and run.eval else None)
     if source is None:
-        return calibration, None
-    options: dict[str, Any] = {"samples": run.eval_samples, "split": run.eval_split, "labelled": True}
-    return calibration, load_pictures(source, transform, **options, **loading)
+        return None
+    split = str(run.eval_split)
+    return load_pictures(source, transform, samples=run.eval_samples, split=split, labelled=True, **_reading(run))
+
+
+def _reading(run: RunConfig) -> dict[str, Any]:
+    """How pictures are read."""
+    return {"batch_size": run.batch_size, "seed": run.seed, "streaming": run.streaming, "workers": run.workers}
 
 
 def _held_out(run: RunConfig) -> int:
@@ -213,9 +283,9 @@ def _held_out(run: RunConfig) -> int:
     return max(HELD_OUT, run.samples // 8) if run.eval else 0
 
 
-def _text(run: RunConfig, tokenizer: Any) -> tuple[Sequences, Tensor | None]:
-    """Calibration sequences, and the evaluation's text as token ids if there is one."""
-    calibration = load_sequences(
+def _text(run: RunConfig, tokenizer: Any) -> Sequences:
+    """Calibration sequences."""
+    return load_sequences(
         str(run.data),
         tokenizer,
         samples=run.samples or 0,
@@ -226,10 +296,14 @@ def _text(run: RunConfig, tokenizer: Any) -> tuple[Sequences, Tensor | None]:
         streaming=run.streaming,
         held_out=_held_out(run),
     )
+
+
+def _test_text(run: RunConfig, tokenizer: Any) -> Tensor | None:
+    """The evaluation's text as token ids, if there is one."""
     if run.eval_data is None:
-        return calibration, None
+        return None
     ids = load_tokens(run.eval_data, tokenizer, split=str(run.eval_split), streaming=run.streaming)
-    return calibration, ids[: run.eval_samples * run.sequence_length] if run.eval_samples else ids
+    return ids[: run.eval_samples * run.sequence_length] if run.eval_samples else ids
 
 
 def _score(

@@ -8,7 +8,7 @@ import pytest
 
 from oats_vision.checkpoint import add_evaluation
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluations import read_evaluations
+from oats_vision.evaluations import Measured, read_report
 
 GOOD = {
     "protocol": "top1",
@@ -36,13 +36,13 @@ def test_every_kind_of_evaluation_has_its_rows(tmp_path):
             {"protocol": "k-NN", "train": "a", "val": "b", "compressed": {"top1": {"10": 50.0}}, "difference": {}},
         ],
     }
-    rows = [row for evaluation in read_evaluations(_write(tmp_path, content)) for row in evaluation.rows()]
+    rows = [row for evaluation in read_report(_write(tmp_path, content)).evaluations for row in evaluation.rows()]
     assert rows == [
         ["perplexity, when compressed", "a/model", "perplexity", "8.000", "10.000", "1.2500 x [1.2000, 1.3000]"],
         ROW,
         ["k-NN", "a → b", "k = 10", "", "50.00%", ""],
     ]
-    assert read_evaluations(tmp_path / "none") == []
+    assert read_report(tmp_path / "none") == Measured()
 
 
 ODD = {
@@ -63,7 +63,7 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
 def test_an_odd_evaluation_is_left_out_and_said(odd, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        found = read_evaluations(_write(tmp_path, {"evaluations": [odd, GOOD]}))
+        found = read_report(_write(tmp_path, {"evaluations": [odd, GOOD]})).evaluations
     assert [evaluation.rows() for evaluation in found] == [[ROW]]
     assert "report.json: evaluation 1 is left out: " in caplog.text
 
@@ -71,7 +71,7 @@ def test_an_odd_evaluation_is_left_out_and_said(odd, tmp_path, caplog):
 @pytest.mark.parametrize("odd", [[], 5, {"dense": 1, "compressed": None}, {"dense": {}, "compressed": {"top1": {}}}])
 def test_what_compress_measured_may_be_odd_too(odd, tmp_path):
     content = {"run": ["demo"], "top1": odd, "perplexity": odd, "evaluations": [GOOD]}
-    assert [evaluation.rows() for evaluation in read_evaluations(_write(tmp_path, content))] == [[ROW]]
+    assert [evaluation.rows() for evaluation in read_report(_write(tmp_path, content)).evaluations] == [[ROW]]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_compress_measured_may_be_odd_too(odd, tmp_path):
 )
 def test_what_is_no_report_is_one_clear_error_for_reader_and_writer(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
-    for use in (read_evaluations, lambda path: add_evaluation(path, GOOD)):
+    for use in (read_report, lambda path: add_evaluation(path, GOOD)):
         with pytest.raises(CheckpointError, match=r"report\.json is damaged"):
             use(tmp_path)
     assert (tmp_path / "report.json").read_text() == text
@@ -90,8 +90,8 @@ def test_what_is_no_report_is_one_clear_error_for_reader_and_writer(text, tmp_pa
 def test_bytes_that_are_no_text_and_a_folder_are_errors(tmp_path):
     (tmp_path / "report.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(CheckpointError, match="damaged"):
-        read_evaluations(tmp_path)
+        read_report(tmp_path)
     (tmp_path / "report.json").unlink()
     (tmp_path / "report.json").mkdir()
     with pytest.raises(CheckpointError, match="damaged"):
-        read_evaluations(tmp_path)
+        read_report(tmp_path)

@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.logging import RichHandler
 
-from oats_vision.cli import bench, compress, evaluate, evaluate_text, show
+from oats_vision.cli import bench, compare, compress, evaluate, evaluate_text, show
 from oats_vision.cli.common import notes
 from oats_vision.errors import OatsVisionError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(compress.compress)
 app.command()(bench.bench)
 app.command()(show.inspect)
+app.command()(compare.compare)
 app.command()(show.rollout)
 app.command()(show.models)
 evaluations = typer.Typer(help="Measure what compression cost, dense against compressed.", no_args_is_help=True)

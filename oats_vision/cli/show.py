@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from oats_vision import checkpoint, report
 from oats_vision.adapters import adapters
 from oats_vision.cli.common import Json, need_directory, need_transform, notes, results
+from oats_vision.cli.pages import see_writable
 from oats_vision.data import UNREADABLE, open_picture, picture_files
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ def inspect(
     """
     need_directory(directory)
     if html:
-        _see_writable(html, directory)
+        see_writable(html, [directory])
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     done = checkpoint.CompressionReport.from_dict(config)
@@ -148,18 +149,6 @@ def _targets(pictures: list[Path], out: Path) -> dict[Path, Path]:
             raise ConfigError(f"--out {out} would overwrite the picture {target}: give another folder")
         targets[path] = target
     return targets
-
-
-def _see_writable(html: Path, directory: Path) -> None:
-    """Raises ConfigError if a page cannot be written there, before it is made."""
-    if html.is_dir():
-        raise ConfigError(f"--html {html} is a folder: give a file, such as {html / 'report.html'}")
-    if not html.resolve().parent.is_dir():
-        raise ConfigError(f"--html {html}: the folder {html.resolve().parent} does not exist")
-    if html.resolve() in {
-        (directory / name).resolve() for name in (checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.REPORT)
-    }:
-        raise ConfigError(f"--html {html} is a file of the checkpoint: give another one")
 
 
 def models(

@@ -1,0 +1,25 @@
+"""Where the pages of the commands may be written."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from oats_vision.checkpoint_place import CONFIG, REPORT, WEIGHTS
+from oats_vision.errors import ConfigError
+
+
+def see_writable(html: Path, directories: Iterable[Path]) -> None:
+    """See that --html can be written, before anything is made.
+
+    Args:
+        directories: checkpoints whose files must stay.
+
+    Raises:
+        ConfigError: it is a folder, lies in none, or is a file of a checkpoint.
+    """
+    if html.is_dir():
+        raise ConfigError(f"--html {html} is a folder: give a file, such as {html / 'report.html'}")
+    if not html.resolve().parent.is_dir():
+        raise ConfigError(f"--html {html}: the folder {html.resolve().parent} does not exist")
+    for directory in directories:
+        if html.resolve() in {(directory / name).resolve() for name in (CONFIG, WEIGHTS, REPORT)}:
+            raise ConfigError(f"--html {html} is a file of the checkpoint: give another one")

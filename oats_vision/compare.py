@@ -1,0 +1,407 @@
+"""Several compressed models beside each other: one table and one page."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from oats_vision import figures
+from oats_vision.benchmark import Timing
+from oats_vision.checkpoint import CompressionReport, layer_specs, read_config
+from oats_vision.config import CompressionSettings
+from oats_vision.errors import ConfigError
+from oats_vision.evaluation import Difference
+from oats_vision.evaluations import Evaluation, read_report
+from oats_vision.figures import Point
+from oats_vision.page import render
+from oats_vision.results import Cost, Metric
+from oats_vision.weights import WeightsFile
+
+MOST = 20  # runs that are read for one comparison
+ALWAYS = ("method", "rate", "rank_ratio", "pattern")  # settings that are said even if all runs share them
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compressed model, as the table and the page of a comparison show it.
+
+    bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
+    an evaluation with a `compared` metric. errors: mean relative error of each block's linears, by the block's number.
+    dense_sha256: of the weights that were compressed, if known. machine: that the speed was measured on. seed: if it
+    tells the runs apart.
+    """
+
+    name: str
+    model: str
+    settings: CompressionSettings
+    bytes: int
+    dense_bytes: int
+    speed: Sequence[Timing] = ()
+    cost: Cost | None = None
+    labelled: Evaluation | None = None
+    errors: Mapping[int, float] = field(default_factory=dict)
+    dense_sha256: str | None = None
+    machine: str = ""
+    seed: int | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "Run":
+        """A checkpoint's: of its config.json, its report.json and the header of its weights.
+
+        Raises:
+            CheckpointError: the directory is no checkpoint, or a file of it is damaged.
+        """
+        config, measured = read_config(directory), read_report(directory)
+        report, specs = CompressionReport.from_dict(config), layer_specs(config).values()
+        with WeightsFile(directory) as file:
+            stored = sum(tensor.end - tensor.start for tensor in file.tensors.values())
+        itemsize = {"float64": 8, "float32": 4}.get(config["storage_dtype"], 2)
+        positions = sum(spec.out_features * spec.row_bytes for spec in specs)
+        source = config["source"]
+        return cls(
+            name=directory.resolve().name,
+            model=(source.get("origin") or source)["name"],
+            settings=report.settings,
+            bytes=stored,
+            dense_bytes=stored - positions + (report.dense_parameters - report.parameters) * itemsize,
+            speed=measured.speed,
+            cost=measured.cost,
+            labelled=measured.labelled,
+            errors=mean_errors(report),
+            dense_sha256=source.get("dense_sha256"),
+            machine=", ".join(value for _, value in measured.machine),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "settings": self.settings.model_dump(),
+            "bytes": self.bytes,
+            "dense_bytes": self.dense_bytes,
+            "speed": [timing.to_dict() for timing in self.speed],
+            "cost": self.cost.model_dump() if self.cost else None,
+            "labelled": self.labelled.model_dump(exclude_none=True) if self.labelled else None,
+            "errors": {str(block): error for block, error in self.errors.items()},
+            "dense_sha256": self.dense_sha256,
+            "machine": self.machine,
+            "seed": self.seed,
+        }
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """The runs of several checkpoints, under names that tell them apart.
+
+    Raises:
+        ConfigError: there are fewer than 2 or more than 20 directories, or one twice.
+        CheckpointError: one is no checkpoint, or a file of it is damaged.
+    """
+    if not 2 <= len(directories) <= MOST:
+        raise ConfigError(f"compare takes 2 to {MOST} checkpoints, got {len(directories)}")
+    places = [directory.resolve() for directory in directories]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise ConfigError(f"{directories[i]} is given twice: give each checkpoint once")
+    runs = [Run.read(directory) for directory in directories]
+    names: list[str] = []
+    for parts in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def errors_by_block(report: CompressionReport) -> dict[str, dict[int, float]]:
+    """Mean relative error of each kind of linear (its name within a block), by the block's number.
+
+    Experts of a block count as one kind.
+    """
+    gathered: dict[str, dict[int, list[float]]] = {}
+    for layer in report.layers:
+        block, kind = _place(layer.name)
+        gathered.setdefault(kind, {}).setdefault(block, []).append(layer.error)
+    return {kind: {block: sum(es) / len(es) for block, es in blocks.items()} for kind, blocks in gathered.items()}
+
+
+def mean_errors(report: CompressionReport) -> dict[int, float]:
+    """Mean relative error of all linears of each block, by the block's number."""
+    gathered: dict[int, list[float]] = {}
+    for layer in report.layers:
+        gathered.setdefault(block_of(layer.name), []).append(layer.error)
+    return {block: sum(es) / len(es) for block, es in gathered.items()}
+
+
+def block_of(name: str) -> int:
+    """The number of a linear's block."""
+    return _place(name)[0]
+
+
+def _place(name: str) -> tuple[int, str]:
+    """The number of a linear's block, and its name within the block with `*` for the number of an expert.
+
+    >>> _place("blocks.0.11.mlp.fc1"), _place("model.layers.3.mlp.experts.5.w1"), _place("head")
+    ((11, 'mlp.fc1'), (3, 'mlp.experts.*.w1'), (0, 'head'))
+    """
+    found = re.match(r"(?:.*?\.)??(?:[0-9]+\.)*([0-9]{1,9})\.(.*)", name, re.DOTALL)
+    if not found:
+        return 0, name
+    return int(found[1]), re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", found[2])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows; what it sorts by; and a smaller second line."""
+
+    text: str = ""
+    key: float | str = ""
+    small: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """One cell a run."""
+
+    heading: str
+    cells: list[Cell]
+    numeric: bool = True
+
+
+def comparison_page(rows: Sequence[Run], title: str) -> str:
+    """The page as text: scatters against bytes and against latency, the table, and errors by block.
+
+    Args:
+        rows: at least one.
+    """
+    shown = columns(rows)
+    errors = {f"{i}  {run.name}": run.errors for i, run in enumerate(rows, 1) if run.errors}
+    return render(
+        "compare.html",
+        title=title,
+        alike=alike(rows),
+        doubts=doubts(rows),
+        plots=scatters(rows),
+        columns=shown,
+        headings=[(column.heading, not column.numeric) for column in shown],
+        count=len(rows),
+        series=figures.SERIES,
+        errors=figures.line_plot(errors, "relative error") if errors else None,
+    )
+
+
+def comparison_table(rows: Sequence[Run], title: str) -> Table:
+    """The page's table for a terminal."""
+    shown = columns(rows)
+    starred = any(cell.best for column in shown for cell in column.cells)
+    caption = "* best of its column" if starred else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.box, table.padding, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, (0, 1, 0, 0), False, True
+    for column in shown:
+        table.add_column(column.heading, justify="right" if column.numeric else "left", overflow="fold")
+    for i in range(len(rows)):
+        cells = [column.cells[i] for column in shown]
+        table.add_row(*(f"{cell.text}{'*' * cell.best}" + f"\n{cell.small}" * bool(cell.small) for cell in cells))
+    return table
+
+
+def alike(rows: Sequence[Run]) -> str:
+    """What all runs share, and what their dense model is, in words."""
+    shared = {name: texts[0] for name, texts in _what_they_are(rows).items() if len(set(texts)) == 1}
+    words = ", ".join(f"{name} {text}" for name, text in shared.items() if text)
+    return f"Alike in all: {words}.{_dense(rows)}" if words else _dense(rows).strip()
+
+
+def _dense(rows: Sequence[Run]) -> str:
+    """The dense model's size and accuracy, if there is one for all."""
+    found = {f"{run.dense_bytes / 1e6:.2f} MB" for run in rows}
+    accuracies = {
+        f", {run.labelled.compared} {run.labelled.dense.metrics[run.labelled.compared]}"
+        for run in rows
+        if run.labelled and run.labelled.dense and run.labelled.compared
+    }
+    if len({(run.model, run.dense_sha256) for run in rows}) > 1 or len(found) > 1 or len(accuracies) > 1:
+        return ""
+    return f" Dense: {''.join([*found, *accuracies])}."
+
+
+def doubts(rows: Sequence[Run]) -> list[str]:
+    """What stands in the way of comparing the runs, each in one line."""
+    found = []
+    if len({run.model for run in rows}) > 1:
+        found.append("The runs are of different models.")
+    elif len({run.dense_sha256 for run in rows if run.dense_sha256}) > 1:
+        found.append(f"The runs are of different dense weights, all named {rows[0].model}.")
+    if len({run.machine for run in rows if run.speed}) > 1:
+        found.append("Their speed was measured on different machines or numbers of threads.")
+    if len({(run.cost.unit, run.cost.samples) for run in rows if run.cost}) > 1:
+        found.append("Their agreement with the dense model was measured on different numbers of samples.")
+    if len({(run.labelled.where, run.labelled.compared) for run in rows if run.labelled}) > 1:
+        found.append("Their accuracy was measured on different data.")
+    return found
+
+
+def columns(rows: Sequence[Run]) -> list[Column]:
+    """The table: each run's name, the settings that tell the runs apart, bytes, speed, and what compression cost."""
+    table = [Column("run", [Cell(run.name, i) for i, run in enumerate(rows)], numeric=False)]
+    for name, texts in _what_they_are(rows).items():
+        if len(set(texts)) > 1:
+            keys = [_key(text) for text in texts]
+            numeric = all(isinstance(key, float) for key in keys)
+            table.append(Column(name, [Cell(text, key) for text, key in zip(texts, keys, strict=True)], numeric))
+    sizes = [Cell(f"{run.bytes / 1e6:.2f}", run.bytes, f"{run.bytes / run.dense_bytes:.3f} x") for run in rows]
+    table.append(_ranked("MB", sizes, min))
+    for what in dict.fromkeys(timing.what for run in rows for timing in run.speed):
+        table.append(_ranked(short(what), [_speed(run, what) for run in rows], max))
+    for name in dict.fromkeys(str(run.labelled.compared) for run in rows if run.labelled):
+        table.append(_ranked(name, [_accuracy(run, name) for run in rows], min if name == "perplexity" else max))
+    for name in _common_metrics(rows):
+        metrics = [_metric(run, name) for run in rows]
+        cells = [Cell(m.figure, m.value, m.interval) if m else Cell() for m in metrics]
+        table.append(_ranked(name, cells, min if any(m and _lower_is_better(m) for m in metrics) else max))
+    return table
+
+
+def scatters(rows: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """What the runs cost against their bytes and against their latency, with captions; the dense model is marked."""
+    label, values, dense = _quality(rows)
+    one_model = len({run.model for run in rows}) == 1
+
+    def draw(caption: str, x_label: str, xs: Sequence[float | None], dense_x: float) -> list[tuple[str, Markup]]:
+        points = [
+            Point(str(i + 1), x, value[0], value[1], i)
+            for i, (x, value) in enumerate(zip(xs, values, strict=True))
+            if x is not None and value is not None
+        ]
+        if not points:
+            return []
+        mark = [] if dense is None else [Point("dense", dense_x, dense)]
+        return [(f"{label} against {caption}", figures.scatter([*mark, *points], x_label, label))]
+
+    if one_model:
+        plots = draw("bytes", "MB", [run.bytes / 1e6 for run in rows], rows[0].dense_bytes / 1e6)
+    else:
+        plots = draw("bytes", "bytes, dense = 1", [run.bytes / run.dense_bytes for run in rows], 1)
+    timed = [{timing.what: timing for timing in run.speed} for run in rows]
+    what = next((what for what in next(filter(None, timed), {}) if all(what in one for one in timed if one)), None)
+    if what is not None:
+        shares = [1 / one[what].speedup if one else None for one in timed]
+        plots += draw(f"latency, {short(what)}", f"time at {short(what)}, dense = 1", shares, 1)
+    return plots
+
+
+Value = tuple[float, tuple[float, float] | None]  # with its interval
+
+
+def _quality(rows: Sequence[Run]) -> tuple[str, list[Value | None], float | None]:
+    """What a scatter shows of how good the runs are: its name, each run's value, and the dense model's.
+
+    Accuracy if all were measured on the same data, else the first metric of their cost, else the layers' errors.
+    """
+    measured = [run.labelled for run in rows if run.labelled]
+    if len(measured) == len(rows) and len({(one.where, one.compared) for one in measured}) == 1:
+        name = str(measured[0].compared)
+        dense = {one.dense.values[name] for one in measured if one.dense}
+        unit = "" if name == "perplexity" else ", %"
+        return name + unit, [_labelled(one, name) for one in measured], dense.pop() if len(dense) == 1 else None
+    for name in _common_metrics(rows)[:1]:
+        metrics = [_metric(run, name) for run in rows]
+        kinds = {(metric.kind, _of_dense(metric)) for metric in metrics if metric}
+        if len(kinds) == 1:
+            kind, best = kinds.pop()
+            unit = {"percent": ", %", "ratio": ", dense = 1"}.get(kind, "")
+            return f"{name}{unit}", [(m.value, (m.low, m.high)) if m else None for m in metrics], best
+    errors = [(sum(run.errors.values()) / len(run.errors), None) if run.errors else None for run in rows]
+    return "mean relative error of the layers", list(errors), 0.0
+
+
+def _labelled(evaluation: Evaluation, name: str) -> Value:
+    assert evaluation.dense is not None
+    value, dense, change = (
+        evaluation.compressed.values[name],
+        evaluation.dense.values[name],
+        evaluation.difference[name],
+    )
+    low, high = change.low, change.high
+    return value, (dense + low, dense + high) if isinstance(change, Difference) else (dense * low, dense * high)
+
+
+def _of_dense(metric: Metric) -> float:
+    """What the dense model itself would have."""
+    if metric.kind == "percent":
+        return 100.0
+    return 0.0 if metric.kind == "number" and _lower_is_better(metric) else 1.0
+
+
+def _lower_is_better(metric: Metric) -> bool:
+    return metric.kind == "ratio" or "error" in metric.name
+
+
+def _common_metrics(rows: Sequence[Run]) -> list[str]:
+    """Names of the metrics that every run with a cost has."""
+    costs = [[metric.name for metric in run.cost.metrics] for run in rows if run.cost]
+    return [name for name in dict.fromkeys(costs[0]) if all(name in names for names in costs)] if costs else []
+
+
+def _metric(run: Run, name: str) -> Metric | None:
+    return next((metric for metric in run.cost.metrics if metric.name == name), None) if run.cost else None
+
+
+def _speed(run: Run, what: str) -> Cell:
+    for timing in run.speed:
+        if timing.what == what:
+            return Cell(f"{timing.speedup:.2f} x", timing.speedup, f"{timing.compressed * 1e3:.1f} ms")
+    return Cell()
+
+
+def _accuracy(run: Run, name: str) -> Cell:
+    if not run.labelled or run.labelled.compared != name:
+        return Cell()
+    score, change = run.labelled.compressed, run.labelled.difference[name]
+    return Cell(score.metrics[name], score.values[name], str(change).replace(" points", ""))
+
+
+def _ranked(heading: str, cells: list[Cell], best: Callable[[list[float]], float]) -> Column:
+    """A column with its best values marked, if they differ."""
+    keys = [cell.key for cell in cells if isinstance(cell.key, float | int)]
+    if len(set(keys)) < 2:
+        return Column(heading, cells)
+    return Column(heading, [replace(cell, best=cell.key == best(keys)) for cell in cells])
+
+
+def _what_they_are(rows: Sequence[Run]) -> dict[str, list[str]]:
+    """Model and settings of each run in words: the usual settings, and others that differ."""
+    settings = [run.settings.model_dump() for run in rows]
+    names = [name for name in settings[0] if name in ALWAYS or len({_text(one[name]) for one in settings}) > 1]
+    found = {"model": [run.model for run in rows]}
+    found |= {name.replace("_", " "): [_text(one[name]) for one in settings] for name in names}
+    if any(run.seed is not None for run in rows):
+        found["seed"] = [_text(run.seed) for run in rows]
+    return found
+
+
+def short(what: str) -> str:
+    """What was timed, without what goes without saying."""
+    return what.removeprefix("forward, ")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _key(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
