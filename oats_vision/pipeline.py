@@ -22,7 +22,7 @@ from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.methods import decompose
 from oats_vision.models import note_weights
 from oats_vision.plan import Plan, plan_model
-from oats_vision.progress import Clock, Step
+from oats_vision.progress import Clock, Step, shares
 from oats_vision.slicing import SlicedBlock, Slicing, slice_blocks
 from oats_vision.splits import Parts, candidates, fastest
 from oats_vision.statistics import check_tokens, collect_statistics
@@ -179,6 +179,7 @@ def compress(
                     )
                     if i + 1 < len(plan.blocks):
                         apply_block(block, name, hidden, calls, clock, i)
+                    log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
     model._oats_vision_report = report  # type: ignore[assignment]  # travels with the model to `save`
@@ -265,8 +266,8 @@ def compress_block(
         block, parts, report.settings, hidden, calls, index, name, lambda share: clock.at("statistics", index, share)
     )
     check_tokens(name, block, statistics, tokens)
-    shares = _shares(block, parts, report.layers[-len(parts) :] if parts else [])
-    for linear_name, share in zip(parts, shares, strict=True):
+    before = _shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
+    for linear_name, share in zip(parts, before, strict=True):
         clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
         at_once = report.settings.latency_tokens or (
             max(tokens[linear_name] // report.samples, 1) if report.unit == "pictures" else 1
@@ -287,7 +288,7 @@ def compress_block(
     clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
 
 
-def _shares(block: nn.Module, parts: Mapping[str, Parts], before: Sequence[LayerReport]) -> list[float]:
+def _shares_before(block: nn.Module, parts: Mapping[str, Parts], before: Sequence[LayerReport]) -> list[float]:
     """The share of a block's decompositions that is done when that of each linear begins.
 
     Args:
