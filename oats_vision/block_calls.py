@@ -127,8 +127,34 @@ def capture_block_calls(
     return found
 
 
+@torch.no_grad()
+def first_block_input(model: nn.Module, block: nn.Module, example: Tensor) -> Tensor:
+    """What the model gives its first block for a batch, (batch, tokens, width); what comes after it is not run.
+
+    Raises:
+        DataError: the model cannot take the batch.
+        ModelError: it does not call the block.
+    """
+    found: Tensor | None = None
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal found
+        found = _split(module, module.forward, args, kwargs)[1]
+        raise _LastBlockReached
+
+    first, hook = floating(model), block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_LastBlockReached):
+            _call(model, Inputs({"": example}, "", by_name=False), 0, first.device, first.dtype)
+    finally:
+        hook.remove()
+    if found is None:
+        raise ModelError(f"{type(model).__name__} does not call its first block in a forward pass")
+    return found
+
+
 class _LastBlockReached(Exception):
-    """Stops a forward pass once all blocks have been called."""
+    """Stops a forward pass once all blocks that matter have been called."""
 
 
 @dataclass
