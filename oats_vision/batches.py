@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from oats_vision.errors import DataError
 
@@ -125,6 +125,21 @@ def read_batches(data: Any, reader: Reader) -> Iterator[Inputs]:
             yield inputs
     if waiting:
         yield _joined(waiting)
+
+
+def expected_samples(data: Any) -> int | None:
+    """How many pictures (or sequences) the data holds, as far as it says so without being read."""
+    if isinstance(data, (Tensor, np.ndarray)):
+        return len(data)
+    if isinstance(data, DataLoader):
+        data = data.dataset
+        return len(data) if hasattr(data, "__len__") else None
+    total = getattr(data, "total", None)
+    if isinstance(total, int):
+        return total
+    if isinstance(data, (list, tuple)) and all(isinstance(batch, Tensor) and batch.ndim in (2, 4) for batch in data):
+        return sum(map(len, data))
+    return None
 
 
 def _joined(inputs: list[Inputs]) -> Inputs:

@@ -72,6 +72,7 @@ def capture_block_calls(
     data: Any,
     hidden: ActivationStore,
     unit: Literal["pictures", "sequences"] = "pictures",
+    tell: Callable[[int], None] = lambda samples: None,
 ) -> BlockCalls:
     """Run the embedding of every batch, and keep the first block's inputs and what all blocks are given.
 
@@ -82,6 +83,7 @@ def capture_block_calls(
 
     Args:
         data: batches; see `read_batches`.
+        tell: called after each batch with how many pictures (or sequences) were read so far.
 
     Raises:
         ModelError: something happens to the hidden states between two blocks, or blocks do not run once and in order.
@@ -97,7 +99,7 @@ def capture_block_calls(
         done.check(blocks)
         return done
 
-    number = -1
+    number, samples = -1, 0
     for number, inputs in enumerate(read_batches(data, Reader.of(model, unit))):
         mask = inputs.padding_mask
         if mask is not None and not mask.any():
@@ -116,6 +118,8 @@ def capture_block_calls(
         found.calls.append(calls)
         found.masks.append(mask)
         hidden.append(done.hidden)
+        samples += len(done.hidden)
+        tell(samples)
     if number < 0:
         raise DataError("the calibration data gave no batch (a generator can be read only once)")
     if not len(hidden):
@@ -123,8 +127,34 @@ def capture_block_calls(
     return found
 
 
+@torch.no_grad()
+def first_block_input(model: nn.Module, block: nn.Module, example: Tensor) -> Tensor:
+    """What the model gives its first block for a batch, (batch, tokens, width); what comes after it is not run.
+
+    Raises:
+        DataError: the model cannot take the batch.
+        ModelError: it does not call the block.
+    """
+    found: Tensor | None = None
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal found
+        found = _split(module, module.forward, args, kwargs)[1]
+        raise _LastBlockReached
+
+    first, hook = floating(model), block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_LastBlockReached):
+            _call(model, Inputs({"": example}, "", by_name=False), 0, first.device, first.dtype)
+    finally:
+        hook.remove()
+    if found is None:
+        raise ModelError(f"{type(model).__name__} does not call its first block in a forward pass")
+    return found
+
+
 class _LastBlockReached(Exception):
-    """Stops a forward pass once all blocks have been called."""
+    """Stops a forward pass once all blocks that matter have been called."""
 
 
 @dataclass

@@ -82,7 +82,8 @@ def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch
     compressed = report.parameters * storage.itemsize
     positions = sum(layer.spec.out_features * layer.spec.row_bytes for layer in report.layers)
     dense = report.dense_parameters * storage.itemsize
-    once = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors}.values()  # tied weights are stored once
+    # tied weights are stored once; on the meta device they are one tensor
+    once = {(tensor.data_ptr() or id(tensor), tensor.shape): tensor for tensor in tensors}.values()
     stored = sum(tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in once)
     return Sizes(stored, stored - compressed - positions + dense, compressed + positions, dense, positions)
 

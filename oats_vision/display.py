@@ -1,11 +1,14 @@
-"""Progress as people see it: bars on a terminal, a line now and then in a log file."""
+"""Progress as people see it: bars on a terminal and in a notebook, a line now and then in a log file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import html
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -13,15 +16,18 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from oats_vision.pipeline import Step
+from oats_vision.progress import Step, duration
 
 LOGGED_EVERY = 15  # seconds
+REDRAWN_EVERY = 0.25  # seconds, in a notebook
+NARROW = 80  # columns that every bar fits into
 _text = partial(TextColumn, markup=False)  # what is shown may be a name with brackets
 
 
@@ -29,14 +35,40 @@ class Bars(Progress):
     """Progress bars; where they cannot be drawn, as in a log file, their lines now and then."""
 
     def __init__(self, *columns: str | ProgressColumn, console: Console) -> None:
-        super().__init__(*columns, console=console)
-        self._logged = self.get_time()
+        # rich's own way needs ipywidgets, and leaves nothing in a notebook that is saved
+        super().__init__(*columns, console=console, disable=console.is_jupyter)
+        self._shown = self.get_time()
+        self._output: Any = None  # of the notebook's cell
 
     def update(self, *args: Any, **fields: Any) -> None:
         super().update(*args, **fields)
-        if not self.console.is_terminal and self.get_time() - self._logged >= LOGGED_EVERY:
-            self._logged = self.get_time()
+        if self.console.is_jupyter:
+            if self._output is None or self.get_time() - self._shown >= REDRAWN_EVERY:
+                self._redraw()
+        elif not self.console.is_terminal and self.get_time() - self._shown >= LOGGED_EVERY:
+            self._shown = self.get_time()
             self.console.print(self.get_renderable())
+
+    def stop(self) -> None:
+        super().stop()
+        if self.console.is_jupyter and self._output is not None:
+            self._redraw()
+
+    def _redraw(self) -> None:
+        """Put the bars in the place of those before, in one output of the notebook's cell."""
+        if self.console.quiet:
+            return
+        from IPython.display import display
+
+        self._shown = self.get_time()
+        page = Console(file=io.StringIO(), width=100, force_jupyter=False, force_terminal=False, color_system=None)
+        page.print(self.get_renderable())
+        text = page.file.getvalue().rstrip()  # type: ignore[attr-defined]  # a StringIO
+        content = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
+        if self._output is None:
+            self._output = display(content, raw=True, display_id=True)
+        else:
+            self._output.update(content, raw=True)
 
 
 class Display:
@@ -45,31 +77,65 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=True)
 
+    def lines(self, title: str, rows: Mapping[str, str]) -> None:
+        """A title, and below it a name and its text in each row, in columns."""
+        self.console.print(title, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        column = max(map(len, rows), default=0)
+        for name, text in rows.items():
+            row = textwrap.fill(
+                text,
+                self.console.width - 1,
+                initial_indent=f"  {name:<{column}}  ",
+                subsequent_indent=" " * (column + 4),
+                break_long_words=False,  # a path is to be copied
+                break_on_hyphens=False,
+            )
+            self.console.print(row, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    @contextmanager
+    def status(self, what: str) -> Iterator[None]:
+        """A line that says what is going on and for how long, and is gone afterwards; none in a log file."""
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (SpinnerColumn(), _text("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            bar.add_task(what, total=None)
+            yield
+
     @contextmanager
     def compression(self) -> Iterator[Callable[[Step], None]]:
-        """A bar with block, linear, error of the last layer, and time left."""
+        """A bar with block, what is done to it, error of the last layer, and time left.
+
+        Once the first block has shown how long the whole takes, a line says so.
+        """
+        width = self.console.width
+        bar_width = min(max(width - NARROW, 0) // 4 + 5, 24)
         columns = (
-            SpinnerColumn(),
-            _text("block {task.fields[block]}/{task.fields[blocks]}"),
-            BarColumn(bar_width=24),
+            _text("{task.fields[block]}"),
+            BarColumn(bar_width=bar_width),
             _text("{task.percentage:>3.0f}%"),
             _text("{task.fields[activity]}"),
             _text("{task.fields[error]}"),
-            TimeElapsedColumn(),
-            _text("left"),
-            TimeRemainingColumn(),
+            _Time(),
         )
+        others = bar_width + len("  100% ,  error 0.031, 1:02:11, ~15 min left")
+        said = False
         with Bars(*columns, console=self.console) as bar:
-            task = bar.add_task("", total=1.0, block=0, blocks="?", activity="loading pictures", error="")
+            task = bar.add_task("", total=1.0, block="", activity="checking the model,", error="", left=None)
 
             def show(step: Step) -> None:
-                error = "" if step.error is None else f"error {step.error:.4f}"
+                nonlocal said
+                block = f"block {step.block}/{step.blocks}" if step.block else ""
                 fields: dict[str, Any] = {
-                    "block": step.block,
-                    "blocks": step.blocks,
-                    "activity": step.activity,
-                    "error": error,
+                    "block": block,
+                    "activity": f"{_fitting(step.activity, step.detail, width - others - len(block))},",
+                    "error": "" if step.error is None else f"error {step.error:.3f},",
+                    "left": step.left,
                 }
+                if step.estimate and not said:
+                    said = True
+                    self.console.print(str(step.estimate), highlight=False)
                 bar.update(task, completed=step.done, **fields)
 
             yield show
@@ -89,3 +155,26 @@ class Display:
         with Bars(*columns, console=self.console) as bar:
             task = bar.add_task(what, total=total, unit=unit)
             yield lambda done: bar.update(task, completed=done)
+
+
+class _Time(ProgressColumn):
+    """Time gone, and about how much is left."""
+
+    def render(self, task: Task) -> Text:
+        minutes, seconds = divmod(int(task.finished_time or task.elapsed or 0), 60)
+        hours, minutes = divmod(minutes, 60)
+        gone = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        left = task.fields["left"]
+        return Text(
+            f"{gone}, ~{duration(max(round(left), 1))} left" if left and not task.finished else gone, no_wrap=True
+        )
+
+
+def _fitting(activity: str, detail: str, room: int) -> str:
+    """The activity and its detail; of a long name only its end."""
+    space = room - len(activity) - 1
+    while len(detail) > space and "." in detail:
+        detail = detail.partition(".")[2]
+    if not detail or space < 4:
+        return activity
+    return f"{activity} {detail if len(detail) <= space else '…' + detail[1 - space :]}"

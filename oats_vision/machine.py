@@ -2,11 +2,16 @@
 
 import resource
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from oats_vision.errors import ConfigError
+
+SLOW = 1.5  # times; below, a model in 16 bits may still gain by what it saves of memory traffic
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,6 +36,45 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of the process, or of the GPU; where the system does not say, the most that it was so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory(device)
+    return pages * resource.getpagesize()
+
+
+def slow_dtype_warning(dtype: torch.dtype, device: torch.device, remedy: str = "use float32") -> str | None:
+    """What to say of a 16-bit dtype whose products this processor computes slower than float32's; None if it does not.
+
+    Measured, in a few hundredths of a second: flags and versions of libraries do not tell.
+
+    Args:
+        remedy: what to do about it.
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return None
+    times = _product_seconds(dtype) / _product_seconds(torch.float32)
+    if times < SLOW:
+        return None
+    return f"{str(dtype).removeprefix('torch.')} is {times:.2g} x slower than float32 on this processor: {remedy}"
+
+
+@torch.inference_mode()
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Of a linear of 512 features on 64 tokens, at best."""
+    x, weight = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    taken = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        F.linear(x, weight)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,32 +13,23 @@ from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
 from oats_vision.adapters import Adapter, find_adapter, refuse_wrappers, remember_adapter
+from oats_vision.batches import expected_samples
 from oats_vision.block_calls import BlockCalls, capture_block_calls, check_finite_states
 from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings, validated
-from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.errors import ConfigError, DataError
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.methods import decompose
 from oats_vision.models import note_weights
-from oats_vision.plan import Plan, chosen_linears, plan_block
-from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing, slice_blocks
+from oats_vision.plan import Plan, plan_model
+from oats_vision.progress import Clock, Step, shares
+from oats_vision.slicing import SlicedBlock, Slicing, slice_blocks
 from oats_vision.splits import Parts, candidates, fastest
 from oats_vision.statistics import check_tokens, collect_statistics
-from oats_vision.structure import all_called, check_device, check_replaceable, floating
+from oats_vision.structure import all_called, check_device, floating
 from oats_vision.values import check_finite, check_storable, restore, round_to
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where the run stands: share done in [0, 1], block number from 1, and the last layer's relative error."""
-
-    done: float
-    block: int
-    blocks: int
-    activity: str
-    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class CompressionReport:
     samples: int = 0
     unit: str = "pictures"  # that the samples are
     layers: list[LayerReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # calibration, solver, total
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, and the total
     slicing: Slicing | None = None  # of method slicegpt, which has no compressed layers
 
     @property
@@ -148,65 +140,79 @@ def compress(
             nn.Linear, or values that are not finite.
         DataError: no calibration batch, or one that the model cannot take.
     """
-    start = time.perf_counter()
     if not activation_memory > 0:
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
     if settings is None:
         settings = validated(CompressionSettings, options)
     elif options:
         raise ConfigError(f"give either settings or single options, got settings and {', '.join(options)}")
+    start = time.perf_counter()
     check_finite(model)
     check_device(model)
     refuse_wrappers(model)
     note_weights(model)
-    with _plain_arithmetic(model), _undone_unless_begun(model) as undo:
-        adapter = remember_adapter(model, adapter or find_adapter(model))
-        model.eval()
-        adapter.prepare(model)
-        undo.callback(adapter.restore, model)
-        blocks = adapter.named_blocks(model)
-        if any(isinstance(block, SlicedBlock) for _, block in blocks):
-            raise ModelError("the model is sliced already")
-        linears = chosen_linears(adapter, blocks, settings)
-        check_replaceable(linears, blocks)
-        plan: Plan = {}
-        slicing: Slicing | None = None
-        if settings.method == "slicegpt":
-            slicing = plan_slicing(blocks, adapter, settings.rate)
-        else:
-            plan = {name: plan_block(adapter, name, block, settings) for name, block in blocks}
+    with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
+        adapter, plan = prepare(model, adapter, settings, undo)
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
         buffers = {name for name, _ in model.named_buffers()}
         check_storable(model.state_dict().items(), storage, buffers)
-        report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=slicing)
+        report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=plan.slicing)
+        clock, expected = Clock(plan.work, adapter.unit, progress, start=start), expected_samples(calibration)
         with ActivationStore(activation_memory * 1e9) as hidden:
-            progress(Step(0.0, 0, len(blocks), "capturing the first block's inputs"))
+            clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
-            undo.callback(restore, round_to(_before_work(model, blocks), storage))
-            with all_called(linears):
-                calls = capture_block_calls(model, blocks, calibration, hidden, adapter.unit)
+            undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))
+            with all_called(plan.linears):
+                calls = capture_block_calls(
+                    model, plan.blocks, calibration, hidden, adapter.unit, lambda samples: clock.read(samples, expected)
+                )
             report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
-            report.seconds = {"calibration": time.perf_counter() - start, "solver": 0.0}
-            if slicing:
-
-                def tell(share: float, block: int, activity: str) -> None:
-                    progress(Step((block + share) / len(blocks), block + 1, len(blocks), activity))
-
-                report.slicing = slice_blocks(model, adapter, slicing, hidden, calls, tell)
+            if plan.slicing:
+                report.slicing = slice_blocks(model, adapter, plan.slicing, hidden, calls, clock.at)
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                _decompose_blocks(blocks, plan, report, storage, hidden, calls, progress, begun=undo.pop_all)
-    progress(Step(1.0, len(blocks), len(blocks), "done", report.layers[-1].error if report.layers else None))
-    report.seconds["total"] = time.perf_counter() - start
-    report.seconds["calibration"] = report.seconds["total"] - report.seconds["solver"]
+                for i, (name, block) in enumerate(plan.blocks):
+                    compress_block(
+                        block, name, plan.parts[name], report, storage, hidden, calls, clock, i, begun=undo.pop_all
+                    )
+                    if i + 1 < len(plan.blocks):
+                        apply_block(block, name, hidden, calls, clock, i)
+                    log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
+    clock.finish()
+    report.seconds = clock.seconds
     model._oats_vision_report = report  # type: ignore[assignment]  # travels with the model to `save`
     return report
 
 
+def prepare(
+    model: nn.Module, adapter: Adapter | None, settings: CompressionSettings, undo: ExitStack
+) -> tuple[Adapter, Plan]:
+    """Ready a model for its blocks to be run one by one, and plan what is done to each.
+
+    Args:
+        undo: is given what gives the model back as it was.
+    """
+    training = [module for module in model.modules() if module.training]
+    noted = vars(model).get("_oats_vision_adapter")
+
+    def as_it_was() -> None:
+        for module in training:
+            module.training = True
+        if noted is None and "_oats_vision_adapter" in vars(model):
+            del model._oats_vision_adapter
+
+    undo.callback(as_it_was)
+    adapter = remember_adapter(model, adapter or find_adapter(model))
+    model.eval()
+    adapter.prepare(model)
+    undo.callback(adapter.restore, model)
+    return adapter, plan_model(model, adapter, settings)
+
+
 @contextmanager
-def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
+def plain_arithmetic(model: nn.Module) -> Iterator[None]:
     """Whatever autocast or default dtype the caller has set, results are those without."""
     first, default = floating(model), torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(first.dtype, torch.float32))
@@ -218,23 +224,15 @@ def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_unless_begun(model: nn.Module) -> Iterator[ExitStack]:
-    """Give the model back as it was if something is wrong before its first layer is replaced."""
-    training = [module for module in model.modules() if module.training]
-    noted = vars(model).get("_oats_vision_adapter")
-    with ExitStack() as undo:
-        try:
-            yield undo
-        except BaseException:
-            if not any(isinstance(module, (SparseLowRankLinear, SlicedBlock)) for module in model.modules()):
-                undo.close()
-                for module in training:
-                    module.training = True
-                if noted is None and "_oats_vision_adapter" in vars(model):
-                    del model._oats_vision_adapter
-            raise
-        finally:
+def _unless_begun(model: nn.Module, undo: ExitStack) -> Iterator[None]:
+    """Of what is to be undone, undo it only if something is wrong before the model's first layer is replaced."""
+    try:
+        yield
+    except BaseException:
+        if any(isinstance(module, (SparseLowRankLinear, SlicedBlock)) for module in model.modules()):
             undo.pop_all()
+        raise
+    undo.pop_all()
 
 
 def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Tensor]:
@@ -243,58 +241,75 @@ def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[
     return [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
 
 
-def _decompose_blocks(
-    blocks: list[tuple[str, nn.Module]],
-    plan: Plan,
+def compress_block(
+    block: nn.Module,
+    name: str,
+    parts: Mapping[str, Parts],
     report: CompressionReport,
     storage: torch.dtype,
     hidden: ActivationStore,
     calls: BlockCalls,
-    progress: Callable[[Step], None],
+    clock: Clock,
+    index: int,
     begun: Callable[[], object],
 ) -> None:
-    """Replace each block's linears in turn; `hidden` holds the first block's inputs and is overwritten.
+    """Replace a block's linears by what they are decomposed into; `hidden` holds its inputs.
 
     Args:
+        parts: of each linear to compress.
+        report: the layers are added to it.
         begun: called once a linear is replaced, and what would undo earlier steps is of no use any more.
     """
-    for i, (name, block) in enumerate(blocks):
+    clock.at("statistics", index, 0.0)
+    round_to(block.state_dict().values(), storage)
+    statistics, tokens = collect_statistics(
+        block, parts, report.settings, hidden, calls, index, name, lambda share: clock.at("statistics", index, share)
+    )
+    check_tokens(name, block, statistics, tokens)
+    before = _shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
+    for linear_name, share in zip(parts, before, strict=True):
+        clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
+        at_once = report.settings.latency_tokens or (
+            max(tokens[linear_name] // report.samples, 1) if report.unit == "pictures" else 1
+        )
+        layer = _compress_linear(
+            block,
+            name,
+            linear_name,
+            parts[linear_name],
+            statistics[linear_name],
+            tokens[linear_name],
+            report.settings,
+            storage,
+            at_once,
+        )
+        report.layers.append(layer)
+        begun()
+    clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
 
-        def tell(share: float, activity: str, error: float | None = None, block_number: int = i) -> None:
-            done = (block_number + share) / len(blocks)
-            progress(Step(done, block_number + 1, len(blocks), activity, error))
 
-        tick = time.perf_counter()
-        round_to(block.state_dict().values(), storage)
-        statistics, tokens = collect_statistics(block, plan[name], report.settings, hidden, calls, i, name, tell)
-        check_tokens(name, block, statistics, tokens)
-        tock = time.perf_counter()
-        for j, (linear_name, parts) in enumerate(plan[name].items()):
-            tell(0.3 + 0.5 * j / len(plan[name]), linear_name, report.layers[-1].error if report.layers else None)
-            at_once = report.settings.latency_tokens or (
-                max(tokens[linear_name] // report.samples, 1) if report.unit == "pictures" else 1
-            )
-            layer = _compress_linear(
-                block,
-                name,
-                linear_name,
-                parts,
-                statistics[linear_name],
-                tokens[linear_name],
-                report.settings,
-                storage,
-                at_once,
-            )
-            report.layers.append(layer)
-            begun()
-        report.seconds["solver"] += time.perf_counter() - tock
-        if i + 1 < len(blocks):
-            error = report.layers[-1].error if report.layers else None
-            for b in range(len(hidden)):
-                tell(0.8 + 0.2 * b / len(hidden), "outputs of the compressed block", error)
-                hidden[b] = calls.run(block, i, b, hidden[b])
-                check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
-        log.info("block %d/%d: %.1f s of calibration and solver", i + 1, len(blocks), time.perf_counter() - tick)
+def _shares_before(block: nn.Module, parts: Mapping[str, Parts], before: Sequence[LayerReport]) -> list[float]:
+    """The share of a block's decompositions that is done when that of each linear begins.
+
+    Args:
+        before: the last layers that were decomposed: where they are the same ones of another block, by their times.
+    """
+    costs = [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
+    if len(before) == len(costs) and all(map(str.endswith, (layer.name for layer in before), parts)):
+        costs = [layer.seconds for layer in before]
+    done = [0.0, *accumulate(costs)]
+    return [cost / max(done[-1], 1e-9) for cost in done[:-1]]
+
+
+def apply_block(
+    block: nn.Module, name: str, hidden: ActivationStore, calls: BlockCalls, clock: Clock, index: int
+) -> None:
+    """What the compressed block makes of its inputs takes their place: it is what the next block gets."""
+    clock.at("applying", index, 0.0)
+    for b in range(len(hidden)):
+        hidden[b] = calls.run(block, index, b, hidden[b])
+        check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
+        clock.at("applying", index, (b + 1) / len(hidden))
 
 
 def _compress_linear(

@@ -1,6 +1,7 @@
 """Which linears are compressed, and what each of their parts may keep: fixed before any work is done."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -9,9 +10,48 @@ from oats_vision.adapters import Adapter
 from oats_vision.config import CompressionSettings
 from oats_vision.core.budget import layer_budget
 from oats_vision.errors import ConfigError, ModelError
+from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing
 from oats_vision.splits import Parts
+from oats_vision.structure import check_replaceable
 
-Plan = dict[str, dict[str, Parts]]  # block -> linear, by its name there -> parts
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done to a model.
+
+    linears: to compress, by their full names. parts: of each linear, by block and by its name there; empty where
+    blocks are sliced.
+    """
+
+    blocks: list[tuple[str, nn.Module]]
+    linears: dict[str, nn.Linear]
+    parts: dict[str, dict[str, Parts]]
+    slicing: Slicing | None
+
+    @property
+    def work(self) -> list[int]:
+        """Weights to decompose, of each block."""
+        return [
+            sum(linear.weight.numel() for name, linear in self.linears.items() if name.startswith(f"{block}."))
+            for block, _ in self.blocks
+        ]
+
+
+def plan_model(model: nn.Module, adapter: Adapter, settings: CompressionSettings) -> Plan:
+    """The plan of a model that its adapter has prepared.
+
+    Raises:
+        ConfigError: the settings leave a layer without rank or non-zeros, skip what is not there, or skip all.
+        ModelError: the model is compressed already, or is not of a kind that the method can compress.
+    """
+    blocks = adapter.named_blocks(model)
+    if any(isinstance(block, SlicedBlock) for _, block in blocks):
+        raise ModelError("the model is sliced already")
+    linears = chosen_linears(adapter, blocks, settings)
+    check_replaceable(linears, blocks)
+    if settings.method == "slicegpt":
+        return Plan(blocks, linears, {}, plan_slicing(blocks, adapter, settings.rate))
+    return Plan(blocks, linears, {name: plan_block(adapter, name, block, settings) for name, block in blocks}, None)
 
 
 def chosen_linears(

@@ -22,6 +22,7 @@ from oats_vision.adapters import Adapter, Residual
 from oats_vision.block_calls import BlockCalls, check_finite_states, first_output
 from oats_vision.calibration import Gram
 from oats_vision.errors import ConfigError, ModelError
+from oats_vision.progress import Stage
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def slice_blocks(
     plan: Slicing,
     hidden: ActivationStore,
     calls: BlockCalls,
-    tell: Callable[[float, int, str], None] = lambda share, block, activity: None,
+    tell: Callable[[Stage, int, float], None] = lambda stage, block, share: None,
 ) -> Slicing:
     """Slice a model's blocks, in place; each one's rotations come from the sliced blocks before it.
 
@@ -114,7 +115,7 @@ def slice_blocks(
         plan: what `plan_slicing` found.
         hidden: the first block's inputs, one tensor a batch; overwritten.
         calls: what else the blocks are called with.
-        tell: called with the share done of the block, its number from 0, and what is going on.
+        tell: called with what is going on, the block's number from 0, and the share of its work of that kind done.
 
     Returns:
         The plan, with the share of the signal kept at each cut.
@@ -175,7 +176,7 @@ def _slice(
     hidden: ActivationStore,
     calls: BlockCalls,
     components: Callable[[Gram], tuple[Tensor, float]],
-    tell: Callable[[float, int, str], None] = lambda share, block, activity: None,
+    tell: Callable[[Stage, int, float], None] = lambda stage, block, share: None,
 ) -> Slicing:
     """Slice to the basis that `components` gives for what a norm passes on, with the share of it that is kept."""
     blocks, residual = adapter.named_blocks(model), _described(adapter)
@@ -193,9 +194,11 @@ def _slice(
         for half, (norm_name, submodule, readers, _) in enumerate(parts):
             norm = SlicedNorm(width, _eps(block.get_submodule(norm_name)))
             gram = Gram(width, hidden[0].device)
+            tell("statistics", i, half / 2)
             for b in range(len(hidden)):
-                tell((half + 0.5 * b / len(hidden)) / 2, i, "principal components")
                 gram.update(norm(hidden[b]), calls.masks[b])
+                tell("statistics", i, (half + (b + 1) / len(hidden)) / 2)
+            tell("decomposing", i, half / 2)
             basis, share = components(gram)
             kept.append(share)
             bases.append(basis)
@@ -203,8 +206,8 @@ def _slice(
             for reader in readers:
                 block.set_submodule(reader, _rotated_reader(_linear(block, reader), basis, half == 0))
             module = block.get_submodule(submodule)
+            tell("applying", i, half / 2)
             for b in range(len(hidden)):
-                tell((half + 0.5 + 0.5 * b / len(hidden)) / 2, i, "outputs of the sliced block")
                 x = hidden[b].to(calls.device) @ P
                 if half == 0:
                     call = calls.call(i, b)
@@ -213,6 +216,8 @@ def _slice(
                     update = first_output(module(norm(x)))
                 hidden[b] = x @ P.T + update
                 check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}.{submodule}", b)
+                tell("applying", i, (half + (b + 1) / len(hidden)) / 2)
+            tell("decomposing", i, (half + 1) / 2)
             if half == 1:
                 _rotate_writer(_linear(block, parts[0][3]), basis)
             elif open_shortcut is not None:

@@ -30,9 +30,12 @@ def collect_statistics(
     calls: BlockCalls,
     index: int,
     block_name: str,
-    tell: Callable[[float, str], None],
+    tell: Callable[[float], None],
 ) -> tuple[dict[str, Statistic], dict[str, int]]:
     """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
+
+    Args:
+        tell: called with the share of the batches that are done.
 
     Raises:
         DataError: batches are padded, and a linear sees a part of the tokens only.
@@ -68,9 +71,9 @@ def collect_statistics(
         handles.append(linear.register_forward_pre_hook(update))
     try:
         for b in range(len(hidden)):
-            tell(0.3 * b / len(hidden), "second moments")
             mask = calls.masks[b]
             calls.run(block, index, b, hidden[b])
+            tell((b + 1) / len(hidden))
     finally:
         for handle in handles:
             handle.remove()

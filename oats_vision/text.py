@@ -41,6 +41,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def total(self) -> int:
+        """How many sequences there are."""
+        return len(self.ids)
+
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.ids.split(self.batch_size)
 

@@ -59,7 +59,7 @@ def test_table_inspect_eval_and_merge(quick, tmp_path):
     out = tmp_path / "out"
     done = run(*quick, "--out", out, "--merge")
     assert done.returncode == 0, done.stderr
-    for words in ("top-1", "parameters", "bytes on disk", "compressed layers", "solver", "Written to"):
+    for words in ("top-1", "parameters", "bytes on disk", "compressed layers", "decomposing", "Written to"):
         assert words in done.stdout
     config = json.loads((out / "config.json").read_text())
     assert config["storage_dtype"] == "float16"  # the checkpoint's own

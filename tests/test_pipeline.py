@@ -1,10 +1,13 @@
 import copy
+import time
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import oats_vision as ov
+from oats_vision.cli import app
 from oats_vision.core.budget import layer_budget
 from oats_vision.core.oats import oats
 from oats_vision.core.refit import refit
@@ -116,15 +119,37 @@ def test_padding_tokens_do_not_count(batches):
         assert torch.linalg.vector_norm(ours - theirs) < 0.05 * torch.linalg.vector_norm(theirs)
 
 
-def test_progress_names_block_linear_and_error_and_never_goes_back(tiny_vit, pictures):
+def test_progress_names_what_is_done_linear_and_error_and_never_goes_back(tiny_vit, pictures):
     steps = []
     ov.compress(tiny_vit, pictures, rate=0.5, iterations=2, progress=steps.append)
     done = [step.done for step in steps]
     assert done == sorted(done)
     assert done[-1] == 1.0
     assert {step.block for step in steps} == {0, 1, 2, 3}
-    assert {"attn.qkv", "mlp.fc2"} <= {step.activity for step in steps}
-    assert any(step.error for step in steps)
+    assert {step.activity for step in steps} == {"reading pictures", "statistics", "decomposing", "applying", "done"}
+    assert {"attn.qkv", "mlp.fc2", "4 of 8", "8 of 8"} <= {step.detail for step in steps}
+    assert steps[-1].error is not None
+
+
+@pytest.mark.parametrize("options", [{"rate": 0.5, "iterations": 2}, {"rate": 0.2, "method": "slicegpt"}])
+def test_the_report_says_where_the_time_went(tiny_vit, pictures, options):
+    start = time.perf_counter()
+    report = ov.compress(tiny_vit, pictures, **options)
+    whole, seconds = time.perf_counter() - start, dict(report.seconds)
+    total = seconds.pop("total")
+    assert list(seconds) == ["reading", "statistics", "decomposing", "applying"]
+    assert all(taken > 0 for taken in seconds.values())
+    assert sum(seconds.values()) == pytest.approx(total)
+    assert 0.5 * whole < total <= whole
+
+
+def test_a_checkpoint_that_names_its_times_as_earlier_releases_did_loads_and_shows(tiny_vit, pictures, tmp_path):
+    report, fresh = ov.compress(tiny_vit, pictures, rate=0.5, iterations=2), copy.deepcopy(tiny_vit)
+    report.seconds = {"calibration": 29.0, "solver": 12.0, "total": 41.0}
+    ov.save(tiny_vit, tmp_path / "out")
+    ov.load(tmp_path / "out", model=ov.merge(fresh))
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
+    assert "41 s: calibration 29 s, solver 12 s" in shown.stdout
 
 
 def test_weights_are_rounded_to_the_storage_precision(tiny_vit, pictures):

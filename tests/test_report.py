@@ -7,7 +7,7 @@ from rich.console import Console
 from oats_vision import display, report
 from oats_vision.cli.common import plain_console
 from oats_vision.display import Display
-from oats_vision.pipeline import Step
+from oats_vision.progress import Step
 
 
 @pytest.mark.parametrize(("every", "lines"), [(0, 5), (3600, 1)])
@@ -16,7 +16,7 @@ def test_progress_goes_to_a_log_file_line_by_line_now_and_then(every, lines, mon
     console = Console(file=io.StringIO(), width=120)
     with Display(console).compression() as progress:
         for block in range(1, 5):
-            progress(Step(block / 4, block, 4, "second moments", 0.25))
+            progress(Step(block / 4, block, 4, "statistics", 0.25))
     written = console.file.getvalue().splitlines()
     assert len(written) == lines  # the last one when all is done
     assert all(f"block {min(i + 1, 4) if lines > 1 else 4}/4" in line for i, line in enumerate(written))

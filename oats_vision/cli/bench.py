@@ -16,6 +16,7 @@ from oats_vision.cli.common import (
     need_transform,
     notes,
     results,
+    warn_if_slow,
 )
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError
@@ -49,6 +50,7 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     target = choose_device(device)
+    warn_if_slow("--dtype", dtype_of("--dtype", dtype), target)
     compressed = checkpoint.load(
         directory, device=target, dtype=dtype_of("--dtype", dtype), trust_remote_code=trust_remote_code
     )

@@ -1,5 +1,6 @@
 """What the commands share: consoles, options, devices, and what they say of the machine."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,10 @@ from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.evaluation import Perplexity, Top1, evaluate_top1
 from oats_vision.evaluation import perplexity as perplexity_protocol
+from oats_vision.machine import slow_dtype_warning
 from oats_vision.transforms import Transform
+
+log = logging.getLogger(__name__)
 
 
 def plain_console(**options: Any) -> Console:
@@ -51,6 +55,13 @@ def dtype_of(flag: str, name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def warn_if_slow(flag: str, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Say so if a dtype that a flag gives takes this processor longer than float32."""
+    remedy = f"leave {flag} out" if flag == "--mixed-precision" else f"use {flag} float32"
+    if dtype is not None and (warning := slow_dtype_warning(dtype, device, remedy)):
+        log.warning(warning)
 
 
 def need_directory(directory: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 from torch import Tensor, nn
 
 from oats_vision import checkpoint, report
-from oats_vision.cli.common import dtype_of, need_transform, results
+from oats_vision.cli.common import dtype_of, need_transform, results, warn_if_slow
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation import Difference, Perplexity, Ratio, paired_difference, paired_ratio
 from oats_vision.machine import choose_device, machine
@@ -41,6 +41,7 @@ class Models:
             "device": self.device,
             "trust_remote_code": trust,
         }
+        warn_if_slow("--dtype", self.options["dtype"], self.device)
         self.directory = Path(model) if checkpoint.is_checkpoint(Path(model)) else None
         self.loaders: dict[str, Callable[[], nn.Module]] = {}
         if self.directory is None:

@@ -11,6 +11,7 @@ from oats_vision.checkpoint_place import MERGED
 from oats_vision.cli.common import Json, notes, option, results
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.display import Display
+from oats_vision.progress import duration, shares
 from oats_vision.run import Outcome, how_to_evaluate, run
 
 
@@ -89,8 +90,7 @@ def _show(outcome: Outcome) -> None:
     console.print(
         f"{what} compressed with {done.samples} {done.unit}"
         f"{f' ({outcome.skipped} unreadable ones skipped)' * (outcome.skipped > 0)} in "
-        f"{done.seconds['total']:.1f} s: {done.seconds['calibration']:.1f} s calibration, "
-        f"{done.seconds['solver']:.1f} s solver; {outcome.seconds:.1f} s with the evaluation. "
+        f"{shares(done.seconds)}; {duration(outcome.seconds)} with the evaluation. "
         f"Peak memory {outcome.peak_memory / 1e9:.2f} GB.\n"
         f"{quality}\n"
         f"Written to {config.out} ({written})"

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import nn
 
 from oats_vision import checkpoint
-from oats_vision.cli.common import Json, dtype_of, notes
+from oats_vision.cli.common import Json, dtype_of, notes, warn_if_slow
 from oats_vision.cli.common import top1 as classify_all
 from oats_vision.cli.comparison import Dense, Device, Dtype, Model, Models, NoDense, Score, Streaming, Trust, show
 from oats_vision.data import Batches, load_pictures
@@ -68,6 +69,7 @@ def top1(
     """
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     mixed = dtype_of("--mixed-precision", mixed_precision) if mixed_precision else None
+    warn_if_slow("--mixed-precision", mixed, models.device)
     pictures = load_pictures(
         data,
         models.transform,
@@ -128,7 +130,7 @@ def linear_probe(
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     loading = {"batch_size": batch_size, "seed": seed, "streaming": streaming, "workers": workers}
     splits = _splits(models.transform, (train, train_split, train_samples), (val, val_split, val_samples), loading)
-    extract = _extraction(splits, None if no_cache else _cache_folder(cache), mixed_precision)
+    extract = _extraction(splits, None if no_cache else _cache_folder(cache), mixed_precision, models.device)
 
     def protocol(module: nn.Module, what: str) -> Score:
         features = extract(module, what)
@@ -185,7 +187,7 @@ def knn(
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     loading = {"batch_size": batch_size, "seed": seed, "streaming": streaming, "workers": workers}
     splits = _splits(models.transform, (train, train_split, train_samples), (val, val_split, val_samples), loading)
-    extract = _extraction(splits, None if no_cache else _cache_folder(cache), mixed_precision)
+    extract = _extraction(splits, None if no_cache else _cache_folder(cache), mixed_precision, models.device)
 
     def protocol(module: nn.Module, what: str) -> Score:
         features = extract(module, what)
@@ -229,10 +231,11 @@ def _cache_folder(cache: Path) -> Path | None:
 
 
 def _extraction(
-    splits: dict[str, Batches], folder: Path | None, mixed_precision: str | None
+    splits: dict[str, Batches], folder: Path | None, mixed_precision: str | None, device: torch.device
 ) -> Callable[[nn.Module, str], tuple[Features, Features]]:
     """What gives a model's features of both splits."""
     mixed = dtype_of("--mixed-precision", mixed_precision) if mixed_precision else None
+    warn_if_slow("--mixed-precision", mixed, device)
 
     def extract(module: nn.Module, what: str) -> tuple[Features, Features]:
         blocks = 1 if checkpoint.is_sliced(module) else 4

@@ -21,6 +21,7 @@ from oats_vision.errors import ConfigError, DataError
 from oats_vision.html_report import write_html
 from oats_vision.machine import choose_device
 from oats_vision.models import ALIASES
+from oats_vision.progress import shares
 from oats_vision.rollout import draw, rollout_map, views
 from oats_vision.transforms import Transform, as_seen
 
@@ -52,6 +53,7 @@ def inspect(
         "model": f"{config['source']['kind']} {config['source']['name']} (adapter {config['adapter']})",
         **{name: value for name, value in done.settings.model_dump().items() if value is not None},
         "calibration": f"{done.samples} {done.unit}",
+        "time": shares(done.seconds),
         **(
             {"residual stream": f"{done.slicing.sliced_width} of {done.slicing.width} dimensions"}
             if done.slicing

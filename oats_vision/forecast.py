@@ -1,0 +1,369 @@
+"""What a compression will come to, before it begins: its bytes, its memory and, by a trial of one block, its time."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.activations import ActivationStore
+from oats_vision.adapters import Adapter, remember_adapter
+from oats_vision.batches import Reader, expected_samples, read_batches
+from oats_vision.block_calls import capture_block_calls, first_block_input
+from oats_vision.checkpoint import Sizes, measure
+from oats_vision.config import CompressionSettings
+from oats_vision.errors import ConfigError
+from oats_vision.layers import LayerSpec, Part, SparseLowRankLinear
+from oats_vision.machine import memory_in_use, peak_memory
+from oats_vision.methods import statistic_of
+from oats_vision.pipeline import CompressionReport, LayerReport, apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.plan import Plan, plan_model
+from oats_vision.progress import Clock, Estimate, Step, Unit, count
+from oats_vision.slicing import empty_sliced_blocks, slice_blocks
+from oats_vision.structure import floating, in_experts
+
+STARTED = 100 << 20  # bytes of the CPU's threads, compiled products and allocator, once they have worked
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a compression needs at its peak, of the process or of the GPU.
+
+    libraries: code and data that are there already, and what threads will take. activations: what the first block is
+    given on all calibration data, in memory and on disk. block: beside these, for the work on one block. so_far: the
+    most that was needed before.
+    """
+
+    libraries: int
+    model: int
+    activations: int
+    disk: int
+    block: int
+    so_far: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.so_far, self.libraries + self.model + self.activations + self.block)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a compression before it begins.
+
+    name, family: of the model. skipped, outside: linears that stay dense, as the settings say so and as they are in no
+    block. sizes: of the stored tensors, `exact` if they will be so to the byte. tokens, width: of what a block is given
+    for one sample. data: where the samples are from; held_out: others from there, to measure what it costs.
+    """
+
+    name: str
+    family: str
+    blocks: int
+    parameters: tuple[int, int]
+    linears: int
+    skipped: tuple[str, ...]
+    outside: tuple[str, ...]
+    settings: CompressionSettings
+    storage: str
+    sizes: Sizes
+    exact: bool
+    unit: Unit
+    data: str
+    samples: int | None
+    held_out: int
+    batch_size: int
+    tokens: int
+    width: int
+    memory: Memory
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "settings": self.settings.model_dump(), "peak_memory": self.memory.peak}
+
+    def lines(self) -> dict[str, str]:
+        """For people, by what each is about."""
+        dense, ours = self.parameters
+        about = "" if self.exact else "about "
+        sizes, memory = self.sizes, self.memory
+        data = f" from {self.data}" if self.data else ""
+        held_out = f"; {self.held_out:,} others are held out to measure what it costs" if self.held_out else ""
+        samples = f"all {self.unit}" if self.samples is None else f"{self.samples:,} {self.unit}"
+        disk = f"; {_gigabytes(memory.disk)} of activations on disk" if memory.disk else ""
+        return {
+            "model": f"{self.name}{', ' * bool(self.name)}{self.family}: {count(self.blocks, 'block')}, "
+            f"{dense / 1e6:.1f} M parameters, {about}{ours / 1e6:.1f} M afterwards",
+            "linears": f"{self.linears:,} compressed by {self.settings.summary}{self._dense()}",
+            "bytes": f"{about}{_change(sizes.dense_total, sizes.total)} in {self.storage}; the compressed layers "
+            f"{about}{_change(sizes.dense_layers, sizes.layers)}",
+            "calibration": f"{samples}{data} in batches of {self.batch_size}, {self.tokens:,} tokens each{held_out}",
+            "memory": f"about {_gigabytes(memory.peak)} at the peak: libraries {_gigabytes(memory.libraries)}, model "
+            f"{_gigabytes(memory.model)}, activations {_gigabytes(memory.activations)}, work on a block "
+            f"{_gigabytes(memory.block)}{disk}",
+            "time": "known after the first block",
+        }
+
+    def _dense(self) -> str:
+        """Which linears are left dense, and why."""
+        why = []
+        if self.skipped:
+            why.append(f"{len(self.skipped):,} that match skip")
+        if self.outside:
+            some = ", ".join(self.outside[:3]) + ", ..." * (len(self.outside) > 3)
+            why.append(f"{len(self.outside):,} in no block ({some})")
+        return f"; left dense: {' and '.join(why)}" if why else ""
+
+
+def forecast(
+    model: nn.Module,
+    adapter: Adapter,
+    settings: CompressionSettings,
+    example: Tensor,
+    *,
+    name: str = "",
+    data: str = "",
+    samples: int | None = None,
+    held_out: int = 0,
+    batch_size: int = 1,
+    activation_memory: float = 8.0,
+) -> Forecast:
+    """What `compress` will come to; the model stays as it is, and of it only the embedding of the example is run.
+
+    Args:
+        example: one picture (1, channels, height, width), or one sequence of token ids (1, tokens), as the model takes
+            them: what they hold does not matter.
+        data: where the calibration data are from, in words. samples: how many there are. held_out: and how many more.
+        activation_memory: GB of activations kept in memory.
+
+    Raises:
+        ConfigError: the settings leave a layer without rank or non-zeros, or skip what is not there.
+        ModelError: the model is of no kind that the method can compress.
+        DataError: the model cannot take the example.
+    """
+    storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
+    shell = _shell(model)
+    adapter = remember_adapter(shell, adapter)
+    adapter.prepare(shell)
+    plan = plan_model(shell, adapter, settings)
+    everything = {name for name, module in shell.named_modules() if isinstance(module, nn.Linear)}
+    inside = tuple(f"{block}." for block, _ in plan.blocks)
+    first = adapter.named_blocks(model)[0][1]
+    hidden = first_block_input(model, first, example)
+    memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory)
+    report = _emptied(shell, adapter, plan, settings)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Forecast(
+        name=name,
+        family=adapter.serves.partition(":")[0],
+        blocks=len(plan.blocks),
+        parameters=(parameters, parameters - report.dense_parameters + report.parameters),
+        linears=len(plan.linears),
+        skipped=tuple(sorted(n for n in everything if n.startswith(inside) and n not in plan.linears)),
+        outside=tuple(sorted(n for n in everything if not n.startswith(inside))),
+        settings=settings,
+        storage=str(storage).removeprefix("torch."),
+        sizes=measure(shell.state_dict(keep_vars=True).values(), report, storage),
+        exact=settings.rank_ratio != "auto",
+        unit=adapter.unit,
+        data=data,
+        samples=samples,
+        held_out=held_out,
+        batch_size=batch_size,
+        tokens=hidden.shape[1:-1].numel(),
+        width=hidden.shape[-1],
+        memory=memory,
+    )
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    return deepcopy(model, memo)
+
+
+def _emptied(shell: nn.Module, adapter: Adapter, plan: Plan, settings: CompressionSettings) -> CompressionReport:
+    """Give a copy without values the compressed layers' shapes; returns what a report would say of these."""
+    report = CompressionReport(adapter.name, settings, slicing=plan.slicing)
+    if plan.slicing:
+        empty_sliced_blocks(shell, adapter, plan.slicing)
+    for block, linears in plan.parts.items():
+        for name, parts in linears.items():
+            linear = plan.linears[f"{block}.{name}"]
+            stored = tuple(Part(part, rows, budget.rank, budget.nonzeros) for part, rows, budget in parts)
+            spec = LayerSpec(linear.in_features, linear.out_features, linear.bias is not None, stored)
+            report.layers.append(LayerReport(f"{block}.{name}", spec, {}, {}, {}, 0.0, 0))
+            shell.set_submodule(f"{block}.{name}", SparseLowRankLinear.empty(spec, linear.weight.dtype))
+    return report
+
+
+def _memory(
+    model: nn.Module,
+    plan: Plan,
+    settings: CompressionSettings,
+    example: Tensor,
+    hidden: Tensor,
+    samples: int,
+    batch_size: int,
+    activation_memory: float,
+) -> Memory:
+    """The tensors that are alive together at the fullest moment, counted.
+
+    Args:
+        hidden: what the first block is given for the example.
+    """
+    device = hidden.device
+    batch = min(batch_size, samples) if samples else batch_size
+    linears = [linear for name, linear in plan.linears.items() if not in_experts(name)] or list(plan.linears.values())
+    block, _ = plan.blocks[0]
+    own = [linear for name, linear in plan.linears.items() if name.startswith(f"{block}.")] or linears
+    widest = max(max(linear.in_features, linear.out_features) for linear in linears)
+    side_by_side = sum(linear.out_features == widest for linear in own if linear in linears)  # gate and up
+    tokens, width = hidden.shape[1:-1].numel(), hidden.shape[-1]
+    # of the attention's half of a block: the stream, its norm, q, k, v and the like; of the MLP's: before and after
+    # the activation
+    forward = batch * tokens * (4 * width + (1 + min(max(side_by_side, 1), 2)) * widest) * hidden.element_size()
+    inputs = batch * example.numel() * example.element_size()
+    head = getattr(model, "lm_head", None)
+    logits = batch * tokens * head.out_features * hidden.element_size() if isinstance(head, nn.Linear) else 0
+    statistics = sum(_statistic_bytes(settings, linear.in_features) for linear in own)
+    if plan.slicing:
+        statistics, solver = _statistic_bytes(settings, width), 4 * 8 * width**2  # eigenvectors in float64
+    else:
+        solver = max(_solver_bytes(settings, linear.out_features, linear.in_features) for linear in own)
+    activations = samples * hidden.nbytes
+    kept = min(activations, int(activation_memory * 1e9))
+    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    used = sum(weights.values())
+    return Memory(
+        libraries=max(memory_in_use(device) - used, 0) + (STARTED if device.type == "cpu" else 0),
+        model=used,
+        activations=kept,
+        disk=activations - kept,
+        block=max(3 * inputs, inputs + forward + logits, statistics + max(forward, solver)),
+        so_far=peak_memory(device),
+    )
+
+
+def _statistic_bytes(settings: CompressionSettings, in_features: int) -> int:
+    """Of what one linear's inputs are summed up in."""
+    if settings.method == "slicegpt":
+        return 8 * in_features**2
+    statistic = statistic_of(settings, in_features, torch.device("meta"))
+    held = [value for owned in vars(statistic).values() for value in (owned if isinstance(owned, list) else [owned])]
+    return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+
+def _solver_bytes(settings: CompressionSettings, out_features: int, in_features: int) -> int:
+    """Of the matrices of a weight's size, and of the second moments' size, that its decomposition works with."""
+    matrices, moments = 6, 0
+    if settings.method == "sparsegpt":
+        moments = 5 * 8 + 4  # H, with damping, its factors and its inverse in float64; the last factor in float32
+    elif settings.method == "oats":
+        matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)
+        matrices += 8 * (settings.rank_ratio == "auto")  # the other splits' results
+    return 4 * matrices * out_features * in_features + moments * in_features**2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds that a few samples and one block took.
+
+    first: of the first batch, which runs through the whole model. sample: of reading one more sample. checks: of a
+    block, before any is changed. statistics and applying: of `samples` on the block. decomposing: of its weights.
+    """
+
+    samples: int
+    first: float
+    sample: float
+    checks: float
+    statistics: float
+    decomposing: float
+    applying: float
+
+    def extrapolated(self, samples: int, blocks: int, work: float, unit: Unit) -> Estimate:
+        """To all samples and blocks.
+
+        Args:
+            work: weights of all blocks, as a multiple of this one's.
+        """
+        reading = self.first + self.sample * samples + self.checks * blocks
+        each = samples / self.samples
+        total = reading + each * (self.statistics * blocks + self.applying * (blocks - 1)) + self.decomposing * work
+        return Estimate(total, reading, blocks, unit)
+
+
+@torch.no_grad()
+def trial(
+    model: nn.Module,
+    calibration: Any,
+    settings: CompressionSettings,
+    *,
+    adapter: Adapter | None = None,
+    samples: int | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+) -> Estimate:
+    """How long `compress` will take, by one block on the first two batches; the model stays as it is.
+
+    Args:
+        calibration: as for `compress`; its first two batches are read.
+        samples: that there are, if `calibration` does not say so itself.
+
+    Raises:
+        OatsVisionError: as `compress` would.
+    """
+    samples = samples or expected_samples(calibration)
+    if samples is None:
+        raise ConfigError("samples must be given: the calibration data do not say how many there are")
+    with plain_arithmetic(model), ExitStack() as undo, ActivationStore(math.inf) as hidden:
+        adapter, plan = prepare(model, adapter, settings, undo)
+        unit = adapter.unit
+        index = next(i for i, work in enumerate(plan.work) if work)  # others may be left dense
+        name, original = plan.blocks[index]
+        block = deepcopy(original)
+        batches = islice(read_batches(calibration, Reader.of(model, unit)), 2)
+        data = (inputs.values if inputs.by_name else inputs.tensor for inputs in batches)
+        clock, marks = Clock(plan.work, unit, progress), [(0, time.perf_counter())]
+
+        def tell(read: int) -> None:
+            marks.append((read, time.perf_counter()))
+            clock.read(read, samples)
+
+        calls = capture_block_calls(model, plan.blocks, data, hidden, unit, tell)
+        (_, start), (first, then), (tried, end) = (*marks, marks[-1])[:3]
+        sample = (end - then) / (tried - first) if tried > first else 0.0
+        read = clock.seconds["reading"]
+        if plan.slicing:
+            alone = nn.ModuleList([block])
+            slice_blocks(alone, replace(adapter, blocks=lambda module: ""), plan.slicing, hidden, calls, clock.at)
+        else:
+            storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
+            report = CompressionReport(adapter.name, settings, tried, unit)
+            compress_block(
+                block, name, plan.parts[name], report, storage, hidden, calls, clock, index, begun=lambda: None
+            )
+            apply_block(block, name, hidden, calls, clock, index)
+        taken = clock.seconds
+    done = Trial(
+        tried,
+        then - start - sample * first,
+        sample,
+        taken["reading"] - read,
+        taken["statistics"],
+        taken["decomposing"],
+        taken["applying"],
+    )
+    return done.extrapolated(samples, len(plan.blocks), sum(plan.work) / plan.work[index], unit)
+
+
+def _change(dense: int, ours: int) -> str:
+    return f"{dense / 1e6:.1f} -> {ours / 1e6:.1f} MB ({ours / dense:.3f} x)"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2g} GB" if size >= 1e9 else f"{size / 1e9:.2f} GB"

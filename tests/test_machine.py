@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from oats_vision import machine
+from oats_vision.machine import memory_in_use, peak_memory, slow_dtype_warning
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("seconds", "warned"), [(12.4, True), (1.2, False), (0.5, False)])
+def test_a_dtype_that_is_slower_than_float32_is_warned_of(seconds, warned, monkeypatch):
+    monkeypatch.setattr(machine, "_product_seconds", lambda dtype: 1.0 if dtype == torch.float32 else seconds)
+    warning = slow_dtype_warning(torch.bfloat16, CPU, "leave --mixed-precision out")
+    said = "bfloat16 is 12 x slower than float32 on this processor: leave --mixed-precision out"
+    assert warning == (said if warned else None)
+    assert slow_dtype_warning(torch.float32, CPU) is None
+    assert slow_dtype_warning(torch.float16, torch.device("cuda")) is None
+
+
+def test_products_are_timed():
+    assert 0 < machine._product_seconds(torch.float32) < 0.1
+
+
+def test_memory_in_use_follows_what_is_allocated():
+    before = memory_in_use(CPU)
+    held = torch.ones(25_000_000)  # 100 MB
+    after = memory_in_use(CPU)
+    assert 0.9 * held.nbytes < after - before < 1.5 * held.nbytes
+    assert after <= peak_memory(CPU) * 1.01
