@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -25,14 +26,19 @@ BEGINNING = 16  # tokens that generation starts from
 FEWEST = 3  # rounds of a measurement
 
 
+def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, see `in_turns`."""
+    return {name: statistics.median(taken) for name, taken in in_turns(calls, repeats).items()}
+
+
 @torch.inference_mode()
-def side_by_side(
+def in_turns(
     calls: Mapping[str, Callable[[], Any]],
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
     limit: float = math.inf,
-) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that what else the machine does meets all alike.
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; the calls take turns, so that what else the machine does meets all alike.
 
     Args:
         repeats: rounds; after `limit` seconds no more than `FEWEST`.
@@ -49,7 +55,7 @@ def side_by_side(
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
         progress(repeat + 1)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    return seconds
 
 
 def _synchronize() -> None:
@@ -65,13 +71,25 @@ def weight_bytes(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """One measurement: `what` was done, with how many units (pictures, tokens) a call, and median seconds."""
+    """One measurement: `what` was done, with how many units (pictures, tokens) a call, and median seconds.
+
+    low, high: quartiles of the speedup, round by round, if known.
+    """
 
     what: str
     units: int
     unit: str
     dense: float
     compressed: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, what: str, units: int, unit: str, seconds: Mapping[str, Sequence[float]]) -> "Timing":
+        """Of the rounds of `dense` and `compressed`."""
+        dense, ours = seconds["dense"], seconds["compressed"]
+        low, high = np.percentile([a / b for a, b in zip(dense, ours, strict=True)], [25, 75])
+        return cls(what, units, unit, statistics.median(dense), statistics.median(ours), float(low), float(high))
 
     @property
     def speedup(self) -> float:
@@ -120,7 +138,7 @@ def time_inputs(
     progress: Callable[[int], None] = lambda done: None,
     limit: float = math.inf,
 ) -> list[Timing]:
-    """A forward pass on the first of the inputs, as often as each batch size says; see `side_by_side`."""
+    """A forward pass on the first of the inputs, as often as each batch size says; see `in_turns`."""
     device, timings = next(compressed.parameters()).device, list[Timing]()
     for size in batch_sizes:
         batch, before = inputs.repeated(size), len(timings) * repeats
@@ -128,8 +146,8 @@ def time_inputs(
             name: partial(batch.call, model, device, dtype)
             for name, model in (("dense", dense), ("compressed", compressed))
         }
-        taken = side_by_side(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
-        timings.append(Timing(f"forward, batch {size}", size, "pictures", **taken))
+        taken = in_turns(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
+        timings.append(Timing.of(f"forward, batch {size}", size, "pictures", taken))
     return timings
 
 
@@ -166,8 +184,8 @@ def time_pictures(
     for size in batch_sizes:
         batch, before = picture.expand(size, *picture.shape).contiguous(), len(timings) * repeats
         calls = {"dense": partial(dense, batch), "compressed": partial(compressed, batch)}
-        taken = side_by_side(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
-        timings.append(Timing(f"forward, batch {size}", size, "pictures", **taken))
+        taken = in_turns(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
+        timings.append(Timing.of(f"forward, batch {size}", size, "pictures", taken))
     return timings
 
 
@@ -193,8 +211,8 @@ def time_text(
     def measure(what: str, ids: Tensor, units: int, run: Callable[[nn.Module, Tensor], Any]) -> None:
         calls = {"dense": lambda: run(dense, ids), "compressed": lambda: run(compressed, ids)}
         done = len(timings) * repeats
-        taken = side_by_side(calls, repeats, lambda now: progress(done + now), limit)
-        timings.append(Timing(what, units, "tokens", **taken))
+        taken = in_turns(calls, repeats, lambda now: progress(done + now), limit)
+        timings.append(Timing.of(what, units, "tokens", taken))
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, BEGINNING), generator=torch.Generator().manual_seed(0)).to(device)

@@ -23,12 +23,13 @@ from oats_vision.kernels import native
 from oats_vision.pipeline import CompressionReport, Step
 from oats_vision.results import Cost, Example
 
-ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.side_by_side`
+ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
 PROMPT, NEW_TOKENS = 128, 32  # of text that is timed
 # a layer is named whose error is so many times the median of the model's layers, and so large
 FAR, NOTABLE = 3.0, 0.1
 FEW = 64  # held-out inputs, below which an interval is wide
 SLOWER = 0.97  # times as fast: below it the difference is no noise
+BUSY = 0.3  # between the quartiles of a speedup: beyond it the machine did something else too
 
 
 @dataclass
@@ -261,6 +262,9 @@ def speed(
 
 
 def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:
+    wide = [timing for timing in timings if timing.low and timing.high and timing.high - timing.low > BUSY]
+    if wide:
+        return ["The timings vary much from round to round: time again on an idle machine with `oats-vision bench`."]
     slow = [timing for timing in timings if timing.speedup < SLOWER]
     if not slow:
         return []

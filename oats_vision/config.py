@@ -154,7 +154,9 @@ class RunConfig(CompressionSettings):
     dtype: Dtype = Field("float32", description="precision that the model computes in")
     activation_memory: float = Field(8.0, gt=0, description="GB of activations kept in memory; the rest on disk")
     out: Path = Field(Path("oats_compressed"), description="directory to write")
-    eval: bool = Field(True, description="measure what it cost, on calibration data that are held out")
+    eval: bool = Field(True, description="measure what it cost")
+    report: bool = Field(True, description="write OUT/report.html")
+    dry_run: bool = Field(False, description="say what would be done, and stop")
     overwrite: bool = Field(False, description="replace an existing checkpoint in --out")
     merge: bool = Field(False, description="also write the dense S + U V as a plain checkpoint, in OUT/merged")
 

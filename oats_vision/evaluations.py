@@ -123,6 +123,8 @@ class _Timing(BaseModel):
     unit: Line
     dense: Seconds
     compressed: Seconds
+    low: Seconds | None = None  # of the speedup
+    high: Seconds | None = None
 
 
 class _Example(Example):

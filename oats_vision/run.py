@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from oats_vision import checkpoint
 from oats_vision.adapters import find_adapter
+from oats_vision.batches import expected_samples
+from oats_vision.benchmark import plain_picture
+from oats_vision.checkpoint_place import PAGE
 from oats_vision.compression import Result, describe, measure
 from oats_vision.config import CompressionSettings, RunConfig
 from oats_vision.data import Batches, load_pictures
@@ -26,10 +29,13 @@ from oats_vision.evaluation import (
     perplexity,
 )
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
+from oats_vision.forecast import Forecast, forecast, trial
+from oats_vision.html_report import write_html
 from oats_vision.layers import merge
 from oats_vision.machine import choose_device, machine, peak_memory
 from oats_vision.models import ModelSource, load_model, load_tokenizer, save_plain, source_of
 from oats_vision.pipeline import compress
+from oats_vision.progress import Estimate
 from oats_vision.text import Sequences, load_sequences, load_tokens
 from oats_vision.transforms import Transform
 
@@ -73,6 +79,15 @@ class Outcome:
             "out": str(self.run.out),
         }
 
+    def write(self, display: Display) -> None:
+        """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
+        out, examples = self.run.out, self.result.examples if self.run.report else []
+        content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
+        checkpoint.write_json(out / checkpoint.REPORT, content)
+        if self.run.report:
+            with display.counting("drawing the page", "layers", len(self.result.report.layers)) as progress:
+                write_html(out, out / PAGE, progress)
+
 
 @dataclass
 class Draw:
@@ -99,15 +114,43 @@ class Prepared:
     tokenizer: Any
     test: Batches | Tensor | None
 
-    def draw(self, model: nn.Module, seed: int, display: Display) -> Draw:
-        """Open the calibration data that a seed chooses, and ask the dense model about the held-out ones."""
+    def settings(self, run: RunConfig) -> CompressionSettings:
+        """Those of a run, with the precision that weights are stored in."""
+        return run.settings().model_copy(update={"storage_dtype": run.storage_dtype or self.source.dtype})
+
+    def open(self, seed: int) -> Batches | Sequences:
+        """The calibration data that a seed chooses."""
         run = self.run.model_copy(update={"seed": seed})
-        calibration = _pictures(run, self.transform) if self.transform else _text(run, self.tokenizer)
-        if not run.eval or calibration.held_out is None:
+        return _pictures(run, self.transform) if self.transform else _text(run, self.tokenizer)
+
+    def forecast(self, model: nn.Module, calibration: Batches | Sequences) -> Forecast:
+        """What compressing on these data will come to."""
+        run, others = self.run, calibration.held_out
+        first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+        if self.transform:
+            example = plain_picture(self.transform)[None].to(first.device, first.dtype)
+        else:
+            example = torch.zeros(1, run.sequence_length, dtype=torch.long, device=first.device)
+        return forecast(
+            model,
+            find_adapter(model),
+            self.settings(run),
+            example,
+            name=run.model,
+            data=run.data or "demo",
+            samples=expected_samples(calibration),
+            held_out=0 if others is None else expected_samples(others) or 0,
+            batch_size=run.batch_size or 1,
+            activation_memory=run.activation_memory,
+        )
+
+    def draw(self, model: nn.Module, calibration: Batches | Sequences, display: Display) -> Draw:
+        """Ask the dense model about what is held out of the calibration data."""
+        others = calibration.held_out
+        if not self.run.eval or others is None:
             return Draw(calibration, None)
-        total = len(calibration.held_out) if isinstance(calibration, Sequences) else calibration.held_out.total
-        with display.counting("dense model, held-out", self.unit, total) as progress:
-            return Draw(calibration, closeness(model, calibration.held_out, self.transform, progress))
+        with display.counting("dense model, held-out", self.unit, expected_samples(others)) as progress:
+            return Draw(calibration, closeness(model, others, self.transform, progress))
 
     def score(self, model: nn.Module, what: str, display: Display) -> Top1 | Perplexity | None:
         """Top-1 on the labelled pictures, perplexity on the text."""
@@ -131,15 +174,17 @@ def run(config: RunConfig, display: Display) -> Outcome:
 def _run(config: RunConfig, display: Display) -> Outcome:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
-    model, prepared = prepare(config)
-    draw = prepared.draw(model, config.seed, display)
+    model, prepared = prepare(config, display)
+    calibration = prepared.open(config.seed)
+    display.lines("plan", prepared.forecast(model, calibration).lines())
+    draw = prepared.draw(model, calibration, display)
     before = prepared.score(model, "dense", display)
     outcome = compress_and_write(model, prepared.run, prepared, draw, display)
     with _after_the_checkpoint(outcome.run, how_to_evaluate(prepared.unit)):
         del model
         measure_stored(outcome, prepared, draw, before, display)
         outcome.seconds = time.perf_counter() - start
-        checkpoint.write_json(config.out / checkpoint.REPORT, outcome.to_dict())
+        outcome.write(display)
         if config.merge:
             with checkpoint.new_directory(config.out / checkpoint.MERGED, overwrite=False) as merged:
                 dtype = getattr(torch, str(outcome.settings.storage_dtype))
@@ -149,7 +194,23 @@ def _run(config: RunConfig, display: Display) -> Outcome:
     return outcome
 
 
-def prepare(config: RunConfig) -> tuple[nn.Module, Prepared]:
+def dry_run(config: RunConfig, display: Display) -> tuple[Forecast, Estimate]:
+    """What `run` would come to, and by a trial of one block on two batches how long it would take; nothing is written.
+
+    Raises:
+        OatsVisionError: something that was given is wrong.
+    """
+    checkpoint.check_target(config.out, config.overwrite)
+    model, prepared = prepare(config, display)
+    calibration = prepared.open(config.seed)
+    planned = prepared.forecast(model, calibration)
+    with display.compression() as progress:
+        return planned, trial(
+            model, calibration, prepared.settings(prepared.run), samples=planned.samples, progress=progress
+        )
+
+
+def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
     """Load the dense model, and open the data that it is scored on.
 
     Raises:
@@ -160,15 +221,16 @@ def prepare(config: RunConfig) -> tuple[nn.Module, Prepared]:
         raise ConfigError(
             "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
         )
-    model, transform = load_model(
-        config.model,
-        pretrained=config.pretrained,
-        image_size=config.image_size,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    checkpoint.check_source(model)
+    with display.status(f"loading {config.model}"):
+        model, transform = load_model(
+            config.model,
+            pretrained=config.pretrained,
+            image_size=config.image_size,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        checkpoint.check_source(model)
     unit = find_adapter(model).unit
     run = config.completed(unit)
     tokenizer: Any = None
@@ -193,12 +255,13 @@ def prepare(config: RunConfig) -> tuple[nn.Module, Prepared]:
 
 def compress_and_write(model: nn.Module, run: RunConfig, prepared: Prepared, draw: Draw, display: Display) -> Outcome:
     """Compress the model, in place, and write it to `run.out`, both as the run's settings say."""
-    settings = run.settings().model_copy(update={"storage_dtype": run.storage_dtype or prepared.source.dtype})
+    settings = prepared.settings(run)
     with display.compression() as progress:
         report = compress(
             model, draw.calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
         )
-    checkpoint.write(model, run.out, run.overwrite, prepared.tokenizer)
+    with display.status(f"writing {run.out}"):
+        checkpoint.write(model, run.out, run.overwrite, prepared.tokenizer)
     return Outcome(
         run=run,
         settings=settings,

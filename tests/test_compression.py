@@ -89,6 +89,8 @@ def test_advice_names_what_came_out_slower_or_worse(result):
     advice = dataclasses.replace(result, speed=slow).advice
     assert any("0.80 x (forward, batch 1)." in line and "rank ratio auto" in line for line in advice)
     assert not any("2.00" in line for line in advice)
+    busy = [dataclasses.replace(slow[0], low=0.5, high=1.1)]
+    assert any("idle machine" in line for line in dataclasses.replace(result, speed=busy).advice)
     layers = result.report.layers
     worst = dataclasses.replace(layers[3], output_errors={"fc2": 10.0})
     result.report.layers = [*layers[:3], worst, *layers[4:]]

@@ -1,18 +1,15 @@
 """`oats-vision compress`: compress a model, measure what it cost, write the checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from oats_vision import report
-from oats_vision.checkpoint_place import MERGED
-from oats_vision.cli.common import Json, notes, option, results
+from oats_vision.cli.common import Json, notes, option
+from oats_vision.cli.outcome import show_outcome, show_plan
 from oats_vision.config import RunConfig, load_run_config
 from oats_vision.display import Display
-from oats_vision.progress import duration, shares
-from oats_vision.run import Outcome, how_to_evaluate, run
+from oats_vision.run import dry_run, run
 
 
 def compress(
@@ -61,45 +58,9 @@ def compress(
     [bold]oats-vision compress --model dinov2_vitl14 --data imagenet/train --rate 0.5 --out dinov2_l_50/[/bold]
     """
     flags = {name: value for name, value in locals().items() if name in RunConfig.model_fields}
-    outcome = run(load_run_config(config, flags), Display(notes))
-    if as_json:
-        typer.echo(json.dumps(outcome.to_dict()))
+    settings = load_run_config(config, flags)
+    if settings.dry_run:
+        planned, estimate = dry_run(settings, Display(notes))
+        show_plan(planned, estimate, as_json)
     else:
-        _show(outcome)
-
-
-def _show(outcome: Outcome) -> None:
-    """The table, and in a few lines what was done and where it is."""
-    config, result, done = outcome.run, outcome.result, outcome.result.report
-    console = results()
-    title = f"{config.model}: {outcome.settings.summary}, stored in {outcome.settings.storage_dtype}"
-    scores = report.score_rows(*outcome.scores) if outcome.scores else []
-    console.print(report.run_table(title, [*scores, *result.rows()]))
-    if result.footnote:
-        console.print(result.footnote, soft_wrap=True)
-    errors = [layer.error for layer in done.layers]
-    quality = (
-        f"{done.error_name.capitalize()}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
-        if errors
-        else f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
-        if done.slicing
-        else ""
-    )
-    what = f"{len(errors)} layers" if errors else "all blocks"
-    written = ", ".join(f"{name} {report.megabytes(size)}" for name, size in sorted(outcome.files.items()))
-    console.print(
-        f"{what} compressed with {done.samples} {done.unit}"
-        f"{f' ({outcome.skipped} unreadable ones skipped)' * (outcome.skipped > 0)} in "
-        f"{shares(done.seconds)}; {duration(outcome.seconds)} with the evaluation. "
-        f"Peak memory {outcome.peak_memory / 1e9:.2f} GB.\n"
-        f"{quality}\n"
-        f"Written to {config.out} ({written})"
-        f"{', and the dense merge to ' + str(config.out / MERGED) if config.merge else ''}.",
-        soft_wrap=True,
-        markup=False,
-    )
-    for advice in result.advice:
-        console.print(advice, soft_wrap=True)
-    if not outcome.scores and result.cost is None:
-        how = how_to_evaluate(done.unit).format(config.out, "LABELLED_PICTURES" if done.unit == "pictures" else "TEXT")
-        console.print(f"What it cost was not measured: oats-vision eval {how}", markup=False)
+        show_outcome(run(settings, Display(notes)), as_json)

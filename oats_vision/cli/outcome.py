@@ -1,0 +1,62 @@
+"""What `oats-vision compress` prints at its end: the table and a few lines, the plan of a dry run, or JSON."""
+
+import json
+
+import typer
+
+from oats_vision import report
+from oats_vision.checkpoint_place import MERGED, PAGE
+from oats_vision.cli.common import results
+from oats_vision.display import Display
+from oats_vision.forecast import Forecast
+from oats_vision.progress import Estimate, duration, shares
+from oats_vision.run import Outcome, how_to_evaluate
+
+
+def show_plan(planned: Forecast, estimate: Estimate, as_json: bool) -> None:
+    """What a run would come to."""
+    if as_json:
+        typer.echo(json.dumps(planned.to_dict() | {"seconds": estimate.total}))
+        return
+    Display(results()).lines("plan; nothing was written", planned.lines() | {"time": str(estimate)})
+
+
+def show_outcome(outcome: Outcome, as_json: bool) -> None:
+    """The table, what was done and where it is, and last what came out worse than it should."""
+    if as_json:
+        typer.echo(json.dumps(outcome.to_dict()))
+        return
+    config, result, done = outcome.run, outcome.result, outcome.result.report
+    console = results()
+    title = f"{config.model}: {outcome.settings.summary}, stored in {outcome.settings.storage_dtype}"
+    scores = report.score_rows(*outcome.scores) if outcome.scores else []
+    console.print(report.run_table(title, [*scores, *result.rows()]))
+    lines = [result.footnote, *_what_was_done(outcome)]
+    if not outcome.scores and result.cost is None:
+        data = "LABELLED_PICTURES" if done.unit == "pictures" else "TEXT"
+        lines.append(
+            f"What it cost was not measured: oats-vision eval {how_to_evaluate(done.unit).format(config.out, data)}"
+        )
+    for line in filter(None, [*lines, *result.advice]):
+        console.print(line, soft_wrap=True)
+
+
+def _what_was_done(outcome: Outcome) -> list[str]:
+    config, done = outcome.run, outcome.result.report
+    errors = [layer.error for layer in done.layers]
+    quality = ""
+    if errors:
+        quality = f"{done.error_name.capitalize()}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
+    elif done.slicing:
+        quality = f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
+    skipped = f" ({outcome.skipped} unreadable ones skipped)" if outcome.skipped else ""
+    places = [f"{config.out} ({report.megabytes(outcome.files['model.safetensors'])})"]
+    places += [f"the page {config.out / PAGE}"] * config.report
+    places += [f"the dense merge {config.out / MERGED}"] * config.merge
+    return [
+        f"{f'{len(errors)} layers' if errors else 'All blocks'} compressed with {done.samples} {done.unit}{skipped} in "
+        f"{shares(done.seconds)}; {duration(outcome.seconds)} in all. "
+        f"Peak memory {outcome.peak_memory / 1e9:.2f} GB.",
+        quality,
+        f"Written: {', '.join(places)}.",
+    ]
