@@ -79,8 +79,6 @@ def run(config: RunConfig, display: Display) -> Outcome:
         OatsVisionError: something that was given is wrong; nothing is written then, or the checkpoint is whole and the
             message says so.
     """
-    if config.merge and config.method == "slicegpt":
-        raise ConfigError("--merge is for methods that keep the layers' shapes, and slicegpt makes them smaller")
     with checkpoint.locked(config.out):
         checkpoint.check_target(config.out, config.overwrite)
         return _run(config, display)
@@ -90,10 +88,7 @@ def _run(run: RunConfig, display: Display) -> Outcome:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
     target = choose_device(run.device)
-    if run.data is None and run.model != "demo":
-        raise ConfigError(
-            "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
-        )
+    run.check_data()
     model, transform = load_model(
         run.model,
         pretrained=run.pretrained,

@@ -195,7 +195,7 @@ def test_sparsegpt_loses_less_of_the_outputs_than_magnitude(tiny_vit, pictures):
         ({"method": "magic"}, "method: .* got 'magic'"),
         ({"method": "wanda", "rank_ratio": 0.2}, "rank_ratio must be 0 .* with method wanda"),
         ({"method": "svd", "pattern": "2:4"}, "pattern must be left out with method svd"),
-        ({"ratio": 0.5}, "ratio: is no setting"),
+        ({"ratio": 0.5}, "ratio is no setting"),
     ],
 )
 def test_bad_settings_are_errors_and_leave_the_model_alone(tiny_vit, pictures, options, message):
