@@ -1,14 +1,19 @@
 """Compress vision transformers with OATS: sparse plus low-rank, in one shot."""
 
-from oats_vision.adapters import Adapter, register_adapter
-from oats_vision.checkpoint import load, load_transform, save
-from oats_vision.data import load_pictures
-from oats_vision.errors import OatsVisionError
-from oats_vision.kernels.semi_structured import to_semi_structured
-from oats_vision.layers import SparseLowRankLinear, merge
-from oats_vision.models import load_model, load_tokenizer
-from oats_vision.pipeline import CompressionReport, compress
-from oats_vision.text import load_sequences, load_tokens
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+    from oats_vision.adapters import Adapter, register_adapter
+    from oats_vision.checkpoint import load, load_transform, save
+    from oats_vision.data import load_pictures
+    from oats_vision.errors import OatsVisionError
+    from oats_vision.kernels.semi_structured import to_semi_structured
+    from oats_vision.layers import SparseLowRankLinear, merge
+    from oats_vision.models import load_model, load_tokenizer
+    from oats_vision.pipeline import CompressionReport, compress
+    from oats_vision.text import load_sequences, load_tokens
 
 __all__ = [
     "Adapter",
@@ -28,3 +33,33 @@ __all__ = [
     "save",
     "to_semi_structured",
 ]
+
+# the modules of the public names; each is imported when one of its names is first used, since PyTorch takes seconds
+_HOMES = {
+    "adapters": ("Adapter", "register_adapter"),
+    "checkpoint": ("load", "load_transform", "save"),
+    "data": ("load_pictures",),
+    "errors": ("OatsVisionError",),
+    "kernels.semi_structured": ("to_semi_structured",),
+    "layers": ("SparseLowRankLinear", "merge"),
+    "models": ("load_model", "load_tokenizer"),
+    "pipeline": ("CompressionReport", "compress"),
+    "text": ("load_sequences", "load_tokens"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("oats_vision")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value  # found without this function from now on
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,14 +1,17 @@
 """Tables of a run, of a checkpoint's layers and of measurements."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from oats_vision.benchmark import Timing
-from oats_vision.checkpoint import Sizes
-from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
-from oats_vision.pipeline import CompressionReport
+if TYPE_CHECKING:
+    from oats_vision.benchmark import Timing
+    from oats_vision.checkpoint import Sizes
+    from oats_vision.evaluation import Perplexity, Top1
+    from oats_vision.pipeline import CompressionReport
 
 
 def megabytes(size: float) -> str:
@@ -45,6 +48,8 @@ def run_table(
 
 def _score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[str]]:
     """Name, both values and the change, for each figure of an evaluation."""
+    from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
+
     if isinstance(dense, Perplexity) and isinstance(ours, Perplexity):
         speeds = [int(score.tokens.sum()) / score.seconds for score in (dense, ours)]
         values = [f"{dense.value:.3f}", f"{ours.value:.3f}", str(paired_ratio(dense, ours))]
