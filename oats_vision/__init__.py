@@ -1,15 +1,20 @@
 """Compress vision transformers with OATS: sparse plus low-rank, in one shot."""
 
-from oats_vision.adapters import Adapter, register_adapter
-from oats_vision.checkpoint import load, load_transform, save
-from oats_vision.compression import Result, compress
-from oats_vision.data import load_pictures
-from oats_vision.errors import OatsVisionError
-from oats_vision.kernels.semi_structured import to_semi_structured
-from oats_vision.layers import SparseLowRankLinear, merge
-from oats_vision.models import load_model, load_tokenizer
-from oats_vision.pipeline import CompressionReport
-from oats_vision.text import load_sequences, load_tokens
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+    from oats_vision.adapters import Adapter, register_adapter
+    from oats_vision.checkpoint import load, load_transform, save
+    from oats_vision.compression import Result, compress
+    from oats_vision.data import load_pictures
+    from oats_vision.errors import OatsVisionError
+    from oats_vision.kernels.semi_structured import to_semi_structured
+    from oats_vision.layers import SparseLowRankLinear, merge
+    from oats_vision.models import load_model, load_tokenizer
+    from oats_vision.pipeline import CompressionReport
+    from oats_vision.text import load_sequences, load_tokens
 
 __all__ = [
     "Adapter",
@@ -30,3 +35,34 @@ __all__ = [
     "save",
     "to_semi_structured",
 ]
+
+# the modules of the public names; each is imported when one of its names is first used, since PyTorch takes seconds
+_HOMES = {
+    "adapters": ("Adapter", "register_adapter"),
+    "checkpoint": ("load", "load_transform", "save"),
+    "compression": ("Result", "compress"),
+    "data": ("load_pictures",),
+    "errors": ("OatsVisionError",),
+    "kernels.semi_structured": ("to_semi_structured",),
+    "layers": ("SparseLowRankLinear", "merge"),
+    "models": ("load_model", "load_tokenizer"),
+    "pipeline": ("CompressionReport",),
+    "text": ("load_sequences", "load_tokens"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("oats_vision")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value  # found without this function from now on
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,14 +1,11 @@
 """Streaming statistics of a linear layer's inputs: one pass, one vector per layer, any batch size."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from oats_vision.config import Scaling
 from oats_vision.core.oats import column_scale
 from oats_vision.values import all_finite
-
-Scaling = Literal["second_moment", "median", "none"]
 
 
 class SecondMoment:

@@ -1,16 +1,17 @@
 """Every setting with its range and its default, checked once; the CLI's flags and YAML fields are these names."""
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from oats_vision.calibration import Scaling
+from oats_vision.core import Solver
 from oats_vision.core.budget import Pattern, split_rate
-from oats_vision.core.oats import Solver
-from oats_vision.errors import ConfigError
+from oats_vision.errors import ConfigError, did_you_mean
 
 Method = Literal["oats", "magnitude", "wanda", "sparsegpt", "dsnot", "svd", "slicegpt"]
 # pattern and rank ratio of each method where the user gives none: those of its paper
@@ -23,7 +24,12 @@ METHOD_DEFAULTS: dict[Method, tuple[str, float | None]] = {
     "svd": ("row", 1.0),
     "slicegpt": ("row", 0.0),
 }
+Scaling = Literal["second_moment", "median", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+# all that PyTorch may have, or a plug-in bring
+TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "privateuseone", "ve", "vulkan", "xla")
 Config = TypeVar("Config", bound="CompressionSettings")
 
 
@@ -32,49 +38,51 @@ class CompressionSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Method = Field("oats", description="oats, or a baseline: magnitude, wanda, sparsegpt, dsnot, svd, slicegpt")
-    rate: float | None = Field(None, description="share of the parameters removed, in (0, 1) [default: 0.5]")
-    rank_ratio: float | Literal["auto"] | None = Field(
+    method: Method = Field("oats", description="oats, or a baseline to compare it with")
+    rate: float | None = Field(None, gt=0, lt=1, description="share of parameters removed [default: 0.5]")
+    rank_ratio: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
         None,
-        description="share of what is kept that goes to the low-rank term, in [0, 1]; auto: for each layer the split "
-        "that is fastest here [default: 0.2 for oats]",
+        description="low-rank share of what is kept; auto: the fastest split of each layer "
+        "[default: 0.2; baselines: their own]",
     )
-    error_tolerance: float = Field(
-        0.05, ge=0, description="rank ratio auto may raise a layer's error by this share over the best split's"
-    )
+    error_tolerance: float = Field(0.05, ge=0, description="of rank ratio auto: error above the best split's")
     latency_tokens: int | None = Field(
-        None, ge=1, description="tokens that rank ratio auto times a layer with [default: of one picture; of text 1]"
+        None, ge=1, description="of rank ratio auto: tokens to time a layer with [default: of a picture; 1 for text]"
     )
     pattern: str | None = Field(
         None,
-        description="where S keeps its non-zeros: row, layer or N:M such as 2:4 "
-        "[default: the method's own; row for oats]",
+        description="non-zeros by row, by layer or N:M, such as 2:4 [default: row; baselines: their own]",
     )
-    iterations: int = Field(80, ge=1, description="rounds of alternating thresholding at most")
-    solver: Solver = Field("fast", description="fast: warm-started and extrapolated; exact: an SVD each round")
-    tolerance: float = Field(
-        1e-3, ge=0, lt=1, description="fast stops when ten rounds lower the error by less than this share; 0: never"
-    )
+    iterations: int = Field(80, ge=1, description="rounds of thresholding at most")
+    solver: Solver = Field("fast", description="fast: warm-started and extrapolated; exact: SVDs")
+    tolerance: float = Field(1e-3, ge=0, lt=1, description="fast stops when ten rounds gain less; 0: never")
     scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")
     refit: bool | None = Field(
         None,
-        description="after OATS, fit S's values, U and V to the inputs' full second moments by least squares "
-        "[default: yes for oats with scaling second_moment]",
+        description="least-squares fit of S, U, V to the outputs after OATS [default: yes with scaling second_moment]",
     )
     fused_qkv: Literal["split", "joint"] = Field("split", description="decompose a fused qkv as three matrices or one")
-    storage_dtype: Dtype | None = Field(
-        None, description="precision that the weights are rounded to and stored in [default: the checkpoint's own]"
-    )
+    storage_dtype: Dtype | None = Field(None, description="precision of the stored weights [default: the model's own]")
     skip: tuple[str, ...] = Field(
-        (), description="linears or blocks to leave dense, by name, such as '*.mlp.fc2' or 'blocks.0'"
+        (), description="linears or blocks to leave dense, such as '*.mlp.fc2'; may be repeated"
     )
 
     @field_validator("skip", mode="before")
     @classmethod
     def _one_or_more(cls, skip: Any) -> Any:
         if skip is not None and not isinstance(skip, (str, list, tuple)):
-            raise ValueError("must be a name or a list of names")
+            raise ValueError(f"skip must be a name or a list of names, got {skip!r}")
         return (skip,) if isinstance(skip, str) else skip or ()
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            return str(Pattern.parse(pattern))
+        except ValueError as wrong:
+            raise ValueError(f"{wrong}{'.' * bool(hint := did_you_mean(pattern, PATTERNS))}{hint}") from None
 
     @model_validator(mode="after")
     def _complete(self) -> "CompressionSettings":
@@ -121,44 +129,61 @@ class CompressionSettings(BaseModel):
 class RunConfig(CompressionSettings):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
-    model: str = Field(
-        "demo", description="alias, timm name, hf:org/name, hub:entry, a local directory or a .gguf file"
-    )
-    pretrained: bool = Field(True, description="load the trained weights; without, random ones (to try a run)")
-    image_size: int | None = Field(None, ge=1, description="input size, if not the model's own (timm models)")
-    trust_remote_code: bool = Field(False, description="run model code from a hub (hub: and some hf: models need it)")
+    model: str = Field("demo", description="alias, timm name, hf:org/name, hub:entry, a folder or a .gguf file")
+    pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")
+    image_size: int | None = Field(None, ge=1, description="input size (timm models) [default: its own]")
+    trust_remote_code: bool = Field(False, description="run model code from a hub (hub:, some hf: models)")
     data: str | None = Field(
         None,
-        description="calibration pictures: a folder, hf:name[:config] or demo; for language models a .txt or .jsonl "
-        "file, c4, wikitext, fineweb, hf:name[:config] or demo",
+        description="folder of pictures, .txt, .jsonl, hf:name[:config], c4, wikitext, fineweb, demo "
+        "[default: demo for the model demo]",
     )
-    split: str = Field("train", description="split of a Hugging Face dataset for calibration")
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    eval: bool = Field(True, description="measure what it cost")
     eval_data: str | None = Field(
         None, description="labelled pictures for top-1, or text for perplexity, before and after"
     )
     eval_split: str | None = Field(
-        None, description="split of a Hugging Face dataset for the evaluation [default: validation, of text test]"
+        None, description="split of a Hugging Face dataset [default: validation; test for text]"
     )
-    eval_samples: int | None = Field(
-        None, ge=1, description="evaluate on that many pictures, or windows of text, only [default: all]"
-    )
-    streaming: bool = Field(False, description="stream Hugging Face datasets in place of downloading them")
-    samples: int | None = Field(
-        None, ge=1, description="calibration pictures, or sequences of text [default: 2048, 128]"
-    )
-    batch_size: int | None = Field(None, ge=1, description="pictures, or sequences, in a batch [default: 64, 4]")
-    sequence_length: int = Field(2048, ge=2, description="tokens in a sequence (language models)")
+    eval_samples: int | None = Field(None, ge=1, description="pictures, or windows of text [default: all]")
+    streaming: bool = Field(False, description="stream Hugging Face datasets: no download")
+    samples: int | None = Field(None, ge=1, description="pictures, or sequences of text [default: 2048; 128 for text]")
+    batch_size: int | None = Field(None, ge=1, description="pictures or sequences at a time [default: 64; 4 for text]")
+    sequence_length: int = Field(2048, ge=2, description="tokens in a sequence (text)")
     workers: int = Field(0, ge=0, description="processes that read pictures")
     seed: int = Field(42, description="of the choice of calibration data")
-    device: str = Field("auto", description="auto (CUDA if it is there), cpu, cuda, cuda:1, ...")
-    dtype: Dtype = Field("float32", description="precision that the model computes in")
-    activation_memory: float = Field(8.0, gt=0, description="GB of activations kept in memory; the rest on disk")
-    out: Path = Field(Path("oats_compressed"), description="directory to write")
-    eval: bool = Field(True, description="measure what it cost")
+    device: str = Field("auto", description="auto (CUDA if there), cpu, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the arithmetic")
+    activation_memory: float = Field(8.0, gt=0, description="for activations, the rest on disk")
+    out: Path = Field(Path("oats_compressed"), description="folder to write")
+    overwrite: bool = Field(False, description="replace the checkpoint in --out")
+    merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
     report: bool = Field(True, description="write OUT/report.html")
     dry_run: bool = Field(False, description="say what would be done, and stop")
-    overwrite: bool = Field(False, description="replace an existing checkpoint in --out")
-    merge: bool = Field(False, description="also write the dense S + U V as a plain checkpoint, in OUT/merged")
+
+    @field_validator("device")
+    @classmethod
+    def _spelt_device(cls, device: str) -> str:
+        kind = device.partition(":")[0]
+        if kind not in TORCH_DEVICES and (hint := did_you_mean(kind, DEVICES)):
+            raise ValueError(f"device {device!r} is not known.{hint}")
+        return device
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RunConfig":
+        if self.merge and self.method == "slicegpt":
+            raise ValueError("merge is for methods that keep the layers' shapes, and slicegpt makes them smaller")
+        if self.eval_data and not self.eval:
+            raise ValueError("eval_data is given, and nothing is to be evaluated (--no-eval): leave one of them out")
+        return self
+
+    def check_data(self) -> None:
+        """Raises ConfigError if there is nothing to calibrate on: a file of settings may leave that to a flag."""
+        if self.data is None and self.model != "demo":
+            raise ConfigError(
+                "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
+            )
 
     def completed(self, unit: Literal["pictures", "sequences"]) -> "RunConfig":
         """With the defaults that depend on what the model reads."""
@@ -176,8 +201,16 @@ class RunConfig(CompressionSettings):
         return CompressionSettings(**{name: getattr(self, name) for name in names})
 
 
-def validated(kind: type[Config], fields: dict[str, Any]) -> Config:
+def flag(name: str) -> str:
+    """The flag that sets a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def validated(kind: type[Config], fields: dict[str, Any], called: Callable[[str], str] = str) -> Config:
     """Build a configuration.
+
+    Args:
+        called: what an error calls a field: its own name, or its `flag`.
 
     Raises:
         ConfigError: one line that names each field that is wrong, what it was and what is allowed.
@@ -185,17 +218,69 @@ def validated(kind: type[Config], fields: dict[str, Any]) -> Config:
     try:
         return kind(**fields)
     except ValidationError as invalid:
-        lines = []
-        for error in invalid.errors():
-            name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
-            if error["type"] == "extra_forbidden":
-                message = f"is no setting; known: {', '.join(kind.model_fields)}"
-            elif error["type"] == "string_type":
-                message = f"must be text (in YAML in quotes), got {error['input']!r}"
-            elif name:
-                message = f"{message}, got {error['input']!r}"
-            lines.append(f"{name}: {message}" if name else message)
-        raise ConfigError("; ".join(lines)) from None
+        # one for each field: of a union there is an error for each of its types
+        messages = {error["loc"][:1]: _message(kind, error, called) for error in reversed(invalid.errors())}
+        raise ConfigError("; ".join(reversed(messages.values()))) from None
+
+
+def _message(kind: type[BaseModel], error: Any, called: Callable[[str], str]) -> str:
+    """What is wrong with one field, as `NAME must be WHAT IS ALLOWED, got VALUE`."""
+    message, given = error["msg"].removeprefix("Value error, "), error["input"]
+    if error["type"] == "value_error":  # of ours: begins with the name
+        name, _, rest = message.partition(" ")
+        return f"{called(name) if name in kind.model_fields else name} {rest}"
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"{name} is no setting" + (
+            f".{hint}"
+            if (hint := did_you_mean(name, kind.model_fields))
+            else f"; known: {', '.join(kind.model_fields)}"
+        )
+    if error["type"] == "string_type":
+        return f"{called(name)} must be text (in YAML in quotes), got {given!r}"
+    hint = did_you_mean(given, choices(kind, name)) if isinstance(given, str) else ""
+    whole = ["a whole number"] * error["type"].startswith("int_")
+    shown = f"{given}" if error["type"].startswith(("greater", "less")) else repr(given)
+    right = ", ".join([*whole, *filter(None, [allowed(kind, name)])]) or message
+    return f"{called(name)} must be {right}, got {shown}{'.' * bool(hint)}{hint}"
+
+
+@cache
+def _schemas(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """The JSON schemas of the fields: what pydantic itself makes of their types and ranges."""
+    return kind.model_json_schema()["properties"]
+
+
+def _kinds(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
+    """The schemas of the values that a field may have, besides None."""
+    schema = _schemas(kind)[name]
+    return [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+
+
+def choices(kind: type[BaseModel], name: str) -> list[str]:
+    """The words that a field takes, if it takes only certain ones."""
+    return [word for one in _kinds(kind, name) for word in one.get("enum", [one["const"]] if "const" in one else [])]
+
+
+def allowed(kind: type[BaseModel], name: str) -> str:
+    """The values that a field takes, in words: `in (0, 1)`, `at least 1`, `split or joint`; or none."""
+    *others, last = [*filter(None, map(_range, _kinds(kind, name))), *choices(kind, name)] or [""]
+    return f"{', '.join(others)}{' or ' * bool(others)}{last}"
+
+
+def _range(schema: dict[str, Any]) -> str:
+    if schema.get("type") == "boolean":
+        return "true or false"
+    if schema.get("type") not in ("number", "integer"):
+        return ""
+    above, least = schema.get("exclusiveMinimum"), schema.get("minimum")
+    below, most = schema.get("exclusiveMaximum"), schema.get("maximum")
+    low, high = above if least is None else least, below if most is None else most
+    if low is not None and high is not None:
+        return f"in {'(' if least is None else '['}{low:g}, {high:g}{')' if most is None else ']'}"
+    if low is not None:
+        return f"above {low:g}" if least is None else f"at least {low:g}"
+    return ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -219,18 +304,19 @@ def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
         ConfigError: the file is missing, no YAML mapping, or a field is wrong.
     """
     fields: dict[str, Any] = {}
+    where = f"--config {path}: " if path else ""
     if path is not None:
         try:
             fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-            raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
+            raise ConfigError(f"{where}{' '.join(str(problem).split())}") from None
         if not isinstance(fields, dict):
-            raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+            raise ConfigError(f"{where}must be a mapping of settings, got {type(fields).__name__}")
         odd = [name for name in fields if not isinstance(name, str)]
         if odd:
-            raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
-    fields |= {name: value for name, value in flags.items() if value is not None}
+            raise ConfigError(f"{where}{odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return validated(RunConfig, fields)
+        return validated(RunConfig, fields | given, lambda name: name if name in fields.keys() - given else flag(name))
     except ConfigError as wrong:
-        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None
+        raise ConfigError(f"{where}{wrong}") from None

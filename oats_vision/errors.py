@@ -1,5 +1,8 @@
 """The errors that a user can cause and mend; the CLI prints their one line and stops."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class OatsVisionError(Exception):
     """Base of all errors that say what was given, what is allowed and what to do."""
@@ -19,3 +22,13 @@ class DataError(OatsVisionError):
 
 class CheckpointError(OatsVisionError):
     """A checkpoint cannot be written or is not a valid checkpoint."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question after a misspelt word, such as " Did you mean 'row'?"; empty if nothing known is close to it.
+
+    Case counts for nothing, and the closest of at most three words comes first.
+    """
+    written = {name.lower(): name for name in known}
+    *others, last = [repr(written[name]) for name in get_close_matches(word.lower(), written, n=3)] or [""]
+    return f" Did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if last else ""

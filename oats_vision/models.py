@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oats_vision.adapters import SHIPPED, adapters, find_adapter
+from oats_vision.aliases import ALIASES, unknown_model
 from oats_vision.architecture import (
     ModelSource,
     from_torch_hub,
@@ -32,26 +33,11 @@ from oats_vision.architecture import (
 from oats_vision.errors import ModelError
 from oats_vision.transforms import Transform, TransformConfig, build_transform, plain, timm_transform_config
 
-__all__ = ["ALIASES", "ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_source", "source_of"]
+__all__ = ["ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_source", "source_of"]
 
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # folder of a compressed language model's directory
-
-_DINOV2 = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
-_DINOV3 = {
-    "vits16": "small",
-    "vits16plus": "small_plus",
-    "vitb16": "base",
-    "vitl16": "large",
-    "vith16plus": "huge_plus",
-    "vit7b16": "7b",
-}
-ALIASES = {
-    **{f"dinov2_{short}": f"vit_{size}_patch14_dinov2.lvd142m" for short, size in _DINOV2.items()},
-    **{f"dinov2_{short}_reg": f"vit_{size}_patch14_reg4_dinov2.lvd142m" for short, size in _DINOV2.items()},
-    **{f"dinov3_{short}": f"vit_{size}_patch16_dinov3.lvd1689m" for short, size in _DINOV3.items()},
-}
 
 
 def demo_directory() -> Path:
@@ -94,10 +80,7 @@ def load_model(
     elif timm.is_model(ALIASES.get(name, name)):
         model, source = _from_timm(ALIASES.get(name, name), pretrained, image_size)
     else:
-        raise ModelError(
-            f"unknown model {name!r}: give a directory, hf:org/name, hub:entry, a timm name or an alias "
-            f"({', '.join(sorted(ALIASES))}, demo); `oats-vision models --search {name.split('.')[0][:12]}` helps"
-        )
+        raise unknown_model(name)
     if image_size is not None and source.kind != "timm":
         raise ModelError(f"image_size {image_size} can be set for timm models only, and {name!r} is not one")
     find_adapter(model)

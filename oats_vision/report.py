@@ -1,16 +1,19 @@
 """Tables of a run, of a checkpoint's layers and of measurements."""
 
+from __future__ import annotations
+
 import html
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from oats_vision.benchmark import Timing
-from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
-from oats_vision.pipeline import CompressionReport
+if TYPE_CHECKING:
+    from oats_vision.benchmark import Timing
+    from oats_vision.evaluation import Perplexity, Top1
+    from oats_vision.pipeline import CompressionReport
 
 CHANGES = ("dense", "compressed", "change [95% interval]")  # headings
 
@@ -32,6 +35,8 @@ def run_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
 
 def score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[str]]:
     """Name, both values and the change, for each figure of an evaluation on labelled pictures, or on text."""
+    from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
+
     if isinstance(dense, Perplexity) and isinstance(ours, Perplexity):
         return [["perplexity", f"{dense.value:.3f}", f"{ours.value:.3f}", str(paired_ratio(dense, ours))]]
     assert isinstance(dense, Top1)

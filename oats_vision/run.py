@@ -164,8 +164,6 @@ def run(config: RunConfig, display: Display) -> Outcome:
         OatsVisionError: something that was given is wrong; nothing is written then, or the checkpoint is whole and the
             message says so.
     """
-    if config.merge and config.method == "slicegpt":
-        raise ConfigError("--merge is for methods that keep the layers' shapes, and slicegpt makes them smaller")
     with checkpoint.locked(config.out):
         checkpoint.check_target(config.out, config.overwrite)
         return _run(config, display)
@@ -217,10 +215,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
         OatsVisionError: something that was given is wrong.
     """
     device = choose_device(config.device)
-    if config.data is None and config.model != "demo":
-        raise ConfigError(
-            "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
-        )
+    config.check_data()
     with display.status(f"loading {config.model}"):
         model, transform = load_model(
             config.model,

@@ -102,10 +102,10 @@ def test_rank_ratio_auto_from_the_command_line(model_directory, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "auto" in done.stdout
     for wrong, words in (
-        (["--rank-ratio", "auto", "--method", "wanda"], "rank_ratio"),
-        (["--rank-ratio", "auto", "--pattern", "2:4"], "rank_ratio auto"),
-        (["--rank-ratio", "fast"], "rank_ratio"),
-        (["--rank-ratio", "auto", "--error-tolerance", "-1"], "error_tolerance"),
+        (["--rank-ratio", "auto", "--method", "wanda"], "--rank-ratio"),
+        (["--rank-ratio", "auto", "--pattern", "2:4"], "--rank-ratio auto"),
+        (["--rank-ratio", "fast"], "--rank-ratio"),
+        (["--rank-ratio", "auto", "--error-tolerance", "-1"], "--error-tolerance"),
     ):
         done = run("compress", *wrong, "--out", tmp_path / "wrong")
         assert done.returncode == 1, wrong

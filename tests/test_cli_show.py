@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import oats_vision as ov
-from oats_vision.cli import app
+from oats_vision.cli.commands import app
 from oats_vision.errors import OatsVisionError
 
 

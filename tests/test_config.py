@@ -39,11 +39,11 @@ def test_plain_values_of_yaml_are_what_they_look_like(read, text, field, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pattern: 24", r"pattern: must be text \(in YAML in quotes\), got 24"),
-        ("model: 1.5", r"model: must be text .* got 1\.5"),
+        ("pattern: 24", r"pattern must be text \(in YAML in quotes\), got 24"),
+        ("model: 1.5", r"model must be text .* got 1\.5"),
         ("1: 2", "1 is no setting; known: method"),
-        ("skip: 3", "skip: must be a name or a list of names, got 3"),
-        ("skip: [3]", r"skip\.0: must be text .* got 3"),
+        ("skip: 3", "skip must be a name or a list of names, got 3"),
+        ("skip: [3]", r"skip must be text .* got 3"),
         ("rate: !!python/name:os.system", "could not determine a constructor"),
     ],
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
 from oats_vision.adapters.experts import fuse_experts, separate_experts
+from oats_vision.aliases import SERVES
 
 LLAMA = Residual(
     "input_layernorm", "self_attn", ("self_attn.o_proj",), "post_attention_layernorm", "mlp", ("mlp.down_proj",)
@@ -27,7 +28,6 @@ class Family:
     """
 
     name: str
-    serves: str
     residual: Residual | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] = lambda model: None
@@ -76,37 +76,36 @@ def _path(model: nn.Module, block_class: str) -> str:
     return blocks_of_class(model, block_class) or ""
 
 
-def _mixture(name: str, serves: str) -> Family:
+def _mixture(name: str) -> Family:
     """A family whose MLPs are experts that share two parameters."""
     fused = {"mlp.experts.gate_up_proj": ("gate", "up")}
-    return Family(name, serves, None, fused, separate_experts, fuse_experts)
+    return Family(name, None, fused, separate_experts, fuse_experts)
 
 
 FAMILIES = {
-    "LlamaDecoderLayer": Family("lm_llama", "Llama, SmolLM and others of class Llama*", LLAMA),
-    "MistralDecoderLayer": Family("lm_mistral", "Mistral", LLAMA),
-    "Qwen2DecoderLayer": Family("lm_qwen2", "Qwen2 and Qwen2.5", LLAMA),
-    "Qwen3DecoderLayer": Family("lm_qwen3", "Qwen3", LLAMA),
+    "LlamaDecoderLayer": Family("lm_llama", LLAMA),
+    "MistralDecoderLayer": Family("lm_mistral", LLAMA),
+    "Qwen2DecoderLayer": Family("lm_qwen2", LLAMA),
+    "Qwen3DecoderLayer": Family("lm_qwen3", LLAMA),
     "Phi3DecoderLayer": Family(
         "lm_phi3",
-        "Phi-3 and Phi-4",
         LLAMA,
         {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
     ),
-    "GemmaDecoderLayer": Family("lm_gemma", "Gemma"),
-    "OPTDecoderLayer": Family("lm_opt", "OPT"),
-    "GPT2Block": Family("lm_gpt2", "GPT-2", GPT2, {"attn.c_attn": ("q", "k", "v")}, _linears, _transposed),
-    "GPTNeoXLayer": Family("lm_gpt_neox", "GPT-NeoX and Pythia"),
-    "MixtralDecoderLayer": _mixture("lm_mixtral", "Mixtral"),
-    "Qwen3MoeDecoderLayer": _mixture("lm_qwen3_moe", "Qwen3 mixtures of experts"),
-    "OlmoeDecoderLayer": _mixture("lm_olmoe", "OLMoE"),
+    "GemmaDecoderLayer": Family("lm_gemma"),
+    "OPTDecoderLayer": Family("lm_opt"),
+    "GPT2Block": Family("lm_gpt2", GPT2, {"attn.c_attn": ("q", "k", "v")}, _linears, _transposed),
+    "GPTNeoXLayer": Family("lm_gpt_neox"),
+    "MixtralDecoderLayer": _mixture("lm_mixtral"),
+    "Qwen3MoeDecoderLayer": _mixture("lm_qwen3_moe"),
+    "OlmoeDecoderLayer": _mixture("lm_olmoe"),
 }
 
 
 def _adapter(block_class: str, family: Family) -> Adapter:
     return Adapter(
         name=family.name,
-        serves=f"Hugging Face causal language models: {family.serves}",
+        serves=SERVES[family.name],
         matches=lambda model: hasattr(model, "lm_head") and blocks_of_class(model, block_class) is not None,
         blocks=lambda model: _path(model, block_class),
         fused=family.fused,

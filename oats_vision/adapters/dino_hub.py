@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from oats_vision.adapters.base import Adapter, Residual
+from oats_vision.aliases import SERVES
 
 
 def _is_hub_model(model: nn.Module, package: str) -> bool:
@@ -56,7 +57,7 @@ def _masked_qkv(model: nn.Module) -> None:
 ADAPTERS = [
     Adapter(
         name="dinov2_hub",
-        serves="facebookresearch/dinov2 from torch.hub",
+        serves=SERVES["dinov2_hub"],
         matches=lambda model: _is_hub_model(model, "dinov2"),
         blocks=lambda model: "blocks",
         fused={"attn.qkv": ("q", "k", "v")},
@@ -66,7 +67,7 @@ ADAPTERS = [
     ),
     Adapter(  # its blocks take lists of tensors, which sliced blocks do not: no `residual`
         name="dinov3_hub",
-        serves="facebookresearch/dinov3 from torch.hub",
+        serves=SERVES["dinov3_hub"],
         matches=lambda model: _is_hub_model(model, "dinov3"),
         blocks=lambda model: "blocks",
         fused={"attn.qkv": ("q", "k", "v")},

@@ -5,16 +5,17 @@ from typing import Any
 from torch import nn
 
 from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
+from oats_vision.aliases import SERVES
 
 # class of a block in transformers -> adapter
 FAMILIES = {
-    "ViTLayer": ("hf_vit", "Hugging Face ViT and DeiT checkpoints of class ViT*"),
-    "DeiTLayer": ("hf_deit", "Hugging Face DeiT"),
-    "Dinov2Layer": ("hf_dinov2", "Hugging Face Dinov2*"),
-    "Dinov2WithRegistersLayer": ("hf_dinov2_with_registers", "Hugging Face Dinov2WithRegisters*"),
-    "DINOv3ViTLayer": ("hf_dinov3", "Hugging Face DINOv3ViT*"),
-    "CLIPEncoderLayer": ("hf_clip", "Hugging Face CLIP vision towers"),
-    "SiglipEncoderLayer": ("hf_siglip", "Hugging Face SigLIP vision towers"),
+    "ViTLayer": "hf_vit",
+    "DeiTLayer": "hf_deit",
+    "Dinov2Layer": "hf_dinov2",
+    "Dinov2WithRegistersLayer": "hf_dinov2_with_registers",
+    "DINOv3ViTLayer": "hf_dinov3",
+    "CLIPEncoderLayer": "hf_clip",
+    "SiglipEncoderLayer": "hf_siglip",
 }
 MLP_OUT = ("mlp.fc2", "mlp.down_proj")
 DINO = Residual("norm1", "attention", ("attention.o_proj",), "norm2", "mlp", MLP_OUT, "layer_scale1", "layer_scale2")
@@ -63,10 +64,10 @@ def _prefix_tokens(model: nn.Module, block_class: str) -> int:
     return 1 + int(getattr(config, "num_register_tokens", 0))
 
 
-def _adapter(block_class: str, name: str, serves: str) -> Adapter:
+def _adapter(block_class: str, name: str) -> Adapter:
     return Adapter(
         name=name,
-        serves=serves,
+        serves=SERVES[name],
         # not a module of the user's own that holds one of transformers: that is for `wrappers`
         matches=lambda model: hasattr(model, "config") and _vision_blocks(model, block_class) is not None,
         blocks=lambda model: _vision_blocks(model, block_class) or "",
@@ -76,4 +77,4 @@ def _adapter(block_class: str, name: str, serves: str) -> Adapter:
     )
 
 
-ADAPTERS = [_adapter(block_class, name, serves) for block_class, (name, serves) in FAMILIES.items()]
+ADAPTERS = [_adapter(block_class, name) for block_class, name in FAMILIES.items()]

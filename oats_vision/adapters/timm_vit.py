@@ -5,6 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from oats_vision.adapters.base import Adapter, Residual
+from oats_vision.aliases import SERVES
 
 QKV = {"attn.qkv": ("q", "k", "v")}
 
@@ -38,7 +39,7 @@ def _call_qkv_as_module(model: nn.Module) -> None:
 ADAPTERS = [
     Adapter(
         name="timm_vit",
-        serves="timm VisionTransformer: ViT, DeiT, DINOv2 with and without registers, SigLIP, CLIP, AugReg",
+        serves=SERVES["timm_vit"],
         matches=lambda model: isinstance(model, VisionTransformer),
         blocks=lambda model: "blocks",
         fused=QKV,
@@ -50,7 +51,7 @@ ADAPTERS = [
     ),
     Adapter(
         name="timm_eva",
-        serves="timm Eva: DINOv3, EVA-02, Perception Encoder",
+        serves=SERVES["timm_eva"],
         matches=lambda model: isinstance(model, Eva),
         blocks=lambda model: "blocks",
         fused=QKV,

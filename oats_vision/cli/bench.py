@@ -1,59 +1,69 @@
 """`oats-vision bench`: how fast a compressed model is on this machine, against the dense one."""
 
-import json
-from pathlib import Path
-from typing import Annotated
+from __future__ import annotations
 
-import torch
+import json
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from oats_vision import checkpoint, report
-from oats_vision.benchmark import BEGINNING, dense_twin, plain_picture, time_pictures, time_text, weight_bytes
-from oats_vision.cli.common import (
-    Json,
-    dtype_of,
-    need_directory,
-    need_transform,
-    notes,
-    results,
-    warn_if_slow,
-)
+from oats_vision import logs
+from oats_vision.cli.common import dtype_of, need_directory, need_transform, notes, results, warn_if_slow
+from oats_vision.cli.help import MACHINE, MEASURE
+from oats_vision.cli.options import Device, Directory, Dtype, Json, LogFile, Trust, Verbose, option
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError
-from oats_vision.kernels.semi_structured import to_semi_structured
-from oats_vision.machine import choose_device, machine, machine_line
 
-Sizes = Annotated[list[int], typer.Option(min=1, max=2**16, help="pictures in a batch; may be repeated")]
-Prompts = Annotated[list[int], typer.Option(min=1, max=2**20, help="tokens of a prompt (text); may be repeated")]
+if TYPE_CHECKING:
+    import torch
+
+Sizes = Annotated[
+    list[int], option(MEASURE, min=1, max=2**16, metavar="N", help="pictures in a batch; may be repeated")
+]
+Prompts = Annotated[
+    list[int], option(MEASURE, min=1, max=2**20, metavar="N", help="tokens of a prompt (text); may be repeated")
+]
+EXAMPLES = """\
+  oats-vision bench dinov2_l_50
+  oats-vision bench dinov2_l_50 --batch-size 1 --batch-size 64 --threads 8
+  oats-vision bench smollm2_50 --prompt 512 --new-tokens 64"""
 
 
 def bench(
-    directory: Annotated[Path, typer.Argument(help="a compressed checkpoint")],
+    directory: Directory,
     batch_size: Sizes = [1, 16],  # noqa: B006
     prompt: Prompts = [128],  # noqa: B006
-    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate (text)")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="of each measurement; medians are shown")] = 7,
-    dtype: Annotated[str, typer.Option(help="precision to compute in: float32, bfloat16 or float16")] = "float32",
+    new_tokens: Annotated[int, option(MEASURE, min=1, metavar="N", help="tokens to generate (text)")] = 32,
+    repeats: Annotated[int, option(MEASURE, min=1, metavar="N", help="of each measurement; medians are shown")] = 7,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="of the CPU", show_default="PyTorch's own")
+        int | None, option(MACHINE, min=1, max=1024, metavar="N", help="of the CPU", show_default="PyTorch's own")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
+    verbose: Verbose = False,
+    log_file: LogFile = None,
 ) -> None:
     """Time a compressed model against its dense twin: latency, throughput and memory of the weights.
 
     Both run the same inputs in turns, in the same precision. The twin has dense layers of the same shapes; compressed
     layers keep their stored precision.
     """
+    logs.set_up(verbose, log_file)
     need_directory(directory)
+    import torch
+
+    from oats_vision import checkpoint, report
+    from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
+    from oats_vision.kernels.semi_structured import to_semi_structured
+    from oats_vision.machine import choose_device, machine, machine_line
+
     if threads:
         torch.set_num_threads(threads)
     target = choose_device(device)
-    warn_if_slow("--dtype", dtype_of("--dtype", dtype), target)
-    compressed = checkpoint.load(
-        directory, device=target, dtype=dtype_of("--dtype", dtype), trust_remote_code=trust_remote_code
-    )
+    warn_if_slow("--dtype", dtype_of(dtype), target)
+    compressed = checkpoint.load(directory, device=target, dtype=dtype_of(dtype), trust_remote_code=trust_remote_code)
     dense = dense_twin(compressed)
     if target.type == "cuda" and dtype != "float32":
         to_semi_structured(compressed)  # the layers that are 2:4
@@ -66,7 +76,7 @@ def bench(
         if picture is None:
             timings = time_text(dense, compressed, vocabulary, prompt, new_tokens, repeats, progress)
         else:
-            picture = picture.to(target, dtype_of("--dtype", dtype))
+            picture = picture.to(target, dtype_of(dtype))
             timings = time_pictures(dense, compressed, picture, batch_size, repeats, progress)
     memory = (weight_bytes(dense), weight_bytes(compressed))
     if as_json:
@@ -87,6 +97,8 @@ def bench(
 
 def _see_positions(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> None:
     """Raises ConfigError if a language model has no positions for so much text."""
+    from oats_vision.benchmark import BEGINNING
+
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int):
         for flag, tokens in (("--prompt", max(prompt)), ("--new-tokens", BEGINNING + new_tokens)):

@@ -1,24 +1,33 @@
-"""What the commands share: consoles, options, devices, and what they say of the machine."""
+"""What the commands share: consoles, directories, and protocols with a progress bar."""
+
+from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import typer
 from rich.console import Console
-from rich.markup import escape
 
-from oats_vision.config import RunConfig
-from oats_vision.data import Batches
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError, ModelError
-from oats_vision.evaluation import Perplexity, Top1, evaluate_top1
-from oats_vision.evaluation import perplexity as perplexity_protocol
-from oats_vision.machine import slow_dtype_warning
-from oats_vision.transforms import Transform
+from oats_vision.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from oats_vision.data import Batches
+    from oats_vision.evaluation import Perplexity, Top1
+    from oats_vision.transforms import Transform
 
 log = logging.getLogger(__name__)
+
+
+def warn_if_slow(flag: str, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Say so if a dtype that a flag gives takes this processor longer than float32."""
+    from oats_vision.machine import slow_dtype_warning
+
+    remedy = f"leave {flag} out" if flag == "--mixed-precision" else f"use {flag} float32"
+    if dtype is not None and (warning := slow_dtype_warning(dtype, device, remedy)):
+        log.warning(warning)
 
 
 def plain_console(**options: Any) -> Console:
@@ -28,8 +37,6 @@ def plain_console(**options: Any) -> Console:
 
 notes = plain_console(stderr=True)  # progress and warnings; results go to standard output
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object to standard output, and nothing else there")]
-
 
 def results() -> Console:
     """Standard output; wide enough for the tables when it is a file or a pipe."""
@@ -37,31 +44,13 @@ def results() -> Console:
     return console if console.is_terminal else plain_console(width=120)
 
 
-def option(name: str, *flags: str) -> Any:
-    """An option of RunConfig; unset flags leave the field to the YAML file or the default."""
-    field = RunConfig.model_fields[name]
-    default = "" if field.default in (None, ()) else f" [default: {field.default}]"
-    return typer.Option(*flags, help=escape(f"{field.description}{default}"), show_default=False)
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name that the options have checked."""
+    import torch
 
-
-def dtype_of(flag: str, name: str) -> torch.dtype:
-    """The dtype of that name.
-
-    Raises:
-        ConfigError: none of those that models compute in.
-    """
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ConfigError(f"{flag} must be float32, float16 or bfloat16, got {name!r}")
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def warn_if_slow(flag: str, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Say so if a dtype that a flag gives takes this processor longer than float32."""
-    remedy = f"leave {flag} out" if flag == "--mixed-precision" else f"use {flag} float32"
-    if dtype is not None and (warning := slow_dtype_warning(dtype, device, remedy)):
-        log.warning(warning)
 
 
 def need_directory(directory: Path) -> None:
@@ -84,6 +73,8 @@ def need_transform(transform: Transform | None, model: str) -> Transform:
 
 def top1(model: torch.nn.Module, batches: Batches, what: str, mixed_precision: torch.dtype | None = None) -> Top1:
     """`evaluate_top1` with a progress bar."""
+    from oats_vision.evaluation import evaluate_top1
+
     with Display(notes).counting(f"top-1 {what}", "pictures", batches.total) as progress:
         return evaluate_top1(model, batches, progress, mixed_precision=mixed_precision)
 
@@ -92,6 +83,8 @@ def perplexity(
     model: torch.nn.Module, ids: torch.Tensor, what: str, *, length: int, stride: int | None = None, batch_size: int = 1
 ) -> Perplexity:
     """`evaluation.perplexity` with a progress bar."""
+    from oats_vision import evaluation
+
     windows = max(len(ids) - length, 0) // (stride or length) + 1
     with Display(notes).counting(f"perplexity {what}", "windows", windows) as progress:
-        return perplexity_protocol(model, ids, length=length, stride=stride, batch_size=batch_size, progress=progress)
+        return evaluation.perplexity(model, ids, length=length, stride=stride, batch_size=batch_size, progress=progress)

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from oats_vision.cli.common import Json, need_directory, results
+from oats_vision.cli.common import need_directory, results
+from oats_vision.cli.help import MODELS, OUTPUT
+from oats_vision.cli.options import Json, option
 from oats_vision.cli.pages import see_writable
 
 EXAMPLES = """\
@@ -15,8 +17,10 @@ EXAMPLES = """\
 
 
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="2 to 20 compressed checkpoints")],
-    html: Annotated[Path, typer.Option(metavar="FILE", help="page to write, which works offline")] = Path(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="2 to 20 compressed models", rich_help_panel=MODELS)
+    ],
+    html: Annotated[Path, option(OUTPUT, metavar="FILE", help="page to write, which works offline")] = Path(
         "compare.html"
     ),
     as_json: Json = False,

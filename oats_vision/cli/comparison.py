@@ -1,32 +1,49 @@
 """What the commands of `oats-vision eval` share: both models, one after the other, and what is shown of them."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor, nn
 
-from oats_vision import checkpoint, report
+from oats_vision.aliases import check_model
 from oats_vision.cli.common import dtype_of, need_transform, results, warn_if_slow
+from oats_vision.cli.help import MODELS
+from oats_vision.cli.options import option, suggest
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.evaluation import Difference, Perplexity, Ratio, paired_difference, paired_ratio
-from oats_vision.machine import choose_device, machine
-from oats_vision.models import ModelSource, load_model, source_of
-from oats_vision.transforms import Transform
 
-Model = Annotated[str, typer.Argument(help="a compressed checkpoint, or any model that `compress` takes")]
-Dense = Annotated[
-    str | None, typer.Option(help="the dense model to compare with", show_default="the one that was compressed")
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from oats_vision.architecture import ModelSource
+    from oats_vision.evaluation import Difference, Perplexity, Ratio
+    from oats_vision.transforms import Transform
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="a compressed model, or any that `compress` takes",
+        rich_help_panel=MODELS,
+        autocompletion=suggest("model"),
+    ),
 ]
-NoDense = Annotated[bool, typer.Option("--no-dense", help="evaluate the compressed model alone")]
-Device = Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")]
-Dtype = Annotated[str, typer.Option(help="precision of weights and arithmetic: float32, float16 or bfloat16")]
-Streaming = Annotated[bool, typer.Option("--streaming", help="stream a Hugging Face dataset")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")]
+Dense = Annotated[
+    str | None,
+    option(
+        MODELS,
+        metavar="MODEL",
+        help="the dense model to compare with",
+        show_default="the one that was compressed",
+        autocompletion=suggest("model"),
+    ),
+]
+NoDense = Annotated[bool, option(MODELS, "--no-dense", help="evaluate the compressed model alone")]
 # what to report; for each metric which pictures are right, or the perplexity
-Score = tuple[dict[str, Any], dict[str, Tensor | Perplexity]]
+Score = tuple[dict[str, Any], "dict[str, Tensor | Perplexity]"]
 
 
 class Models:
@@ -35,9 +52,15 @@ class Models:
     def __init__(self, model: str, dense: str | None, no_dense: bool, device: str, dtype: str, trust: bool) -> None:
         if dense and no_dense:
             raise ConfigError("give either --dense or --no-dense")
+        for given in filter(None, (model, dense)):
+            check_model(given)
+        from oats_vision import checkpoint
+        from oats_vision.machine import choose_device
+        from oats_vision.models import ModelSource, load_model
+
         self.device = choose_device(device)
         self.options: dict[str, Any] = {
-            "dtype": dtype_of("--dtype", dtype),
+            "dtype": dtype_of(dtype),
             "device": self.device,
             "trust_remote_code": trust,
         }
@@ -63,6 +86,8 @@ class Models:
         return need_transform(self._transform, self.name)
 
     def _dense(self, source: ModelSource, name: str | None) -> nn.Module:
+        from oats_vision.models import load_model, source_of
+
         given, origin = name is not None, source.origin or {}
         if name is None:
             name = _origin(source, self.directory)
@@ -98,6 +123,9 @@ def show(
     as_json: bool,
 ) -> None:
     """Print the scores and their differences, and add them to the checkpoint's report."""
+    from oats_vision import checkpoint, report
+    from oats_vision.machine import machine
+
     differences: dict[str, Difference | Ratio] = {}
     values: dict[str, list[str]] = {}
     for metric in next(iter(scores.values()))[1]:
@@ -136,10 +164,16 @@ def _origin(source: ModelSource, directory: Path | None) -> str:
 
 
 def _text(score: Tensor | Perplexity) -> str:
+    from oats_vision.evaluation import Perplexity
+
     return f"{score.value:.3f}" if isinstance(score, Perplexity) else f"{100 * float(score.float().mean()):.2f}%"
 
 
 def _difference(dense: Tensor | Perplexity, compressed: Tensor | Perplexity) -> Difference | Ratio:
+    from torch import Tensor
+
+    from oats_vision.evaluation import Perplexity, paired_difference, paired_ratio
+
     if isinstance(dense, Perplexity) and isinstance(compressed, Perplexity):
         return paired_ratio(dense, compressed)
     assert isinstance(dense, Tensor)

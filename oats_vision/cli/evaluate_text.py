@@ -1,44 +1,71 @@
 """`oats-vision eval` on text: perplexity and tasks of the dense and of the compressed language model."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-from torch import nn
-
-from oats_vision.cli.common import Json, notes
+from oats_vision import logs
+from oats_vision.cli.common import notes
 from oats_vision.cli.common import perplexity as score_text
-from oats_vision.cli.comparison import Dense, Device, Dtype, Model, Models, NoDense, Score, Streaming, Trust, show
-from oats_vision.evaluation.harness import ZERO_SHOT, run_tasks
-from oats_vision.models import load_tokenizer
-from oats_vision.text import load_tokens
+from oats_vision.cli.comparison import Dense, Model, Models, NoDense, Score, show
+from oats_vision.cli.help import DATA, MACHINE, MEASURE
+from oats_vision.cli.options import Device, Dtype, Json, LogFile, Streaming, Trust, Verbose, option, suggest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PERPLEXITY_EXAMPLES = """\
+  oats-vision eval perplexity smollm2_50 --data wikitext
+  oats-vision eval perplexity smollm2_50 --data notes.txt \\
+    --sequence-length 1024 --stride 512"""
+LM_EXAMPLES = """\
+  oats-vision eval lm smollm2_50 --tasks piqa --tasks arc_easy
+MMLU as in the paper
+  oats-vision eval lm smollm2_50 --tasks mmlu --shots 5"""
 
 
 def perplexity(
     model: Model,
-    data: Annotated[str, typer.Option(help="text: a .txt or .jsonl file, wikitext, c4, fineweb, hf:name or demo")],
-    split: Annotated[str, typer.Option(help="split of a dataset")] = "test",
-    sequence_length: Annotated[int, typer.Option(min=2, help="tokens in a window")] = 2048,
+    data: Annotated[
+        str,
+        option(
+            DATA,
+            metavar="DATA",
+            help="text: a .txt or .jsonl file, wikitext, c4, fineweb, hf:name or demo",
+            autocompletion=suggest("data"),
+        ),
+    ],
+    split: Annotated[str, option(DATA, metavar="SPLIT", help="split of a dataset")] = "test",
+    sequence_length: Annotated[int, option(MEASURE, min=2, metavar="N", help="tokens in a window")] = 2048,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="tokens that windows move by", show_default="--sequence-length, no overlap"),
+        option(MEASURE, min=1, metavar="N", help="tokens that windows move by", show_default="--sequence-length"),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="the first windows only", show_default="all")] = None,
+    samples: Annotated[
+        int | None, option(DATA, min=1, metavar="N", help="the first windows only", show_default="all")
+    ] = None,
     dense: Dense = None,
     no_dense: NoDense = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="windows in a batch")] = 1,
+    batch_size: Annotated[int, option(MACHINE, min=1, metavar="N", help="windows in a batch")] = 1,
     device: Device = "auto",
     dtype: Dtype = "float32",
     streaming: Streaming = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
+    verbose: Verbose = False,
+    log_file: LogFile = None,
 ) -> None:
     """Perplexity of a language model.
 
     By default the convention of published WikiText-2 figures: the documents joined by empty lines, windows of 2,048
     tokens that do not overlap, an incomplete last one left out. The ratio's interval is over windows.
     """
+    logs.set_up(verbose, log_file)
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    from oats_vision.models import load_tokenizer
+    from oats_vision.text import load_tokens
+
     ids = load_tokens(data, load_tokenizer(model), split=split, streaming=streaming)
     if samples:
         ids = ids[: sequence_length + (samples - 1) * (stride or sequence_length)]
@@ -60,28 +87,36 @@ def lm(
     model: Model,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="of the LM evaluation harness; may be repeated", show_default="the eight of the OATS paper"),
+        option(
+            DATA,
+            metavar="TASK",
+            help="of the LM evaluation harness; may be repeated",
+            show_default="the eight of the OATS paper",
+        ),
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="examples in the prompt", show_default="the task's own")
+        int | None, option(MEASURE, min=0, metavar="N", help="examples in the prompt", show_default="the task's own")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task at most", show_default="all")] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="folder of task definitions of your own")] = None,
+    limit: Annotated[
+        int | None, option(DATA, min=1, metavar="N", help="documents of each task at most", show_default="all")
+    ] = None,
+    task_folder: Annotated[Path | None, option(DATA, metavar="FOLDER", help="task definitions of your own")] = None,
     dense: Dense = None,
     no_dense: NoDense = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="documents in a batch")] = 8,
+    batch_size: Annotated[int, option(MACHINE, min=1, metavar="N", help="documents in a batch")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
     trust_remote_code: Trust = False,
     as_json: Json = False,
+    verbose: Verbose = False,
+    log_file: LogFile = None,
 ) -> None:
-    """Accuracy on tasks of the LM evaluation harness (needs the extra `llm`).
-
-    [bold]oats-vision eval lm smollm_40/ --tasks piqa --tasks arc_easy[/bold]
-
-    MMLU as in the paper: --tasks mmlu --shots 5
-    """
+    """Accuracy on tasks of the LM evaluation harness (needs the extra `llm`)."""
+    logs.set_up(verbose, log_file)
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    from oats_vision.evaluation.harness import ZERO_SHOT, run_tasks
+    from oats_vision.models import load_tokenizer
+
     tokenizer = load_tokenizer(model)
 
     def protocol(module: nn.Module, what: str) -> Score:

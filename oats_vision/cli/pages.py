@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from oats_vision.checkpoint_place import CONFIG, REPORT, WEIGHTS
 from oats_vision.errors import ConfigError
 
 
@@ -20,6 +19,8 @@ def see_writable(html: Path, directories: Iterable[Path]) -> None:
         raise ConfigError(f"--html {html} is a folder: give a file, such as {html / 'report.html'}")
     if not html.resolve().parent.is_dir():
         raise ConfigError(f"--html {html}: the folder {html.resolve().parent} does not exist")
+    from oats_vision.checkpoint_place import CONFIG, REPORT, WEIGHTS
+
     for directory in directories:
         if html.resolve() in {(directory / name).resolve() for name in (CONFIG, WEIGHTS, REPORT)}:
             raise ConfigError(f"--html {html} is a file of the checkpoint: give another one")

@@ -1,34 +1,44 @@
 """`oats-vision inspect`, `models` and `rollout`: look at checkpoints and at what can be compressed."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import timm
-import torch
 import typer
-from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from oats_vision import checkpoint, report
-from oats_vision.adapters import adapters
-from oats_vision.cli.common import Json, need_directory, need_transform, notes, results
+from oats_vision import report
+from oats_vision.aliases import ALIASES, SERVES, timm_models
+from oats_vision.cli.common import need_directory, need_transform, notes, results
+from oats_vision.cli.help import DATA, OUTPUT
+from oats_vision.cli.options import Device, Directory, Json, Trust, option
 from oats_vision.cli.pages import see_writable
-from oats_vision.data import UNREADABLE, open_picture, picture_files
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.html_report import write_html
-from oats_vision.machine import choose_device
-from oats_vision.models import ALIASES
 from oats_vision.progress import shares
-from oats_vision.rollout import draw, rollout_map, views
-from oats_vision.transforms import Transform, as_seen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from oats_vision.transforms import Transform
+
+INSPECT_EXAMPLES = """\
+  oats-vision inspect dinov2_l_50
+  oats-vision inspect dinov2_l_50 --html page.html"""
+ROLLOUT_EXAMPLES = """\
+  oats-vision rollout dinov2_l_50 --images pictures/ --out rollouts"""
+MODELS_EXAMPLES = """\
+  oats-vision models
+  oats-vision models --search dinov2"""
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="a compressed checkpoint")],
-    html: Annotated[Path | None, typer.Option(help="also write a self-contained page, such as report.html")] = None,
+    directory: Directory,
+    html: Annotated[
+        Path | None, option(OUTPUT, metavar="FILE", help="also write a self-contained page, such as page.html")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a checkpoint: its settings, sizes, and each layer's budget and error.
@@ -39,6 +49,11 @@ def inspect(
     need_directory(directory)
     if html:
         see_writable(html, [directory])
+    import torch
+
+    from oats_vision import checkpoint
+    from oats_vision.html_report import write_html
+
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     done = checkpoint.CompressionReport.from_dict(config)
@@ -74,18 +89,28 @@ def inspect(
 
 
 def rollout(
-    directory: Annotated[Path, typer.Argument(help="a checkpoint compressed by method oats")],
-    images: Annotated[list[Path], typer.Option(help="a picture or a folder of pictures; may be repeated")],
-    out: Annotated[Path, typer.Option(help="folder to write one PNG a picture to")] = Path("rollouts"),
-    limit: Annotated[int, typer.Option(min=1, help="pictures of a folder at most")] = 16,
-    device: Annotated[str, typer.Option(help="auto (CUDA if it is there), cpu, cuda, ...")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run model code from a hub")] = False,
+    directory: Directory,
+    images: Annotated[
+        list[Path], option(DATA, metavar="PATH", help="a picture or a folder of pictures; may be repeated")
+    ],
+    out: Annotated[Path, option(OUTPUT, metavar="FOLDER", help="to write one PNG a picture to")] = Path("rollouts"),
+    limit: Annotated[int, option(DATA, min=1, metavar="N", help="pictures of a folder at most")] = 16,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show what the whole model, its sparse term alone and its low-rank term alone look at.
 
-    Attention rollout (Abnar & Zuidema, 2020): heads averaged, the lowest 40% dropped, all blocks multiplied.
+    Attention rollout (Abnar & Zuidema, 2020): heads averaged, the lowest 40% dropped, all blocks multiplied. For models
+    that were compressed by method oats.
     """
     need_directory(directory)
+    for path in images:
+        if not path.exists():
+            raise DataError(f"--images {path} does not exist")
+    from oats_vision import checkpoint
+    from oats_vision.machine import choose_device
+    from oats_vision.rollout import views
+
     targets = _targets(_pictures(images, limit), out)
     transform = need_transform(checkpoint.load_transform(directory), str(directory))
     model = checkpoint.load(directory, device=choose_device(device), trust_remote_code=trust_remote_code)
@@ -106,10 +131,14 @@ def rollout(
 
 def _draw_rollout(path: Path, target: Path, seen: dict[str, nn.Module], transform: Transform) -> bool:
     """Draw one picture's rollouts; whether it could be read."""
+    from oats_vision.data import UNREADABLE, open_picture
+    from oats_vision.rollout import draw, rollout_map
+    from oats_vision.transforms import as_seen
+
     try:
         picture = open_picture(path)
     except UNREADABLE as problem:
-        notes.print(f"{path} is no picture and is skipped: {problem}")
+        notes.print(f"{path} is no picture and is skipped: {problem}", soft_wrap=True)
         return False
     maps = {view: rollout_map(one, transform(picture)[None])[0] for view, one in seen.items()}
     try:
@@ -121,6 +150,10 @@ def _draw_rollout(path: Path, target: Path, seen: dict[str, nn.Module], transfor
 
 def _pictures(images: list[Path], limit: int) -> list[Path]:
     """The files that are meant, each once."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from oats_vision.data import picture_files
+
     found: list[Path] = []
     for path in images:
         if path.is_dir():
@@ -128,10 +161,8 @@ def _pictures(images: list[Path], limit: int) -> list[Path]:
             if not inside:
                 raise DataError(f"--images {path} has no picture (looked for {', '.join(IMG_EXTENSIONS)})")
             found += inside[:limit]
-        elif path.is_file():
-            found.append(path)
         else:
-            raise DataError(f"--images {path} does not exist")
+            found.append(path)
     return list(dict.fromkeys(found))
 
 
@@ -154,20 +185,21 @@ def _targets(pictures: list[Path], out: Path) -> dict[Path, Path]:
 
 
 def models(
-    search: Annotated[str | None, typer.Option(help="list timm models whose name contains this")] = None,
+    search: Annotated[
+        str | None, option(DATA, metavar="WORD", help="list timm models whose name contains this")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the supported model families and the aliases."""
-    found = timm.list_models(f"*{search}*", pretrained=True) if search else []
-    families = {adapter.name: adapter.serves for adapter in adapters()}
+    found = [name for name in timm_models() if search and search in name]
     if as_json:
-        typer.echo(json.dumps({"families": families, "aliases": ALIASES, "found": found}))
+        typer.echo(json.dumps({"families": SERVES, "aliases": ALIASES, "found": found}))
         return
     console = results()
     if search:
         console.print("\n".join(found) or f"no timm model with pretrained weights has {search!r} in its name")
         return
-    console.print(report.key_values("families", families))
+    console.print(report.key_values("families", SERVES))
     console.print(report.key_values("aliases", ALIASES | {"demo": "a ViT for Fashion-MNIST, inside the package"}))
     console.print(
         "Any timm name of these families works too (--search NAME lists them), hf:org/name, hub:entry, a path."

@@ -4,16 +4,14 @@ W ~ S + U V,   minimising |(W - S - U V) D|,   D = sqrt(second moment of the inp
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from oats_vision.core import Solver
 from oats_vision.core.budget import Budget
 from oats_vision.core.lowrank import WarmLowRank, exact_low_rank
 from oats_vision.core.threshold import SparseTerm, keep_largest
-
-Solver = Literal["fast", "exact"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""The options of the commands: those of RunConfig's fields, and those that several commands share."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oats_vision.aliases import known_models
+from oats_vision.cli.help import CALIBRATION, EVALUATION, EXPERTS, HOW_FAR, MACHINE, MODELS, OUTPUT, RARE, WHAT, Facts
+from oats_vision.config import DEVICES, PATTERNS, RunConfig, allowed, choices, flag, validated
+
+# RunConfig's fields by panel, in the order of the help, and what stands for a value
+SETTINGS = {
+    WHAT: {"model": "MODEL", "skip": "NAME", "image_size": "PIXELS", "pretrained": ""},
+    HOW_FAR: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN"},
+    CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
+    EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
+    OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
+    MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
+    EXPERTS: {
+        "refit": "",
+        "scaling": "NAME",
+        "solver": "NAME",
+        "iterations": "N",
+        "tolerance": "X",
+        "fused_qkv": "NAME",
+        "error_tolerance": "X",
+        "latency_tokens": "N",
+    },
+    RARE: {"streaming": "", "trust_remote_code": ""},
+}
+# what flags do that switch off what is on
+WITHOUT = {
+    "eval": "do not measure what it cost",
+    "report": "do not write report.html",
+    "pretrained": "random weights, to try a run",
+}
+SUGGESTIONS: dict[str, Callable[[], list[str]]] = {
+    "model": known_models,
+    "data": lambda: ["demo", "c4", "wikitext", "fineweb"],
+    "eval_data": lambda: ["demo", "c4", "wikitext", "fineweb"],
+    "pattern": lambda: list(PATTERNS),
+    "device": lambda: list(DEVICES),
+}
+
+
+def suggest(name: str) -> Callable[[str], list[str]]:
+    """What a shell completes the beginning of a field's value to."""
+
+    def complete(incomplete: str) -> list[str]:
+        known = SUGGESTIONS.get(name, lambda: choices(RunConfig, name))()
+        return [word for word in known if word.startswith(incomplete)]
+
+    return complete
+
+
+def setting(name: str, panel: str, metavar: str) -> Any:
+    """The type and the option of a field of RunConfig in a command; RunConfig parses and checks the value."""
+    field = RunConfig.model_fields[name]
+    words, default = _words_of(name)
+    if not metavar:
+        shown = flag(name) if field.default is False else flag(f"no_{name}") if field.default else flag(f"[no_]{name}")
+        facts = Facts(f"default: {default}" if field.default is None else "")
+        flags = f"{flag(name)}/{flag(f'no_{name}')}"
+        return Annotated[
+            bool | None, option(panel, flags, metavar=shown, help=WITHOUT.get(name, words), show_default=facts)
+        ]
+    facts = Facts("; ".join(filter(None, [allowed(RunConfig, name), f"default: {default}" if default else ""])))
+    details = {"metavar": metavar, "help": words, "show_default": facts, "autocompletion": suggest(name)}
+    several = field.annotation == tuple[str, ...]
+    return Annotated[list[str] | None if several else str | None, option(panel, flag(name), **details)]
+
+
+def _words_of(name: str) -> tuple[str, str]:
+    """A field's description, and its default: what the description says, if that depends on something."""
+    field = RunConfig.model_fields[name]
+    words, _, default = str(field.description).partition(" [default: ")
+    if default or field.default in (None, ()):
+        return words, default.rstrip("]")
+    return words, f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of RunConfig; it finds them in its `**settings`, None if not given."""
+    own = inspect.signature(command, eval_str=True).parameters
+    settings = {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for panel, fields in SETTINGS.items()
+        for name, metavar in fields.items()
+        for annotation in [setting(name, panel, metavar)]
+    }
+    *kept, _ = (parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values())
+    signature = inspect.Signature([*settings.values(), *kept])
+    command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+    return command
+
+
+def checked(name: str, panel: str, metavar: str, words: str) -> Any:
+    """An option that takes what a field of RunConfig takes, under any flag and with any default."""
+
+    def check(option: typer.CallbackParam, value: str | None) -> Any:
+        if value is None:
+            return None
+        return getattr(validated(RunConfig, {name: value}, lambda _: str(option.opts[0])), name)
+
+    known = f": {allowed(RunConfig, name)}" * bool(choices(RunConfig, name))
+    return typer.Option(
+        help=f"{words}{known}", metavar=metavar, rich_help_panel=panel, callback=check, autocompletion=suggest(name)
+    )
+
+
+def option(panel: str, *flags: str, **details: Any) -> Any:
+    """An option in a panel."""
+    return typer.Option(*flags, rich_help_panel=panel, **details)
+
+
+Directory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="a compressed model", rich_help_panel=MODELS)]
+Device = Annotated[str, checked("device", MACHINE, "DEVICE", "auto (CUDA if there), cpu, cuda:1, ...")]
+Dtype = Annotated[str, checked("dtype", MACHINE, "DTYPE", "precision of weights and arithmetic")]
+Workers = Annotated[int, option(MACHINE, min=0, metavar="N", help="processes that read pictures")]
+Streaming = Annotated[bool, option(RARE, "--streaming", help="stream a Hugging Face dataset")]
+Trust = Annotated[bool, option(RARE, "--trust-remote-code", help="run model code from a hub")]
+Json = Annotated[bool, option(OUTPUT, "--json", help="print one JSON object to standard output, nothing else")]
+Verbose = Annotated[bool, option(OUTPUT, "--verbose", "-v", help="say more, also what other libraries warn of")]
+LogFile = Annotated[Path | None, option(OUTPUT, metavar="FILE", help="also write all messages to this file")]
