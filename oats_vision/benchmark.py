@@ -98,7 +98,7 @@ class Timing:
     @property
     def change(self) -> str:
         """The speedup in words."""
-        return f"{self.speedup:.2f} x {'as fast' if self.speedup < 1 else 'faster'}"
+        return f"{self.speedup:.2f} x as fast"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "speedup": self.speedup}
