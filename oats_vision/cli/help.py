@@ -55,7 +55,7 @@ def _page(command: Any, ctx: Any) -> str:
         console.print(Text(f"Usage: {ctx.command_path} {_usage(command, ctx)}", "bold"))
         for paragraph in (command.help or "").split("\n\n"):
             console.print(Padding(" ".join(paragraph.split()), (1, 0, 0, 1)))
-        for panel in filter(panels.get, PANELS):
+        for panel in [*filter(panels.get, PANELS), *(other for other in panels if other not in PANELS)]:
             names = [name for name, *_ in panels[panel]] if panel == COMMANDS else options
             width = min(max(map(len, names)), console.width // 3)
             console.print(Text(f"\n{panel}", "bold cyan"))
