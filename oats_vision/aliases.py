@@ -5,7 +5,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from oats_vision.errors import ModelError, did_you_mean
+from oats_vision.errors import ModelError, did_you_mean, near
 
 _LANGUAGE = {
     "lm_llama": "Llama, SmolLM and others of class Llama*",
@@ -67,9 +67,19 @@ def known_models() -> list[str]:
 
 def unknown_model(name: str) -> ModelError:
     """What to say of a name that is no model's."""
+    path = Path(name)
+    if path.is_file():
+        return ModelError(f"{name} is a file: give the model's directory, or a .gguf file")
+    if path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir()):
+        return ModelError(f"{name} does not exist: give a model's directory.{near(path)}")
+    if name.count("/") == 1:
+        return ModelError(
+            f"unknown model {name!r}: there is no such directory; if it is of the Hugging Face hub give hf:{name}"
+        )
+    folders = [entry.name for entry in Path().iterdir() if entry.is_dir()]
     return ModelError(
         f"unknown model {name!r}: give a directory, hf:org/name, hub:entry, an alias or a timm name "
-        f"(`oats-vision models` lists them).{did_you_mean(name, known_models())}"
+        f"(`oats-vision models` lists them).{did_you_mean(name, [*folders, *known_models()])}"
     )
 
 

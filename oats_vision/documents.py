@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
 from oats_vision.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ def read_documents(path: Path, source: str) -> list[str]:
     Raises:
         DataError: it is no UTF-8 text, no JSON in spite of its name, or has objects without text.
     """
+    if path.suffix.lower() in IMG_EXTENSIONS:
+        raise DataError(f"{source} is a picture: a language model needs a text or .jsonl file")
     try:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):

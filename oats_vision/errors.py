@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class OatsVisionError(Exception):
@@ -32,3 +33,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     written = {name.lower(): name for name in known}
     *others, last = [repr(written[name]) for name in get_close_matches(word.lower(), written, n=3)] or [""]
     return f" Did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if last else ""
+
+
+def near(path: str | Path) -> str:
+    """A question after a path that does not exist: names close to it in the last of its folders that does."""
+    path = Path(path)
+    missing = next((part for part in (path, *path.parents) if part.parent.is_dir()), path)
+    try:
+        names = [entry.name for entry in missing.parent.iterdir()]
+    except OSError:  # a folder that may not be read
+        return ""
+    inside = str(missing.parent)
+    return did_you_mean(str(missing), names if inside == "." else [f"{inside}/{name}" for name in names])

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from oats_vision.errors import DataError
+from oats_vision.errors import DataError, near
 from oats_vision.models import demo_directory
 from oats_vision.pictures import picture_names
 from oats_vision.tables import read_labels, undecoded
@@ -80,13 +80,15 @@ class FileExamples(Examples):
 def folder_examples(path: Path, labelled: bool) -> tuple[Examples, list[str] | None]:
     """Pictures below a folder; with labels if it has one folder a class."""
     if not path.exists():
-        raise DataError(f"{path} does not exist: give a folder of pictures, hf:name or demo")
+        raise DataError(f"{path} does not exist: give a folder of pictures, hf:name or demo.{near(path)}")
     if not path.is_dir():
-        raise DataError(f"{path} is a file: give the folder that holds the pictures")
+        picture = path.suffix.lower() in IMG_EXTENSIONS
+        hint = "give the folder that holds the pictures" if picture else "a vision model needs a folder of pictures"
+        raise DataError(f"{path} is a file: {hint}")
     files = picture_names(str(path))
+    if not files:
+        raise DataError(f"{path} has no picture (looked for {', '.join(IMG_EXTENSIONS)}){_other_files(path)}")
     if not labelled:
-        if not files:
-            raise DataError(f"{path} has no picture (looked for {', '.join(IMG_EXTENSIONS)})")
         return FileExamples(files, [-1] * len(files)), None
     below = [(file, file.removeprefix(str(path)).lstrip(os.sep)) for file in files]
     inside = [(file, name.split(os.sep, 1)[0]) for file, name in below if os.sep in name]
@@ -101,6 +103,15 @@ def folder_examples(path: Path, labelled: bool) -> tuple[Examples, list[str] | N
     number = {name: i for i, name in enumerate(classes)}
     inside.sort(key=lambda file: number[file[1]])  # "a-b/1" sorts before "a/1"
     return FileExamples([file for file, _ in inside], [number[name] for _, name in inside]), classes
+
+
+def _other_files(path: Path) -> str:
+    """What a folder without pictures holds instead, and how it is read if `datasets` can."""
+    kinds = sorted({file.suffix.lower() for file in path.iterdir() if file.is_file() and file.suffix})
+    if not kinds:
+        return ""
+    readable = {".parquet", ".arrow", ".tar"} & set(kinds)
+    return f", but {', '.join(kinds[:5])} files" + (f": give hf:{path} to read them" if readable else "")
 
 
 def _folder_names(path: Path) -> set[str]:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from oats_vision import network
 from oats_vision.adapters import SHIPPED, adapters, find_adapter
 from oats_vision.aliases import ALIASES, unknown_model
 from oats_vision.architecture import (
@@ -30,7 +31,7 @@ from oats_vision.architecture import (
     rebuild,
     timm_architecture,
 )
-from oats_vision.errors import ModelError
+from oats_vision.errors import ModelError, did_you_mean, near
 from oats_vision.transforms import Transform, TransformConfig, build_transform, plain, timm_transform_config
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_source", "source_of"]
@@ -78,7 +79,7 @@ def load_model(
     elif path.is_dir():
         model, source = _from_directory(path, pretrained, image_size, trust_remote_code)
     elif timm.is_model(ALIASES.get(name, name)):
-        model, source = _from_timm(ALIASES.get(name, name), pretrained, image_size)
+        model, source = _from_timm(name, pretrained, image_size)
     else:
         raise unknown_model(name)
     if image_size is not None and source.kind != "timm":
@@ -141,14 +142,16 @@ def load_tokenizer(name: str | Path) -> Any:
     import transformers
 
     name = os.fspath(name)
-    path = Path(name)
     options: dict[str, Any] = {"trust_remote_code": False}
+    path = Path(name.removeprefix("hf:"))
     place = path / TOKENIZER if (path / TOKENIZER).is_dir() else path
     if path.suffix == ".gguf":
         place, options = path.parent, options | {"gguf_file": path.name}
-    where = name[3:] if name.startswith("hf:") else str(place)
     failed = f"{name} has no tokenizer that can be loaded"
-    return library(failed, transformers.AutoTokenizer.from_pretrained, where, **options)
+    if not name.startswith("hf:") or Path(name[3:]).is_dir():
+        return library(failed, transformers.AutoTokenizer.from_pretrained, str(place), **options)
+    with network.hub(failed, "give a local directory", ModelError):
+        return library(failed, transformers.AutoTokenizer.from_pretrained, name[3:], **options)
 
 
 def remember_source(model: nn.Module, source: ModelSource) -> None:
@@ -211,13 +214,51 @@ _TIMM_CFG = (
     "first_conv",
     "classifier",
 )
+_WITHOUT_THE_HUB = "give a local directory as --model, or try a run with random weights: --no-pretrained"
 _TIMM_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
 
 def _from_timm(name: str, pretrained: bool, image_size: int | None):
+    failed = f"model {name!r} cannot be loaded"
+    name = ALIASES.get(name, name)
+    architecture, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ModelError(
+            f"{architecture} has no weights {tag!r}, only {', '.join(tags) or 'random ones'}.{did_you_mean(tag, tags)}"
+        )
     args: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    model = library(f"model {name!r} cannot be loaded", timm.create_model, name, pretrained=pretrained, **args)
+    if not pretrained:
+        model = library(failed, timm.create_model, name, pretrained=False, **args)
+    elif not timm.is_model_pretrained(name):
+        raise ModelError(f"timm has no weights for {name!r}: use --no-pretrained (random weights, to try a run)")
+    else:
+        with network.hub(failed, _WITHOUT_THE_HUB, ModelError):
+            _fetch_timm(name)
+            model = library(failed, timm.create_model, name, pretrained=True, **args)
     return model, _timm_source(model, args, image_size, "float32")
+
+
+def _fetch_timm(name: str) -> None:
+    """Have the weights in the cache before the model is built, which takes long if it is large."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return
+    repository, _, revision = cfg.hf_hub_id.partition("@")
+    lost: Exception | None = None
+    for file in [cfg.hf_hub_filename] if cfg.hf_hub_filename else [_TIMM_WEIGHTS[0], _TIMM_WEIGHTS[-1]]:
+        try:
+            hf_hub_download(repository, file, revision=revision or None)
+            return
+        except LocalEntryNotFoundError as problem:  # another may be in the cache
+            lost = lost or problem
+        except EntryNotFoundError:
+            pass
+    if lost:
+        raise lost
 
 
 def _from_timm_directory(path: Path, config: dict[str, Any], pretrained: bool, image_size: int | None):
@@ -292,13 +333,15 @@ def _from_hub(name: str, pretrained: bool, image_size: int | None, trust_remote_
     if Path(name).is_dir():
         return _from_directory(Path(name), pretrained, image_size, trust_remote_code)
     failed = f"model {'hf:' + name!r} cannot be loaded"
-    file = Path(library(failed, hf_hub_download, name, "config.json"))
-    config = _read_json(file)
-    if "architecture" not in config:
-        return _from_huggingface(name, pretrained, trust_remote_code)
-    if pretrained:
-        library(failed, hf_hub_download, name, _TIMM_WEIGHTS[0])
-    return _from_timm_directory(file.parent, config, pretrained, image_size)
+    advice = _WITHOUT_THE_HUB if pretrained else "give a local directory as --model"
+    with network.hub(failed, advice, ModelError):
+        file = Path(library(failed, hf_hub_download, name, "config.json"))
+        config = _read_json(file)
+        if "architecture" not in config:
+            return _from_huggingface(name, pretrained, trust_remote_code)
+        if pretrained:
+            library(failed, hf_hub_download, name, _TIMM_WEIGHTS[0])
+        return _from_timm_directory(file.parent, config, pretrained, image_size)
 
 
 def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
@@ -356,7 +399,7 @@ def _from_gguf(path: Path, pretrained: bool):
     import transformers
 
     if not path.is_file():
-        raise ModelError(f"{path} does not exist")
+        raise ModelError(f"{path} does not exist.{near(path)}")
     failed = f"model {str(path)!r} cannot be loaded"
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     auto = transformers.AutoModelForCausalLM
@@ -372,10 +415,17 @@ def _from_torch_hub(name: str, pretrained: bool, trust_remote_code: bool):
     repository, _, entry = name.rpartition(":")
     repository = repository or "facebookresearch/dinov2:main"
     failed = f"model {'hub:' + name!r} cannot be loaded"
-    model = library(failed, from_torch_hub, repository, entry, pretrained, trust_remote_code)
+    with network.github(failed, Path(repository).is_dir() or _has_clone(repository)):
+        model = library(failed, from_torch_hub, repository, entry, pretrained, trust_remote_code)
     # the preprocessing of the published evaluations: shorter side to 256, bicubic, centre crop of 224
     data = timm.data.resolve_data_config({"input_size": (3, 224, 224), "interpolation": "bicubic"})
     return model, ModelSource("torch_hub", entry, {"repository": repository}, timm_transform_config(data))
+
+
+def _has_clone(repository: str) -> bool:
+    """Whether torch.hub has downloaded the GitHub repository (owner/name:ref)."""
+    place, _, ref = repository.partition(":")
+    return bool(list(Path(torch.hub.get_dir()).glob(f"{place.replace('/', '_')}_{ref.replace('/', '_') or 'ma*'}")))
 
 
 def _from_directory(path: Path, pretrained: bool, image_size: int | None, trust_remote_code: bool):

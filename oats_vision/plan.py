@@ -9,7 +9,7 @@ from torch import nn
 from oats_vision.adapters import Adapter
 from oats_vision.config import CompressionSettings
 from oats_vision.core.budget import layer_budget
-from oats_vision.errors import ConfigError, ModelError
+from oats_vision.errors import ConfigError, ModelError, did_you_mean
 from oats_vision.slicing import SlicedBlock, Slicing, plan_slicing
 from oats_vision.splits import Parts
 from oats_vision.structure import check_replaceable
@@ -70,7 +70,8 @@ def chosen_linears(
         if not any(_matches(name, pattern) for name in linears):
             first = blocks[0][0]
             some = ", ".join([first, *(name for name in linears if name.startswith(f"{first}."))])
-            raise ConfigError(f"skip {pattern!r} is the name of no linear or block: names are such as {some}")
+            close = did_you_mean(pattern, [name for name, _ in blocks] + list(linears))
+            raise ConfigError(f"skip {pattern!r} is the name of no linear or block: names are such as {some}.{close}")
     chosen = {name: linear for name, linear in linears.items() if not skipped(name, settings)}
     if not chosen:
         raise ConfigError(f"skip {' '.join(settings.skip)} leaves no linear to compress: all {len(linears)} match")

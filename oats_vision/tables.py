@@ -1,11 +1,14 @@
 """Datasets of the `datasets` library: how they are opened, and which of their columns hold pictures and labels."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from oats_vision.errors import DataError
+from oats_vision import network
+from oats_vision.documents import FIELDS
+from oats_vision.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -27,30 +30,71 @@ def open_dataset(source: str, split: str, streaming: bool) -> Any:
     Raises:
         DataError: it cannot be loaded, or has no such split.
     """
-    dataset = _load(source, split, streaming)
-    if not source.startswith("hf:"):
-        if isinstance(dataset, dict):
-            if split not in dataset:
-                raise DataError(f"{source} has no split {split!r}, only {', '.join(dataset)}")
-            dataset = dataset[split]
-        dataset = dataset.with_format(None)  # plain values, whatever a directory says of their format
-        if streaming:
-            dataset = dataset.to_iterable_dataset()
-    return dataset
+    if source.startswith("hf:"):
+        return _load(source, split, streaming)
+    import datasets
+
+    if not is_saved_dataset(Path(source)):
+        raise DataError(
+            f"{source} is a folder that `datasets` did not write: give a text or .jsonl file, or hf:{source} if it "
+            "holds data files such as .parquet"
+        )
+    try:
+        dataset = datasets.load_from_disk(source)
+    except Exception as problem:  # whatever its readers raise
+        raise DataError(f"{source} cannot be loaded: {_one_line(problem)}") from problem
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise DataError(_no_split(source, split, list(dataset)))
+        dataset = dataset[split]
+    dataset = dataset.with_format(None)  # plain values, whatever a directory says of their format
+    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def _load(source: str, split: str, streaming: bool) -> Any:
+    """A dataset of the hub, or a folder of data files."""
     import datasets
 
     name, _, config = source.removeprefix("hf:").partition(":")
     if not name:
         raise DataError(f"{source!r} names no dataset: give hf:name or hf:name:config")
-    try:
-        if source.startswith("hf:"):
+    failed = f"{source} (split {split!r}) cannot be loaded"
+    local = Path(name).is_dir()
+    with nullcontext() if local else network.hub(failed, "give a local folder or file", DataError, "dataset"):
+        try:
             return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-        return datasets.load_from_disk(source)
-    except Exception as problem:  # whatever its readers, the hub and the network raise
-        raise DataError(f"{source} (split {split!r}) cannot be loaded: {_one_line(problem)}") from problem
+        except ValueError as problem:
+            raise DataError(_unknown_part(name, config, split) or f"{failed}: {_one_line(problem)}") from problem
+        except Exception as problem:  # whatever its readers, the hub and the network raise
+            raise DataError(f"{failed}: {_one_line(problem)}") from problem
+
+
+def _unknown_part(name: str, config: str, split: str) -> str | None:
+    """What is said of a configuration or a split that a dataset does not have; None if it has both."""
+    import datasets
+
+    try:
+        configs = datasets.get_dataset_config_names(name)
+        if config and config not in configs:
+            return f"hf:{name} has no configuration {config!r}, only {_list(configs)}.{did_you_mean(config, configs)}"
+        default = config or datasets.get_dataset_default_config_name(name)
+        if default is None:
+            return f"hf:{name} has several configurations: give one, as hf:{name}:{configs[0]} ({_list(configs)})"
+        splits = datasets.get_dataset_split_names(name, default)
+    except Exception as problem:  # as above; what was found first is said
+        log.debug("the parts of %s are not known: %s", name, problem)
+        return None
+    return None if split.partition("[")[0] in splits else _no_split(f"hf:{name}", split, splits)
+
+
+def _no_split(source: str, split: str, splits: list[str]) -> str:
+    return f"{source} has no split {split!r}, only {_list(splits)}.{did_you_mean(split, splits)}"
+
+
+def _list(names: Iterable[str], most: int = 12) -> str:
+    """Names with commas, the first of many."""
+    first = list(names)
+    return ", ".join(first[:most]) + f" and {len(first) - most} more" * (len(first) > most)
 
 
 def rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
@@ -86,8 +130,19 @@ def picture_column(dataset: Any, source: str) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = found or [name for name in PICTURES if name in features and _holds_files(features[name])]
     if not found:
-        raise DataError(f"{source} has no column of pictures, only {', '.join(features) or 'unknown ones'}")
+        raise DataError(f"{source} has no column of pictures, {described(features, PICTURES)}")
     return _choose("pictures", found, PICTURES, source)
+
+
+def described(features: Iterable[str], names: tuple[str, ...]) -> str:
+    """The columns that a dataset has where none of the names is among them, and what to do."""
+    columns = list(features)
+    has = f"only {_list(columns) or 'unknown ones'}"
+    meant = [column for column in columns if did_you_mean(column, names)]
+    for others, what in ((FIELDS, "text, for a language model"), (PICTURES, "pictures, for a vision model")):
+        if not meant and names is not LABELS and set(others) & set(columns):
+            return f"{has}: it is {what}"
+    return f"{has}: " + (f"rename {meant[0]!r} to {names[0]!r}" if meant else f"name it {names[0]!r}")
 
 
 def _holds_files(feature: Any) -> bool:
@@ -108,9 +163,7 @@ def label_column(dataset: Any, source: str) -> str:
     found = [name for name in LABELS if name in features]
     found = found[:1] or [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not found:
-        raise DataError(
-            f"{source} has no column of labels, only {', '.join(features) or 'unknown ones'}: name it `label`"
-        )
+        raise DataError(f"{source} has no column of labels, {described(features, LABELS)}")
     return _choose("labels", found, LABELS, source)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from oats_vision.data import shared_out
 from oats_vision.documents import FIELDS, articles, read_documents, texts
-from oats_vision.errors import DataError
+from oats_vision.errors import DataError, did_you_mean, near
 from oats_vision.models import demo_directory
-from oats_vision.tables import open_dataset, rows
+from oats_vision.tables import described, open_dataset, rows
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +137,9 @@ def _documents(source: str, split: str, streaming: bool, seed: int | None) -> It
     path = demo_directory() / "alice.txt" if source == "demo" else Path(source)
     if name is None and not source.startswith("hf:") and not path.is_dir():
         if not path.exists():
+            close = near(path) or did_you_mean(source, DATASETS)
             raise DataError(
-                f"{source} does not exist: give a text or .jsonl file, {', '.join(DATASETS)}, hf:name or demo"
+                f"{source} does not exist: give a text or .jsonl file, {', '.join(DATASETS)}, hf:name or demo.{close}"
             )
         return _shuffled(read_documents(path, source), seed)
     streaming = streaming or large
@@ -161,9 +162,7 @@ def _shuffled(documents: list[str], seed: int | None) -> list[str]:
 def _text_column(features: Mapping[str, Any], source: str) -> str:
     column = next((column for column in FIELDS if column in features), None)
     if column is None:
-        raise DataError(
-            f"{source} has no column of text, only {', '.join(features) or 'unknown ones'}: name it `{FIELDS[0]}`"
-        )
+        raise DataError(f"{source} has no column of text, {described(features, FIELDS)}")
     kind = getattr(features[column], "dtype", "a list or a structure")
     if kind not in ("string", "large_string"):
         raise DataError(f"{source}: column {column!r} holds {kind}: it must hold text")
