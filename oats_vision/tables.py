@@ -142,7 +142,7 @@ def described(features: Iterable[str], names: tuple[str, ...]) -> str:
     for others, what in ((FIELDS, "text, for a language model"), (PICTURES, "pictures, for a vision model")):
         if not meant and names is not LABELS and set(others) & set(columns):
             return f"{has}: it is {what}"
-    return f"{has}: " + (f"rename {meant[0]!r} to {names[0]!r}" if meant else f"name it {names[0]!r}")
+    return f"{has}: " + (f"rename `{meant[0]}` to `{names[0]}`" if meant else f"name it `{names[0]}`")
 
 
 def _holds_files(feature: Any) -> bool:

@@ -120,7 +120,7 @@ def test_demo_sets_are_different_and_balanced():
     [
         (lambda path: path / "missing", {}, "does not exist"),
         (lambda path: path, {}, "has no picture"),
-        (lambda path: path, {"labelled": True}, "has no labels: it must hold one folder"),
+        (lambda path: path, {"labelled": True}, "has no picture"),
         (lambda path: _file(path), {}, "is a file"),
         (lambda path: _flat(path), {"labelled": True}, "has no labels"),
         (lambda path: f"hf:{path}/nothing", {}, "cannot be loaded"),

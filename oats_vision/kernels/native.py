@@ -52,6 +52,11 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets() if _native is not None else []
 
 
+def active() -> str:
+    """The one in use, of `instruction_sets()`."""
+    return _native.instruction_set()
+
+
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Use one of `instruction_sets()` inside the block, for all threads.
