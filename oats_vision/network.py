@@ -16,6 +16,7 @@ from oats_vision.errors import OatsVisionError
 
 log = logging.getLogger(__name__)
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 PATIENCE = 5.0  # seconds that a server has to answer, where HF_HUB_ETAG_TIMEOUT does not say
 
 
@@ -165,8 +166,9 @@ def _cache(repository: str) -> str:
 def _unwritable(problem: Exception, cache: str) -> str | None:
     """What there is to do about a cache that cannot be written, if it is that."""
     for one in _chain(problem):
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            return f"the cache {cache} cannot be written ({os.strerror(one.errno)}): set HF_HOME to another folder"
+        if isinstance(one, OSError) and one.errno in _UNWRITABLE:
+            said = f"the cache {cache} cannot be written ({os.strerror(one.errno)})"
+            return f"{said}: free some space, or set HF_HOME to a folder that can be written"
     return None
 
 

@@ -1,13 +1,10 @@
-"""How a command ends: done, an error in one line, a bug of ours, or stopped by a signal."""
+"""How a command ends: done, an error in one line, or a bug of ours in one line."""
 
 import errno
 import logging
-import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import typer
@@ -15,51 +12,29 @@ import typer
 from oats_vision import logs
 from oats_vision.cli.common import notes
 from oats_vision.errors import OatsVisionError
+from oats_vision.interrupt import guarded
 
 log = logging.getLogger(__name__)
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 BUG = 70  # exit status of an error that is ours, EX_SOFTWARE of sysexits.h; 2 is that of a wrong flag
 
 
 def run(command: Callable[[], object]) -> None:
-    """Run a command to one of its ends.
+    """Run a command to one of its ends, and exit with its status.
 
-    An error of the user's is one line on standard error and exit status 1. A signal is one line and the status that
-    shells give it, after temporary files are removed. The log file has the traceback of either.
+    An error of the user's is one line on standard error and exit status 1. The log file has its traceback.
     """
-    received: list[int] = []
-    process = os.getpid()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a worker, which the same keys reach: the main process ends it
-            if number != signal.SIGINT:
-                os._exit(128 + number)
-            return
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
     name = "-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help"
     logs.set_up(log_file=logs.new_file(name), console=notes)
     sys.unraisablehook = _unraisable
     threading.excepthook = _unraisable
-    try:
-        status = _status(command)
-    except BaseException:  # a signal can come while anything is done, and end in any error
-        if not received:
-            raise
-        status = 1
-    if received:
-        typer.echo(f"stopped by {signal.Signals(received[0]).name}", err=True)
-        status = 128 + received[0]
-    sys.exit(status)
+    guarded(lambda: sys.exit(status(command)))
 
 
-def _status(command: Callable[[], object]) -> Any:
-    """Run the command, say why it failed, and return its exit status."""
+def status(command: Callable[[], object]) -> Any:
+    """Run a command, say in one line why it failed, and return its exit status."""
     try:
         command()
     except SystemExit as end:
@@ -68,32 +43,35 @@ def _status(command: Callable[[], object]) -> Any:
         log.debug("traceback", exc_info=True)
         # what is not ours may need more words
         return _failed(str(error), with_details=error.__cause__ is not None)
-    except MemoryError as error:
-        return _out_of_memory(error)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
-            return _out_of_memory(error)
         log.debug("traceback", exc_info=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            where = f"{error.filename}: " if error.filename else ""
-            return _failed(f"{where}{error.strerror}: free some space, or write to another place", with_details=True)
+        message = _of_the_machine(error)
+        if message:
+            return _failed(message, with_details=True)
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        report = "report it with the output of `oats-vision doctor` and the log"
-        return _failed(f"this is a bug in oats_vision ({what}): please {report}", with_details=True) and BUG
+        report = "please report it with the output of `oats-vision doctor` and the log"
+        _failed(f"this is a bug in oats_vision ({what}): {report}", with_details=True)
+        return BUG
     return 0
 
 
-def _failed(message: str, *, with_details: bool = False) -> int:
+def _of_the_machine(error: Exception) -> str | None:
+    """What is said of an error that no code can mend: no memory, no space, no permission."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
+        reason = " ".join(str(error).split())[:200]
+        return f"out of memory: use a smaller --batch-size or another --device {reason}"
+    if isinstance(error, OSError) and error.errno in _NO_SPACE + _NO_PERMISSION:
+        what = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        space = "free some space, or set TMPDIR and --out to another disk"
+        return f"{what}: {space if error.errno in _NO_SPACE else 'give a place that can be written'}"
+    return None
+
+
+def _failed(message: str, *, with_details: bool) -> int:
     file = logs.written() if with_details else None
     details = f" (details: {file})" if file else ""
     typer.echo(f"error: {' '.join(message.split())}{details}", err=True)
     return 1
-
-
-def _out_of_memory(error: BaseException) -> int:
-    log.debug("traceback", exc_info=True)
-    reason = " ".join(str(error).split())[:200]
-    return _failed(f"out of memory: use a smaller --batch-size or another --device {reason}")
 
 
 def _unraisable(about: Any) -> None:
