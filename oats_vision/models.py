@@ -372,7 +372,11 @@ def _from_huggingface(name: str, pretrained: bool, trust_remote_code: bool):
     if architecture in towers:
         config = config.vision_config
     if pretrained:
-        model = library(failed, kind.from_pretrained, name, dtype=torch.float32, **trust)
+        options = trust | {"dtype": torch.float32, "output_loading_info": True}
+        model, loaded = library(failed, kind.from_pretrained, name, **options)
+        if loaded["missing_keys"]:
+            missing = sorted(loaded["missing_keys"])
+            log.warning("%d tensors are not in the weights of %s and are random: %s", len(missing), name, missing[0])
     else:
         model = library(failed, kind if kind is not transformers.AutoModel else kind.from_config, config)
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 COMMIT = "0123456789" * 4
@@ -30,26 +31,30 @@ def serve(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
 
         def do_GET(self) -> None:
             asked.append(self.path)
+            self._answer(*self._found())
+
+        def _found(self) -> tuple[Any, ...]:
+            """Status, headers and content."""
             parts = urlsplit(self.path).path.strip("/").removeprefix("datasets/").split("/")
             if parts == [""]:
-                return self._answer(200)
+                return (200,)
             for part in parts:
                 if part in REFUSALS:
                     status, code = REFUSALS[part]
-                    return self._answer(status, {"X-Error-Code": code} if code else {})
+                    return status, {"X-Error-Code": code} if code else {}
             of_api = parts[0] == "api"
             name = "/".join(parts[2:4] if of_api else parts[:2])
             if name not in repositories:
-                return self._answer(404, {"X-Error-Code": "RepoNotFound"})
+                return 404, {"X-Error-Code": "RepoNotFound"}
             if of_api:
                 about = [] if "tree" in parts else {"id": name, "sha": COMMIT, "siblings": []}
-                return self._answer(200, {"Content-Type": "application/json"}, json.dumps(about).encode())
+                return 200, {"Content-Type": "application/json"}, json.dumps(about).encode()
             file = repositories[name].joinpath(*parts[4:])  # name / resolve / revision / file
             if parts[2:3] != ["resolve"] or not file.is_file():
-                return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
             content = file.read_bytes()
             etag = hashlib.sha256(content).hexdigest()
-            self._answer(200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, content)
+            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, content
 
         def _answer(self, status: int, headers: dict[str, str] | None = None, content: bytes = b"") -> None:
             self.send_response(status)

@@ -125,7 +125,7 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     hub.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     ov.load_model("hf:org/vit")
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set, and its files are not all in the cache .*: unset it"):
+    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set, and its files are not all in the cache .*: unset it"):
         ov.load_model("hf:org/other")
     assert not hub
 
