@@ -54,7 +54,8 @@ def hub(failed: str, advice: str, kind: type[OatsVisionError], repository: str =
         )
         if reason is None:
             raise
-        raise kind(f"{failed}: {reason}") from problem
+        log.debug("%s", failed, exc_info=True)
+        raise kind(f"{failed}: {reason}") from None  # which says all
     if down:
         log.warning(
             "%s cannot be reached (%s): what its cache holds was used. HF_HUB_OFFLINE=1 does so without asking",
@@ -118,10 +119,10 @@ def github(failed: str, cached: bool) -> Iterator[None]:
     except Exception as problem:  # of the repository's own code, as above
         for one in _chain(problem):
             if isinstance(one, urllib.error.HTTPError):
-                raise ModelError(f"{failed}: {one.url} answers {one.code} ({one.reason}): check the name") from problem
+                raise ModelError(f"{failed}: {one.url} answers {one.code} ({one.reason}): check the name") from None
             if isinstance(one, urllib.error.URLError | TimeoutError):
                 reason = f"its files cannot be downloaded ({plain_reason(one)})"
-                raise ModelError(f"{failed}: {reason}. {advice}") from problem
+                raise ModelError(f"{failed}: {reason}. {advice}") from None
         raise
 
 
