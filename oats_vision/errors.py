@@ -43,5 +43,4 @@ def near(path: str | Path) -> str:
         names = [entry.name for entry in missing.parent.iterdir()]
     except OSError:  # a folder that may not be read
         return ""
-    inside = str(missing.parent)
-    return did_you_mean(str(missing), names if inside == "." else [f"{inside}/{name}" for name in names])
+    return did_you_mean(missing.name, names)

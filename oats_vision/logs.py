@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from oats_vision.errors import ConfigError
+
 KEPT = 10  # log files
 # Bars that libraries draw, which fill a log file with lines where there is no terminal
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
@@ -21,38 +23,45 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "oats_vision" / "logs"
 
 
-def new_file(command: str) -> Path:
-    """A name for the log of a command that starts now."""
-    return folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{os.getpid()}.log"
+def start(command: str, console: Console) -> None:
+    """Show warnings of this package on the console, and keep everything in a log file of the command's own.
 
-
-def set_up(verbose: bool = False, log_file: Path | None = None, console: Console | None = None) -> None:
-    """Show warnings of this package on the console, and keep everything in the log file, if there is one.
-
-    Messages of other libraries, their handlers and Python's warnings go the same way. May be called again.
+    Messages of other libraries, their handlers and Python's warnings go the same way.
 
     Args:
-        verbose: show everything on the console too.
-        log_file: made at the first message; the file of an earlier call is kept if None. Where it cannot be written,
-            nothing is.
-        console: the one that progress is drawn on; standard error if None.
+        console: the one that progress is drawn on.
     """
-    shown = _Shown(console or Console(stderr=True))
-    if not verbose:
-        shown.addFilter(lambda record: record.levelno >= logging.WARNING and _is_ours(record))
-    handlers: list[logging.Handler] = [shown, *([_LogFile(log_file)] if log_file else _files())]
+    file = folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{command}-{os.getpid()}.log"
     logging.setLoggerClass(_Library)  # of what is imported from now on
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.handlers = [handler for handler in logger.handlers if not _writes_to_a_stream(handler)]
             logger.propagate = True
-    logging.root.handlers = handlers
+    logging.root.handlers = [_Shown(console), _LogFile(file)]
     logging.root.setLevel(logging.INFO)
     logging.getLogger("oats_vision").setLevel(logging.DEBUG)
     logging.captureWarnings(True)
-    if not verbose and not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         for name in _BARS:
             os.environ.setdefault(name, "1")
+
+
+def set_up(verbose: bool = False, log_file: Path | None = None) -> None:
+    """Show everything on the console too, or keep it in another file than the command's own.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    for handler in logging.root.handlers:
+        if isinstance(handler, _Shown):
+            handler.verbose = verbose
+    if log_file is not None:
+        try:
+            log_file.open("a").close()
+        except OSError as problem:
+            raise ConfigError(f"--log-file {log_file} cannot be written: {problem.strerror}") from None
+        others = [handler for handler in logging.root.handlers if not isinstance(handler, _LogFile)]
+        logging.root.handlers = [*others, _LogFile(log_file)]
 
 
 def written() -> Path | None:
@@ -61,13 +70,17 @@ def written() -> Path | None:
 
 
 class _Shown(logging.Handler):
-    """One line a message, above a progress bar if the console has one."""
+    """One line a message, above a progress bar if the console has one: warnings of ours, or everything."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
+        self.verbose = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.partition(".")[0] == "oats_vision"
+        if not self.verbose and not (ours and record.levelno >= logging.WARNING):
+            return
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
         message = f"{record.levelname.lower()}: {self.format(record)}"
         self.console.print(message, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -83,8 +96,9 @@ class _LogFile(logging.FileHandler):
     def _open(self) -> Any:
         file = Path(self.baseFilename)
         file.parent.mkdir(parents=True, exist_ok=True)
-        for old in sorted(file.parent.glob("*.log"))[: 1 - KEPT]:
-            old.unlink(missing_ok=True)
+        if file.parent == folder():  # and no user's own
+            for old in sorted(file.parent.glob("*.log"))[: 1 - KEPT]:
+                old.unlink(missing_ok=True)
         stream = super()._open()
         stream.write(f"oats_vision {version('oats_vision')}: {' '.join(sys.argv)}\n")
         return stream
@@ -125,7 +139,3 @@ def _writes_to_a_stream(handler: logging.Handler) -> bool:
 
 def _files() -> list[logging.FileHandler]:
     return [handler for handler in logging.root.handlers if isinstance(handler, _LogFile)]
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    return record.name.partition(".")[0] == "oats_vision"

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from oats_vision import doctor, kernels
-from oats_vision.cli import app
+from oats_vision.cli.commands import app
 from oats_vision.kernels import native
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from oats_vision import logs
+from oats_vision.errors import ConfigError
 
 
 @pytest.fixture
@@ -34,6 +35,12 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
+def start(console: Console, file: Path) -> None:
+    """As a command starts, with its log in that file."""
+    logs.start("compress", console)
+    logging.root.handlers[1] = logs._LogFile(file)
+
+
 def messages() -> None:
     """What a run's modules and libraries say; the library's logger is made as theirs are, with a handler."""
     library = logging.getLogger("some_library_that_comes_late")
@@ -50,7 +57,7 @@ def messages() -> None:
 
 def test_the_console_shows_ours_alone_and_the_file_all(console, tmp_path, capsys):
     file = tmp_path / "logs" / "run.log"
-    logs.set_up(log_file=file, console=console)
+    start(console, file)
     assert logs.written() is None
     messages()
     assert shown(console) == "warning: 3 pictures of [red]/a/very/long/folder/name/indeed[/red] skipped\n"
@@ -70,8 +77,8 @@ def test_the_console_shows_ours_alone_and_the_file_all(console, tmp_path, capsys
 
 
 def test_verbose_shows_all_once(console, tmp_path, capsys):
-    logs.set_up(log_file=tmp_path / "run.log", console=console)
-    logs.set_up(verbose=True, console=console)  # as a command's option does later
+    start(console, tmp_path / "run.log")
+    logs.set_up(verbose=True)  # as a command's option does later
     messages()
     for part in ("Retrying in 1s", "downloaded", "3 pictures", "details", "UserWarning: xFormers"):
         assert shown(console).count(part) == 1
@@ -84,7 +91,11 @@ def test_a_message_stands_above_a_progress_bar(tmp_path):
     handler = logs._Shown(console)
     with Progress(console=console) as bar:
         bar.add_task("working", total=2)
-        handler.emit(logging.makeLogRecord({"levelno": logging.WARNING, "levelname": "WARNING", "msg": "a word"}))
+        handler.emit(
+            logging.makeLogRecord(
+                {"name": "oats_vision", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "a word"}
+            )
+        )
     lines = [line for line in shown(console).splitlines() if "a word" in line]
     assert len(lines) == 1
     assert "working" not in lines[0]
@@ -97,27 +108,44 @@ def test_a_log_that_cannot_be_written_disturbs_nobody(console, tmp_path, monkeyp
     if place == "/dev/full":  # accepts being opened, and never a byte
         place = "full.log"
         Path(place).symlink_to("/dev/full")
-    logs.set_up(log_file=tmp_path / place, console=console)
+    start(console, tmp_path / place)
     messages()
     messages()
     assert shown(console).count("3 pictures") == 2
     assert capsys.readouterr().err == ""
 
 
-def test_the_last_ten_files_are_kept(console, tmp_path):
-    for number in range(14):
-        (tmp_path / f"20260101-0000{number:02}-compress-1.log").write_text("old")
-    logs.set_up(log_file=tmp_path / "20260102-000000-compress-1.log", console=console)
-    messages()
-    kept = sorted(file.name for file in tmp_path.iterdir())
-    assert len(kept) == logs.KEPT
-    assert kept[-1] == "20260102-000000-compress-1.log"
-    assert kept[0] == "20260101-000005-compress-1.log"
-
-
-def test_the_folder_of_logs_is_the_users_cache(monkeypatch, tmp_path):
+def test_the_last_ten_files_are_kept_in_the_users_cache(console, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert logs.new_file("compress").parent == tmp_path / "oats_vision" / "logs"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    folder = tmp_path / "oats_vision" / "logs"
+    folder.mkdir(parents=True)
+    for number in range(14):
+        (folder / f"20260101-0000{number:02}-compress-1.log").write_text("old")
+    logs.start("eval-top1", console)
+    messages()
+    kept = sorted(file.name for file in folder.iterdir())
+    assert len(kept) == logs.KEPT
+    assert kept[0] == "20260101-000005-compress-1.log"
+    assert logs.written() == folder / kept[-1]
+    assert "-eval-top1-" in kept[-1]
+
+
+def test_a_file_of_the_users_own_takes_all_and_no_other_is_removed(console, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(20):
+        (tmp_path / f"{number}.log").write_text("the user's")
+    logs.start("compress", console)
+    logs.set_up(log_file=tmp_path / "mine.log")
+    messages()
+    assert logs.written() == tmp_path / "mine.log"
+    assert "Retrying" in (tmp_path / "mine.log").read_text()
+    assert len(list(tmp_path.glob("*.log"))) == 21
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ConfigError, match=r"--log-file .*/none/mine.log cannot be written: No such file or directory"):
+        logs.set_up(log_file=tmp_path / "none" / "mine.log")
+
+
+def test_the_folder_of_logs_is_below_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert logs.folder() == tmp_path / "home" / ".cache" / "oats_vision" / "logs"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from oats_vision.cli import bench, compare, compress, evaluate, evaluate_text, show
+from oats_vision.cli import bench, compare, compress, doctor, evaluate, evaluate_text, show
 from oats_vision.cli.help import Command, Commands
 
 
@@ -51,6 +51,7 @@ _add(app, show.inspect, examples=show.INSPECT_EXAMPLES)
 _add(app, compare.compare, examples=compare.EXAMPLES)
 _add(app, show.rollout, examples=show.ROLLOUT_EXAMPLES)
 _add(app, show.models, examples=show.MODELS_EXAMPLES)
+_add(app, doctor.doctor, examples=doctor.EXAMPLES)
 
 
 @app.callback()

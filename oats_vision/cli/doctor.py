@@ -7,8 +7,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from oats_vision.cli.common import Json, results
+from oats_vision.cli.common import results
+from oats_vision.cli.options import Json
 
+EXAMPLES = """\
+  oats-vision doctor
+  oats-vision doctor --json > doctor.json"""
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -11,34 +12,36 @@ import typer
 
 from oats_vision import logs
 from oats_vision.cli.common import notes
-from oats_vision.errors import OatsVisionError
-from oats_vision.interrupt import guarded
+from oats_vision.errors import OatsVisionError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
 BUG = 70  # exit status of an error that is ours, EX_SOFTWARE of sysexits.h; 2 is that of a wrong flag
 
 
 def run(command: Callable[[], object]) -> None:
-    """Run a command to one of its ends, and exit with its status.
-
-    An error of the user's is one line on standard error and exit status 1. The log file has its traceback.
-    """
-    name = "-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help"
-    logs.set_up(log_file=logs.new_file(name), console=notes)
+    """Run a command and exit with its status; messages go to the console and to a log file of its own."""
+    logs.start("-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help", notes)
     sys.unraisablehook = _unraisable
     threading.excepthook = _unraisable
-    guarded(lambda: sys.exit(status(command)))
+    sys.exit(status(command))
 
 
 def status(command: Callable[[], object]) -> Any:
-    """Run a command, say in one line why it failed, and return its exit status."""
+    """Run a command, say in one line why it failed, and return its exit status: 1, of wrong flags 2, of a bug 70.
+
+    The log file has the traceback.
+    """
     try:
-        command()
-    except SystemExit as end:
-        return end.code
+        return command()
+    except UsageError as error:
+        return _failed(_usage(error), status=2)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OatsVisionError as error:
         log.debug("traceback", exc_info=True)
         # what is not ours may need more words
@@ -50,9 +53,7 @@ def status(command: Callable[[], object]) -> Any:
             return _failed(message, with_details=True)
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         report = "please report it with the output of `oats-vision doctor` and the log"
-        _failed(f"this is a bug in oats_vision ({what}): {report}", with_details=True)
-        return BUG
-    return 0
+        return _failed(f"this is a bug in oats_vision ({what}): {report}", with_details=True, status=BUG)
 
 
 def _of_the_machine(error: Exception) -> str | None:
@@ -67,11 +68,20 @@ def _of_the_machine(error: Exception) -> str | None:
     return None
 
 
-def _failed(message: str, *, with_details: bool) -> int:
+def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int:
     file = logs.written() if with_details else None
     details = f" (details: {file})" if file else ""
-    typer.echo(f"error: {' '.join(message.split())}{details}", err=True)
-    return 1
+    sys.stderr.write(f"error: {' '.join(message.split())}{details}\n")
+    return status
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command's words, and where help is."""
+    message = error.format_message().rstrip(".")
+    if possible := getattr(error, "possibilities", None):
+        message = f"No such option: {error.option_name}.{did_you_mean(error.option_name, possible)}"
+    command = error.ctx.command_path if error.ctx else "oats-vision"
+    return f"{message[:1].lower()}{message[1:]}{'.' * (not message.endswith('?'))} See {command} --help"
 
 
 def _unraisable(about: Any) -> None:
