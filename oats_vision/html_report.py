@@ -22,7 +22,7 @@ from oats_vision.results import Cost
 
 POINTS = 80  # of a spectrum that are drawn
 EXAMPLES = 12  # pictures that are shown
-WORK = 3e11  # multiplications for spectra: some seconds
+WORK = 2.5e11  # multiplications for spectra: some seconds
 UNTOLD = ("out", "overwrite", "merge")  # of a run: they are about the directory, which may have moved
 # and whether they are texts
 HEADINGS = [
@@ -129,7 +129,7 @@ def _cost(measured: Measured, name: str, unit: str) -> Headline:
             "What it cost",
             first.figure.removesuffix(sign),
             sign,
-            first.name,
+            f"{first.name} beside the dense model",
             [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
         )
     protocol, data = ("top1", "LABELLED_PICTURES") if unit == "pictures" else ("perplexity", "TEXT")
