@@ -131,15 +131,18 @@ def test_settings_that_differ_are_columns_and_others_are_said_once():
 def test_a_scatter_shows_accuracy_else_cost_else_errors():
     rows = [_run(1), _run(2)]
     assert [caption for caption, _ in scatters(rows)] == [
-        "same class, % against bytes",
-        "same class, % against latency, batch 1",
+        "same class against bytes",
+        "same class against latency, batch 1",
     ]
     assert all("dense" in plot for _, plot in scatters(rows))
     labelled = [replace(run, labelled=_labelled(79)) for run in rows]
-    assert scatters(labelled)[0][0] == "top-1, % against bytes"
-    assert scatters([labelled[0], rows[1]])[0][0] == "same class, % against bytes"  # not known of all
+    assert scatters(labelled)[0][0] == "top-1 against bytes"
+    assert scatters([labelled[0], rows[1]])[0][0] == "same class against bytes"  # not known of all
     bare = [replace(run, cost=None, speed=()) for run in rows]
     assert [caption for caption, _ in scatters(bare)] == ["mean relative error of the layers against bytes"]
+    sliced = [replace(run, errors={}) for run in bare]
+    assert scatters(sliced) == []
+    assert "Errors by block" not in comparison_page(sliced, "sliced")
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import oats_vision as ov
 from oats_vision.benchmark import Timing
 from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, read_weights
+from oats_vision.config import CompressionSettings
 from oats_vision.errors import CheckpointError
 from oats_vision.html_report import EXAMPLES, spectra_of, spectrum, write_html
 from oats_vision.layers import LayerSpec, Part
+from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import Answer, Cost, Example, Metric
 
 ADVICE = "blocks.2.mlp.fc2 has an error far above the others': leave it dense"
@@ -268,7 +270,8 @@ def test_spectra_of_large_models_are_of_some_blocks():
     def chosen(width: int, blocks: int) -> list[str]:
         names = [f"blocks.{i}.{kind}" for i in range(blocks) for kind in ("fc1", "fc2")]
         spec = LayerSpec(width, 4 * width, False, (Part("fc", 4 * width, 1, 1),))
-        return [names[i] for i in spectra_of([spec] * len(names), names)]
+        layers = [LayerReport(name, spec, {"fc": 0.1}, {}, {"fc": 1}, 0.0, 1) for name in names]
+        return [names[i] for i in spectra_of(CompressionReport("x", CompressionSettings(), layers=layers))]
 
     assert chosen(384, 12) == [f"blocks.{i}.{kind}" for i in range(12) for kind in ("fc1", "fc2")]
     some = chosen(1280, 32)

@@ -18,7 +18,7 @@ from oats_vision.cli.pages import see_writable
 from oats_vision.data import UNREADABLE, open_picture, picture_files
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.html_report import write_html
+from oats_vision.html_report import spectra_of, write_html
 from oats_vision.machine import choose_device
 from oats_vision.models import ALIASES
 from oats_vision.progress import shares
@@ -44,7 +44,7 @@ def inspect(
     done = checkpoint.CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
     if html:
-        with Display(notes).counting("spectra", "layers", len(done.layers)) as progress:
+        with Display(notes).counting("spectra", "layers", len(spectra_of(done))) as progress:
             write_html(directory, html, progress)
     if as_json:
         typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
