@@ -269,7 +269,7 @@ def columns(rows: Sequence[Run]) -> list[Column]:
 
 def scatters(rows: Sequence[Run]) -> list[tuple[str, Markup]]:
     """What the runs cost against their bytes and against their latency, with captions; the dense model is marked."""
-    label, values, dense = _quality(rows)
+    name, unit, values, dense = _quality(rows)
     one_model = len({run.model for run in rows}) == 1
 
     def draw(caption: str, x_label: str, xs: Sequence[float | None], dense_x: float) -> list[tuple[str, Markup]]:
@@ -281,7 +281,7 @@ def scatters(rows: Sequence[Run]) -> list[tuple[str, Markup]]:
         if not points:
             return []
         mark = [] if dense is None else [Point("dense", dense_x, dense)]
-        return [(f"{label} against {caption}", figures.scatter([*mark, *points], x_label, label))]
+        return [(f"{name} against {caption}", figures.scatter([*mark, *points], x_label, name + unit))]
 
     if one_model:
         plots = draw("bytes", "MB", [run.bytes / 1e6 for run in rows], rows[0].dense_bytes / 1e6)
@@ -298,8 +298,8 @@ def scatters(rows: Sequence[Run]) -> list[tuple[str, Markup]]:
 Value = tuple[float, tuple[float, float] | None]  # with its interval
 
 
-def _quality(rows: Sequence[Run]) -> tuple[str, list[Value | None], float | None]:
-    """What a scatter shows of how good the runs are: its name, each run's value, and the dense model's.
+def _quality(rows: Sequence[Run]) -> tuple[str, str, list[Value | None], float | None]:
+    """What a scatter shows of how good the runs are: its name and unit, each run's value, and the dense model's.
 
     Accuracy if all were measured on the same data, else the first metric of their cost, else the layers' errors.
     """
@@ -308,16 +308,16 @@ def _quality(rows: Sequence[Run]) -> tuple[str, list[Value | None], float | None
         name = str(measured[0].compared)
         dense = {one.dense.values[name] for one in measured if one.dense}
         unit = "" if name == "perplexity" else ", %"
-        return name + unit, [_labelled(one, name) for one in measured], dense.pop() if len(dense) == 1 else None
+        return name, unit, [_labelled(one, name) for one in measured], dense.pop() if len(dense) == 1 else None
     for name in _common_metrics(rows)[:1]:
         metrics = [_metric(run, name) for run in rows]
         kinds = {(metric.kind, _of_dense(metric)) for metric in metrics if metric}
         if len(kinds) == 1:
             kind, best = kinds.pop()
             unit = {"percent": ", %", "ratio": ", dense = 1"}.get(kind, "")
-            return f"{name}{unit}", [(m.value, (m.low, m.high)) if m else None for m in metrics], best
+            return name, unit, [(m.value, (m.low, m.high)) if m else None for m in metrics], best
     errors = [(sum(run.errors.values()) / len(run.errors), None) if run.errors else None for run in rows]
-    return "mean relative error of the layers", list(errors), 0.0
+    return "mean relative error of the layers", "", list(errors), 0.0
 
 
 def _labelled(evaluation: Evaluation, name: str) -> Value:

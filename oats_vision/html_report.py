@@ -22,7 +22,7 @@ from oats_vision.results import Cost
 
 POINTS = 80  # of a spectrum that are drawn
 EXAMPLES = 12  # pictures that are shown
-WORK = 3e11  # multiplications for spectra: some seconds
+WORK = 2.5e11  # multiplications for spectra: some seconds
 UNTOLD = ("out", "overwrite", "merge")  # of a run: they are about the directory, which may have moved
 # and whether they are texts
 HEADINGS = [
@@ -54,7 +54,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     report = CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), report, getattr(torch, config["storage_dtype"]))
     name, source = directory.resolve().name, config["source"]
-    chosen = spectra_of([layer.spec for layer in report.layers], [layer.name for layer in report.layers])
+    chosen = spectra_of(report)
     spectra = []
     for i in chosen:
         spectra.append(spectrum(report.layers[i].name, report.layers[i].spec, tensors))
@@ -129,7 +129,7 @@ def _cost(measured: Measured, name: str, unit: str) -> Headline:
             "What it cost",
             first.figure.removesuffix(sign),
             sign,
-            first.name,
+            f"{first.name} beside the dense model",
             [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
         )
     protocol, data = ("top1", "LABELLED_PICTURES") if unit == "pictures" else ("perplexity", "TEXT")
@@ -174,15 +174,15 @@ def _timing_row(timing: Timing) -> list[str]:
     return [timing.what, *times, f"{timing.speedup:.2f} x", *rates, timing.unit]
 
 
-def spectra_of(specs: Sequence[LayerSpec], names: Sequence[str]) -> list[int]:
+def spectra_of(report: CompressionReport) -> list[int]:
     """Places of the layers whose spectra are computed: those of all blocks, or of as many as `WORK` allows.
 
     These are evenly spaced, with the first and the last; there is at least one, unless it alone takes minutes.
     """
     blocks: dict[int, list[int]] = {}
-    for i, name in enumerate(names):
-        blocks.setdefault(block_of(name), []).append(i)
-    work = sum(_work(spec) for spec in specs) / max(len(blocks), 1)
+    for i, layer in enumerate(report.layers):
+        blocks.setdefault(block_of(layer.name), []).append(i)
+    work = sum(_work(layer.spec) for layer in report.layers) / max(len(blocks), 1)
     count = min(len(blocks), int(max(WORK // max(work, 1), work < 10 * WORK)))
     places = {round(i * (len(blocks) - 1) / max(count - 1, 1)) for i in range(count)}
     return [i for place, layers in enumerate(blocks.values()) if place in places for i in layers]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,92 @@ def test_an_odd_evaluation_is_left_out_and_said(odd, tmp_path, caplog):
         found = read_report(_write(tmp_path, {"evaluations": [odd, GOOD]})).evaluations
     assert [evaluation.rows() for evaluation in found] == [[ROW]]
     assert "report.json: evaluation 1 is left out: " in caplog.text
+
+
+METRIC = {"name": "same class", "kind": "percent", "value": 98.4, "low": 91.0, "high": 99.7}
+COST = {"unit": "pictures", "samples": 64, "metrics": [METRIC]}
+SPEED = {"what": "forward, batch 1", "units": 1, "unit": "pictures", "dense": 0.2, "compressed": 0.1, "speedup": 2.0}
+EXAMPLE = {
+    "name": "a.png",
+    "thumbnail": "data:image/png;base64,AAAA",
+    "dense": {"label": "cat", "share": 0.9},
+    "compressed": {"label": "dog", "share": 0.6},
+    "cosine": 0.9,
+    "maps": ["data:image/png;base64,AAAA", "data:image/jpeg;base64,BBBB"],
+}
+
+
+def test_what_a_run_measured_is_read_by_its_types(tmp_path):
+    content = {
+        "run": {"model": "vit", "seed": 42, "data": None, "skip": []},
+        "cost": COST,
+        "speed": [SPEED, SPEED | {"what": "forward, batch 64", "units": 64}],
+        "advice": ["leave fc2 dense"],
+        "examples": [EXAMPLE],
+        "seconds": {"total": 3.0, "command": 4.5},
+        "peak_memory": 1000,
+        "machine": {"device": "cpu", "threads": 2},
+    }
+    found = read_report(_write(tmp_path, content))
+    assert found.cost is not None
+    assert found.cost.model_dump() == COST
+    assert [(timing.what, timing.speedup) for timing in found.speed] == [
+        ("forward, batch 1", 2.0),
+        ("forward, batch 64", 2.0),
+    ]
+    assert (found.advice, found.seconds, found.peak_memory) == (("leave fc2 dense",), 4.5, 1000)
+    assert [example.model_dump() for example in found.examples] == [EXAMPLE]
+    assert found.run == (("model", "vit"), ("seed", "42"))
+    assert found.machine == (("device", "cpu"), ("threads", "2"))
+    assert found.evaluations == ()
+
+
+ODD_MEASUREMENTS = {
+    "cost": [5, [], {}, COST | {"samples": 0}, COST | {"metrics": []}, COST | {"metrics": [METRIC | {"low": None}]}],
+    "speed": [5, {}, *([SPEED | {"dense": value}] for value in (0, -1.0, float("nan"), 1e300, 1e-300, "fast"))],
+    "advice": ["slow", [5], [None], ["x" * 2000]],
+    "examples": [
+        {},
+        [[]],
+        *(
+            [EXAMPLE | {"thumbnail": address}]
+            for address in (
+                "https://example.org/a.png",
+                "data:text/html;base64,AAAA",
+                'data:image/png;base64,AA" onerror="alert(1)',
+                "data:image/png;base64,AAAA\n",
+                "data:image/png;base64," + "A" * 200_000,
+            )
+        ),
+        [EXAMPLE | {"maps": ["https://example.org/a.png"]}],
+        [EXAMPLE | {"dense": {"label": "cat", "share": float("inf")}}],
+    ],
+    "seconds": [5, {"command": -1}, {"command": "long"}],
+    "peak_memory": [-5, "much", 1e300],
+    "machine": [[], "cpu"],
+}
+
+
+@pytest.mark.parametrize(("name", "odd"), [(name, odd) for name, odds in ODD_MEASUREMENTS.items() for odd in odds])
+def test_an_odd_measurement_is_left_out_and_said(name, odd, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = read_report(_write(tmp_path, {name: odd, "evaluations": [GOOD]}))
+    assert replace(found, evaluations=()) == Measured()
+    assert len(found.evaluations) == 1
+    assert " is left out: " in caplog.text
+
+
+def test_the_last_evaluation_of_the_best_protocol_says_most(tmp_path):
+    knn = GOOD | {"protocol": "k-NN", "compressed": {"top1": {"10": 50.0}}, "dense": {"top1": {"10": 51.0}}}
+    knn["difference"] = {"k = 10": GOOD["difference"]["top-1"]}
+    lone = GOOD | {"data": "no dense model", "difference": {}}
+    for evaluations, data in ([[knn], "k-NN"], [[GOOD, knn], "top1"], [[knn, GOOD, lone], "top1"]):
+        found = read_report(_write(tmp_path, {"evaluations": evaluations})).labelled
+        assert found is not None
+        assert (found.protocol, found.data) == (data, "imagenet/val")
+    two = [GOOD, GOOD | {"data": "other"}]
+    assert read_report(_write(tmp_path, {"evaluations": two})).labelled.data == "other"
+    assert read_report(_write(tmp_path, {"evaluations": [lone]})).labelled is None
 
 
 @pytest.mark.parametrize("odd", [[], 5, {"dense": 1, "compressed": None}, {"dense": {}, "compressed": {"top1": {}}}])

@@ -45,5 +45,5 @@ def compare(
         return
     console = results()
     console.print(comparison_table(runs, title))
-    for line in (alike(runs), *doubts(runs), f"Written to {html}."):
+    for line in filter(None, (alike(runs), *doubts(runs), f"Written to {html}.")):
         console.print(line, soft_wrap=True)

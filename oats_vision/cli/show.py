@@ -52,14 +52,14 @@ def inspect(
     import torch
 
     from oats_vision import checkpoint
-    from oats_vision.html_report import write_html
+    from oats_vision.html_report import spectra_of, write_html
 
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
     done = checkpoint.CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
     if html:
-        with Display(notes).counting("spectra", "layers", len(done.layers)) as progress:
+        with Display(notes).counting("spectra", "layers", len(spectra_of(done))) as progress:
             write_html(directory, html, progress)
     if as_json:
         typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
