@@ -1,5 +1,6 @@
 import copy
 import time
+import weakref
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_progress_names_what_is_done_linear_and_error_and_never_goes_back(tiny_v
     assert {step.activity for step in steps} == {"reading pictures", "statistics", "decomposing", "applying", "done"}
     assert {"attn.qkv", "mlp.fc2", "4 of 8", "8 of 8"} <= {step.detail for step in steps}
     assert steps[-1].error is not None
+
+
+def test_the_memory_of_a_weight_is_free_once_its_block_is_done(tiny_vit, pictures):
+    weight = weakref.ref(tiny_vit.blocks[0].attn.qkv.weight)
+    alive = {}
+    ov.compress(
+        tiny_vit,
+        pictures,
+        rate=0.5,
+        iterations=2,
+        progress=lambda step: alive.update({step.block: weight() is not None}),
+    )
+    assert alive == {0: True, 1: False, 2: False, 3: False}
 
 
 @pytest.mark.parametrize("options", [{"rate": 0.5, "iterations": 2}, {"rate": 0.2, "method": "slicegpt"}])
