@@ -8,7 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import oats_vision as ov
-from oats_vision.cli import app
+from oats_vision.cli.commands import app
 from oats_vision.core.budget import layer_budget
 from oats_vision.core.oats import oats
 from oats_vision.core.refit import refit
