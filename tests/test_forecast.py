@@ -48,7 +48,7 @@ def test_the_bytes_and_parameters_foretold_are_those_that_come(tiny_vit, picture
     told = of(tiny_vit, **settings)
     dense = sum(parameter.numel() for parameter in tiny_vit.parameters())
     fast = {"iterations": 2} if "method" not in settings else {}
-    report = ov.compress(tiny_vit, pictures, **settings, **fast)
+    report = ov.compress(tiny_vit, pictures, **settings, **fast).report
     assert told.exact
     assert told.sizes == measured(tiny_vit, report)
     assert told.parameters == (dense, dense - report.dense_parameters + report.parameters)
@@ -61,7 +61,7 @@ def test_the_bytes_and_parameters_foretold_are_those_that_come(tiny_vit, picture
 
 def test_of_the_fastest_splits_the_bytes_are_known_about(tiny_vit, pictures):
     told = of(tiny_vit, rank_ratio="auto")
-    report = ov.compress(tiny_vit, pictures, rank_ratio="auto", iterations=2)
+    report = ov.compress(tiny_vit, pictures, rank_ratio="auto", iterations=2).report
     assert not told.exact
     assert told.sizes.total == pytest.approx(measured(tiny_vit, report).total, rel=0.05)
     assert "about" in told.lines()["bytes"]
@@ -104,7 +104,7 @@ def test_language_models_are_foretold_as_their_adapters_prepare_them_and_stay_as
     told = of(model, torch.zeros(1, 16, dtype=torch.int64), rate=0.4)
     assert [(name, id(module)) for name, module in model.named_modules()] == names
     assert not hasattr(model, "_oats_vision_adapter")
-    report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2)
+    report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2).report
     assert told.sizes == measured(model, report)
     assert (told.unit, told.tokens, told.width) == ("sequences", 16, 48)
 
