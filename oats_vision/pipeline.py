@@ -167,6 +167,7 @@ def compress(
                 calls = capture_block_calls(
                     model, plan.blocks, calibration, hidden, adapter.unit, lambda samples: clock.read(samples, expected)
                 )
+            plan.linears.clear()  # so that the memory of those that are replaced is free
             report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
             if plan.slicing:
                 report.slicing = slice_blocks(model, adapter, plan.slicing, hidden, calls, clock.at)

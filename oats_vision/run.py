@@ -29,7 +29,7 @@ from oats_vision.evaluation import (
     perplexity,
 )
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
-from oats_vision.forecast import Forecast, forecast, trial
+from oats_vision.forecast import Forecast, forecast
 from oats_vision.html_report import write_html
 from oats_vision.layers import merge
 from oats_vision.machine import choose_device, machine, peak_memory
@@ -38,6 +38,7 @@ from oats_vision.pipeline import compress
 from oats_vision.progress import Estimate
 from oats_vision.text import Sequences, load_sequences, load_tokens
 from oats_vision.transforms import Transform
+from oats_vision.trial import trial
 
 log = logging.getLogger(__name__)
 

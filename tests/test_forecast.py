@@ -1,4 +1,3 @@
-import copy
 import json
 import subprocess
 import sys
@@ -16,8 +15,7 @@ from oats_vision import checkpoint
 from oats_vision.adapters import find_adapter
 from oats_vision.config import CompressionSettings
 from oats_vision.errors import ConfigError
-from oats_vision.forecast import Forecast, Memory, Trial, forecast, trial
-from oats_vision.progress import Step
+from oats_vision.forecast import Forecast, Memory, forecast
 
 PICTURE = torch.zeros(1, 3, 32, 32)
 SETTINGS = [
@@ -50,7 +48,7 @@ def test_the_bytes_and_parameters_foretold_are_those_that_come(tiny_vit, picture
     told = of(tiny_vit, **settings)
     dense = sum(parameter.numel() for parameter in tiny_vit.parameters())
     fast = {"iterations": 2} if "method" not in settings else {}
-    report = ov.compress(tiny_vit, pictures, **settings, **fast)
+    report = ov.compress(tiny_vit, pictures, **settings, **fast).report
     assert told.exact
     assert told.sizes == measured(tiny_vit, report)
     assert told.parameters == (dense, dense - report.dense_parameters + report.parameters)
@@ -63,7 +61,7 @@ def test_the_bytes_and_parameters_foretold_are_those_that_come(tiny_vit, picture
 
 def test_of_the_fastest_splits_the_bytes_are_known_about(tiny_vit, pictures):
     told = of(tiny_vit, rank_ratio="auto")
-    report = ov.compress(tiny_vit, pictures, rank_ratio="auto", iterations=2)
+    report = ov.compress(tiny_vit, pictures, rank_ratio="auto", iterations=2).report
     assert not told.exact
     assert told.sizes.total == pytest.approx(measured(tiny_vit, report).total, rel=0.05)
     assert "about" in told.lines()["bytes"]
@@ -106,7 +104,7 @@ def test_language_models_are_foretold_as_their_adapters_prepare_them_and_stay_as
     told = of(model, torch.zeros(1, 16, dtype=torch.int64), rate=0.4)
     assert [(name, id(module)) for name, module in model.named_modules()] == names
     assert not hasattr(model, "_oats_vision_adapter")
-    report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2)
+    report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2).report
     assert told.sizes == measured(model, report)
     assert (told.unit, told.tokens, told.width) == ("sequences", 16, 48)
 
@@ -188,40 +186,3 @@ def test_the_memory_foretold_is_close_to_what_a_run_takes(depth, batch, samples,
 def test_the_peak_is_never_below_what_was_needed_before():
     assert Memory(1, 2, 3, 100, 4, so_far=5).peak == 10
     assert Memory(1, 2, 3, 100, 4, so_far=50).peak == 50
-
-
-def test_a_trial_is_extrapolated_to_all_samples_blocks_and_weights():
-    tried = Trial(samples=10, first=5.0, sample=0.1, checks=0.5, statistics=2.0, decomposing=3.0, applying=1.0)
-    estimate = tried.extrapolated(samples=100, blocks=4, work=6.0, unit="pictures")
-    assert estimate.reading == pytest.approx(5 + 10 + 2)
-    assert estimate.total == pytest.approx(17 + 4 * 20 + 3 * 10 + 18)
-    assert str(estimate) == "about 2 min in all: 4 blocks of 32 s, reading pictures 17 s"
-
-
-@pytest.mark.parametrize("settings", [{"rate": 0.5}, {"rate": 0.2, "method": "slicegpt"}, {"skip": "blocks.0"}])
-def test_a_trial_leaves_the_model_as_it_was_and_reads_two_batches(tiny_vit, pictures, settings):
-    before, read = copy.deepcopy(tiny_vit), []
-    tiny_vit.train()
-
-    def batches():
-        for batch in (pictures * 3)[:6]:
-            read.append(len(batch))
-            yield batch
-
-    steps: list[Step] = []
-    estimate = trial(tiny_vit, batches(), CompressionSettings(**settings), samples=24, progress=steps.append)
-    assert len(read) == 2
-    assert estimate.total > estimate.reading > 0
-    assert estimate.blocks == 3
-    assert {"reading pictures", "statistics", "applying"} <= {step.activity for step in steps}
-    assert all(module.training for module in tiny_vit.modules())
-    assert not hasattr(tiny_vit, "_oats_vision_adapter")
-    assert str(tiny_vit.eval()) == str(before)
-    for name, tensor in tiny_vit.state_dict().items():
-        assert torch.equal(tensor, before.state_dict()[name]), name
-
-
-def test_a_trial_needs_to_know_how_many_samples_there_are(tiny_vit, pictures):
-    with pytest.raises(ConfigError, match="samples must be given"):
-        trial(tiny_vit, (batch for batch in pictures), CompressionSettings())
-    assert trial(tiny_vit, pictures, CompressionSettings(iterations=2)).total > 0

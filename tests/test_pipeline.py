@@ -1,5 +1,6 @@
 import copy
 import time
+import weakref
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import oats_vision as ov
-from oats_vision.cli import app
+from oats_vision.cli.commands import app
 from oats_vision.core.budget import layer_budget
 from oats_vision.core.oats import oats
 from oats_vision.core.refit import refit
@@ -131,10 +132,23 @@ def test_progress_names_what_is_done_linear_and_error_and_never_goes_back(tiny_v
     assert steps[-1].error is not None
 
 
+def test_the_memory_of_a_weight_is_free_once_its_block_is_done(tiny_vit, pictures):
+    weight = weakref.ref(tiny_vit.blocks[0].attn.qkv.weight)
+    alive = {}
+    ov.compress(
+        tiny_vit,
+        pictures,
+        rate=0.5,
+        iterations=2,
+        progress=lambda step: alive.update({step.block: weight() is not None}),
+    )
+    assert alive == {0: True, 1: False, 2: False, 3: False}
+
+
 @pytest.mark.parametrize("options", [{"rate": 0.5, "iterations": 2}, {"rate": 0.2, "method": "slicegpt"}])
 def test_the_report_says_where_the_time_went(tiny_vit, pictures, options):
     start = time.perf_counter()
-    report = ov.compress(tiny_vit, pictures, **options)
+    report = ov.compress(tiny_vit, pictures, **options).report
     whole, seconds = time.perf_counter() - start, dict(report.seconds)
     total = seconds.pop("total")
     assert list(seconds) == ["reading", "statistics", "decomposing", "applying"]
@@ -144,7 +158,7 @@ def test_the_report_says_where_the_time_went(tiny_vit, pictures, options):
 
 
 def test_a_checkpoint_that_names_its_times_as_earlier_releases_did_loads_and_shows(tiny_vit, pictures, tmp_path):
-    report, fresh = ov.compress(tiny_vit, pictures, rate=0.5, iterations=2), copy.deepcopy(tiny_vit)
+    report, fresh = ov.compress(tiny_vit, pictures, rate=0.5, iterations=2).report, copy.deepcopy(tiny_vit)
     report.seconds = {"calibration": 29.0, "solver": 12.0, "total": 41.0}
     ov.save(tiny_vit, tmp_path / "out")
     ov.load(tmp_path / "out", model=ov.merge(fresh))

@@ -1,6 +1,8 @@
 import io
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from rich.console import Console
 
 from oats_vision.display import Display
@@ -124,6 +126,27 @@ def test_a_bar_fits_its_line_whatever_the_linear_is_called(width, monkeypatch):
     assert len(line) <= width
     for words in ("block 24/32", "50%", "decomposing", "gate_up_proj"[-6:], "error 0.031", "~15 min left"):
         assert words in line
+
+
+NOTEBOOK = """
+from rich.console import Console
+from oats_vision.display import Display
+from oats_vision.progress import Step
+for console in (Console(), Console(quiet=True), None):
+    with Display(console).compression() as progress:
+        for done in range(101):
+            progress(Step(done / 100, done // 4 + 1, 26, "statistics"))
+"""
+
+
+def test_in_a_notebook_a_bar_is_one_output_that_changes():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    NotebookClient(notebook, timeout=120).execute()
+    (output,) = notebook.cells[0].outputs
+    for kind in ("text/plain", "text/html"):
+        assert "block 26/26" in output.data[kind]
+        assert "100% statistics" in output.data[kind]
+        assert "\x1b" not in output.data[kind]
 
 
 def test_lines_of_a_plan_are_columns_that_fit_80():

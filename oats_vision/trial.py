@@ -1,0 +1,115 @@
+"""How long a compression will take, by a trial of one block on a few samples."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from oats_vision.activations import ActivationStore
+from oats_vision.adapters import Adapter
+from oats_vision.batches import Reader, expected_samples, read_batches
+from oats_vision.block_calls import capture_block_calls
+from oats_vision.config import CompressionSettings
+from oats_vision.errors import ConfigError
+from oats_vision.pipeline import CompressionReport, apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.progress import Clock, Estimate, Step, Unit
+from oats_vision.slicing import slice_blocks
+from oats_vision.structure import floating
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds that a few samples and one block took.
+
+    first: of the first batch, which runs through the whole model. sample: of reading one more sample. checks: of a
+    block, before any is changed. statistics and applying: of `samples` on the block. decomposing: of its weights.
+    """
+
+    samples: int
+    first: float
+    sample: float
+    checks: float
+    statistics: float
+    decomposing: float
+    applying: float
+
+    def extrapolated(self, samples: int, blocks: int, work: float, unit: Unit) -> Estimate:
+        """To all samples and blocks.
+
+        Args:
+            work: weights of all blocks, as a multiple of this one's.
+        """
+        reading = self.first + self.sample * samples + self.checks * blocks
+        each = samples / self.samples
+        total = reading + each * (self.statistics * blocks + self.applying * (blocks - 1)) + self.decomposing * work
+        return Estimate(total, reading, blocks, unit)
+
+
+@torch.no_grad()
+def trial(
+    model: nn.Module,
+    calibration: Any,
+    settings: CompressionSettings,
+    *,
+    adapter: Adapter | None = None,
+    samples: int | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+) -> Estimate:
+    """How long `compress` will take, by one block on the first two batches; the model stays as it is.
+
+    Args:
+        calibration: as for `compress`; its first two batches are read.
+        samples: that there are, if `calibration` does not say so itself.
+
+    Raises:
+        OatsVisionError: as `compress` would.
+    """
+    samples = samples or expected_samples(calibration)
+    if samples is None:
+        raise ConfigError("samples must be given: the calibration data do not say how many there are")
+    with plain_arithmetic(model), ExitStack() as undo, ActivationStore(math.inf) as hidden:
+        adapter, plan = prepare(model, adapter, settings, undo)
+        unit = adapter.unit
+        index = next(i for i, work in enumerate(plan.work) if work)  # others may be left dense
+        name, original = plan.blocks[index]
+        block = deepcopy(original)
+        batches = islice(read_batches(calibration, Reader.of(model, unit)), 2)
+        data = (inputs.values if inputs.by_name else inputs.tensor for inputs in batches)
+        clock, marks = Clock(plan.work, unit, progress), [(0, time.perf_counter())]
+
+        def tell(read: int) -> None:
+            marks.append((read, time.perf_counter()))
+            clock.read(read, samples)
+
+        calls = capture_block_calls(model, plan.blocks, data, hidden, unit, tell)
+        (_, start), (first, then), (tried, end) = (*marks, marks[-1])[:3]
+        sample = (end - then) / (tried - first) if tried > first else 0.0
+        read = clock.seconds["reading"]
+        if plan.slicing:
+            alone = nn.ModuleList([block])
+            slice_blocks(alone, replace(adapter, blocks=lambda module: ""), plan.slicing, hidden, calls, clock.at)
+        else:
+            storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
+            report = CompressionReport(adapter.name, settings, tried, unit)
+            compress_block(
+                block, name, plan.parts[name], report, storage, hidden, calls, clock, index, begun=lambda: None
+            )
+            apply_block(block, name, hidden, calls, clock, index)
+        taken = clock.seconds
+    done = Trial(
+        tried,
+        then - start - sample * first,
+        sample,
+        taken["reading"] - read,
+        taken["statistics"],
+        taken["decomposing"],
+        taken["applying"],
+    )
+    return done.extrapolated(samples, len(plan.blocks), sum(plan.work) / plan.work[index], unit)

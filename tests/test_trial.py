@@ -1,0 +1,46 @@
+import copy
+
+import pytest
+import torch
+
+from oats_vision.config import CompressionSettings
+from oats_vision.errors import ConfigError
+from oats_vision.progress import Step
+from oats_vision.trial import Trial, trial
+
+
+def test_a_trial_is_extrapolated_to_all_samples_blocks_and_weights():
+    tried = Trial(samples=10, first=5.0, sample=0.1, checks=0.5, statistics=2.0, decomposing=3.0, applying=1.0)
+    estimate = tried.extrapolated(samples=100, blocks=4, work=6.0, unit="pictures")
+    assert estimate.reading == pytest.approx(5 + 10 + 2)
+    assert estimate.total == pytest.approx(17 + 4 * 20 + 3 * 10 + 18)
+    assert str(estimate) == "about 2 min in all: 4 blocks of 32 s, reading pictures 17 s"
+
+
+@pytest.mark.parametrize("settings", [{"rate": 0.5}, {"rate": 0.2, "method": "slicegpt"}, {"skip": "blocks.0"}])
+def test_a_trial_leaves_the_model_as_it_was_and_reads_two_batches(tiny_vit, pictures, settings):
+    before, read = copy.deepcopy(tiny_vit), []
+    tiny_vit.train()
+
+    def batches():
+        for batch in (pictures * 3)[:6]:
+            read.append(len(batch))
+            yield batch
+
+    steps: list[Step] = []
+    estimate = trial(tiny_vit, batches(), CompressionSettings(**settings), samples=24, progress=steps.append)
+    assert len(read) == 2
+    assert estimate.total > estimate.reading > 0
+    assert estimate.blocks == 3
+    assert {"reading pictures", "statistics", "applying"} <= {step.activity for step in steps}
+    assert all(module.training for module in tiny_vit.modules())
+    assert not hasattr(tiny_vit, "_oats_vision_adapter")
+    assert str(tiny_vit.eval()) == str(before)
+    for name, tensor in tiny_vit.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name]), name
+
+
+def test_a_trial_needs_to_know_how_many_samples_there_are(tiny_vit, pictures):
+    with pytest.raises(ConfigError, match="samples must be given"):
+        trial(tiny_vit, (batch for batch in pictures), CompressionSettings())
+    assert trial(tiny_vit, pictures, CompressionSettings(iterations=2)).total > 0
