@@ -30,7 +30,7 @@ from oats_vision.evaluation import (
 )
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.forecast import Forecast, forecast
-from oats_vision.html_report import write_html
+from oats_vision.html_report import spectra_of, write_html
 from oats_vision.layers import merge
 from oats_vision.machine import choose_device, machine, peak_memory
 from oats_vision.models import ModelSource, load_model, load_tokenizer, save_plain, source_of
@@ -86,7 +86,7 @@ class Outcome:
         content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
         checkpoint.write_json(out / checkpoint.REPORT, content)
         if self.run.report:
-            with display.counting("drawing the page", "layers", len(self.result.report.layers)) as progress:
+            with display.counting("drawing the page", "layers", len(spectra_of(self.result.report))) as progress:
                 write_html(out, out / PAGE, progress)
 
 
