@@ -24,7 +24,7 @@ METHOD_DEFAULTS: dict[Method, tuple[str, float | None]] = {
     "slicegpt": ("row", 0.0),
 }
 Dtype = Literal["float32", "float16", "bfloat16"]
-Config = TypeVar("Config", bound="CompressionSettings")
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class CompressionSettings(BaseModel):
@@ -212,23 +212,31 @@ for _tag, _first, _pattern in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), _first)
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file gives, by name; not checked yet.
+
+    Raises:
+        ConfigError: the file is missing, or no YAML mapping.
+    """
+    try:
+        fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+    odd = [name for name in fields if not isinstance(name, str)]
+    if odd:
+        raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+    return fields
+
+
 def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """Read a YAML file of RunConfig's fields, if given, and let the flags that are not None override it.
 
     Raises:
         ConfigError: the file is missing, no YAML mapping, or a field is wrong.
     """
-    fields: dict[str, Any] = {}
-    if path is not None:
-        try:
-            fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-            raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
-        odd = [name for name in fields if not isinstance(name, str)]
-        if odd:
-            raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+    fields = read_fields(path) if path else {}
     fields |= {name: value for name, value in flags.items() if value is not None}
     try:
         return validated(RunConfig, fields)

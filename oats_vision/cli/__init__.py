@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.logging import RichHandler
 
-from oats_vision.cli import bench, compare, compress, evaluate, evaluate_text, show
+from oats_vision.cli import bench, compare, compress, evaluate, evaluate_text, show, sweep
 from oats_vision.cli.common import notes
 from oats_vision.errors import OatsVisionError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(compress.compress)
 app.command()(bench.bench)
 app.command()(show.inspect)
+app.command()(sweep.sweep)
 app.command()(compare.compare)
 app.command()(show.rollout)
 app.command()(show.models)
