@@ -1,107 +1,32 @@
-"""The rows of a sweep as a CSV file, and as a table with the mean over the seeds."""
+"""The rows of a sweep as people look at them: with the mean over the seeds."""
 
 from __future__ import annotations
 
-import csv
-import os
-import re
+import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from oats_vision.compare import short
+from oats_vision.compare import Run, short
 from oats_vision.config import METHOD_DEFAULTS
-from oats_vision.errors import CheckpointError
-from oats_vision.evaluation import Difference
-from oats_vision.files import replacing
+from oats_vision.evaluation import Difference, Ratio
+from oats_vision.evaluations import Evaluation
+from oats_vision.grid import AXES
 from oats_vision.results import Metric
 
 if TYPE_CHECKING:
     from oats_vision.config import CompressionSettings
-    from oats_vision.sweep import Failure, Row, Sweep
-
-SETTINGS = ("method", "rate", "rank_ratio", "pattern")
-
-
-def write_csv(file: Path, rows: Sequence[Row], failures: Sequence[Failure]) -> None:
-    """Write one line for each cell and seed, all of them or none; see `csv_row` for the columns.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    lines = [csv_row(row) for row in rows]
-    lines += [_identity(one.name, one.settings, one.seed) | {"failed": one.reason} for one in failures]
-    columns = [name for name in dict.fromkeys(name for line in lines for name in line) if name != "failed"]
-    try:
-        with replacing(file) as temporary, temporary.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, [*columns, "failed"], restval="")
-            writer.writeheader()
-            writer.writerows(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as problem:
-        raise CheckpointError(f"{file} cannot be written: {problem}") from None
+    from oats_vision.sweep import Sweep
+    from oats_vision.sweep_rows import Row
 
 
-def csv_row(row: Row) -> dict[str, Any]:
-    """The figures of a row, by column.
-
-    `bytes` and `parameters` are of the whole model; `error` and `output_error` the mean over its layers. Each metric of
-    the cost, such as `same_class`, comes with the ends of its 95% interval, `_low` and `_high`. Each timing, such as
-    `forward_batch_1`, is in milliseconds (`_ms`), with that of the dense model measured in turns with it (`_dense_ms`),
-    and their ratio (`_speedup`). Accuracy on labelled data, such as `top1`, is in percent, with that of the dense model
-    (`_dense`), and the change (`_change`, of a perplexity a factor) with its interval.
-    """
-    run = row.run
-    line = _identity(row.name, row.settings, row.seed) | {
-        "bytes": run.bytes,
-        "dense_bytes": run.dense_bytes,
-        "parameters": row.parameters[1],
-        "dense_parameters": row.parameters[0],
-        "error": _rounded(row.error),
-        "output_error": _rounded(row.output_error),
-    }
-    for metric in run.cost.metrics if run.cost else []:
-        line |= _with_interval(_column(metric.name), metric.value, metric.low, metric.high)
-    for timing in run.speed:
-        name = _column(timing.what)
-        line[f"{name}_ms"] = _rounded(1e3 * timing.compressed)
-        line[f"{name}_dense_ms"] = _rounded(1e3 * timing.dense)
-        line[f"{name}_speedup"] = _rounded(timing.speedup)
-    if run.labelled and run.labelled.compared and run.labelled.dense:
-        metric_name = run.labelled.compared
-        name, change = _column(metric_name), run.labelled.difference[metric_name]
-        line[name] = _rounded(run.labelled.compressed.values[metric_name])
-        line[f"{name}_dense"] = _rounded(run.labelled.dense.values[metric_name])
-        value = change.points if isinstance(change, Difference) else change.value
-        line |= _with_interval(f"{name}_change", value, change.low, change.high)
-    return line | {"seconds": _rounded(row.seconds)}
-
-
-def _identity(name: str, settings: CompressionSettings, seed: int) -> dict[str, Any]:
-    return {"name": name, **{field: getattr(settings, field) for field in SETTINGS}, "seed": seed}
-
-
-def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, Any]:
-    return {name: _rounded(value), f"{name}_low": _rounded(low), f"{name}_high": _rounded(high)}
-
-
-def _column(name: str) -> str:
-    """A name fit for a column.
-
-    >>> _column("forward, batch 1"), _column("same class"), _column("top-1"), _column("k = 20")
-    ('forward_batch_1', 'same_class', 'top1', 'k_20')
-    """
-    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("-", ""))
-
-
-def _rounded(value: float | None) -> Any:
-    return "" if value is None else float(f"{value:.6g}")
+SIDES = ("dense", "compressed")
+SPREAD = "Each run is the mean over its seeds, and ranges are one standard deviation to both sides."
 
 
 class Figure(NamedTuple):
@@ -131,7 +56,7 @@ def sweep_table(sweep: Sweep) -> Table:
     seeds = ": mean ± standard deviation over the seeds" * several
     table = Table(title=f"{sweep.rows[0].run.model}{seeds}", title_justify="left")
     table.box, table.padding, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, (0, 1, 0, 0), False, True
-    for name in SETTINGS:
+    for name in AXES:
         table.add_column(name.replace("_", " "), justify="left" if name in ("method", "pattern") else "right")
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -146,7 +71,7 @@ def sweep_table(sweep: Sweep) -> Table:
 
 
 def _settings(settings: CompressionSettings) -> tuple[str, ...]:
-    return tuple(_setting(settings, name) for name in SETTINGS)
+    return tuple(_setting(settings, name) for name in AXES)
 
 
 def _setting(settings: CompressionSettings, name: str) -> str:
@@ -201,3 +126,56 @@ def _dense(row: Row) -> dict[str, Figure]:
         unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
         found[name] = Figure(run.labelled.dense.values[name], digits, unit)
     return found
+
+
+def mean_runs(rows: Sequence[Row]) -> list[Run]:
+    """One run for each cell: the mean over its seeds, with the standard deviation to both sides for an interval."""
+    cells = groupby(rows, lambda row: row.run.name)
+    return [_mean_run([row.run for row in seeds]) for seeds in (list(group) for _, group in cells)]
+
+
+def _mean_run(runs: Sequence[Run]) -> Run:
+    if len(runs) == 1:
+        return runs[0]
+    first = runs[0]
+    mean: dict[str, Any] = {
+        "bytes": round(statistics.mean(run.bytes for run in runs)),
+        "speed": [
+            replace(
+                timings[0], **{side: statistics.mean(getattr(timing, side) for timing in timings) for side in SIDES}
+            )
+            for timings in zip(*(run.speed for run in runs), strict=True)
+        ],
+        "errors": {block: statistics.mean(run.errors[block] for run in runs) for block in first.errors},
+    }
+    if first.cost:
+        costs = [run.cost for run in runs if run.cost]
+        metrics = [_mean_metric(seen) for seen in zip(*(cost.metrics for cost in costs), strict=True)]
+        mean["cost"] = first.cost.model_copy(update={"metrics": metrics})
+    if first.labelled and first.labelled.compared:
+        mean["labelled"] = _mean_labelled([run.labelled for run in runs if run.labelled], first.labelled.compared)
+    return replace(first, **mean)
+
+
+def _mean_metric(seen: Sequence[Metric]) -> Metric:
+    value, low, high = _spread([metric.value for metric in seen])
+    return seen[0].model_copy(update={"value": value, "low": low, "high": high})
+
+
+def _mean_labelled(seen: Sequence[Evaluation], metric: str) -> Evaluation:
+    changes = [evaluation.difference[metric] for evaluation in seen]
+    value, low, high = _spread(
+        [change.points if isinstance(change, Difference) else change.value for change in changes]
+    )
+    change: Difference | Ratio
+    change = Difference(value, low, high, math.nan) if isinstance(changes[0], Difference) else Ratio(value, low, high)
+    score = statistics.mean(evaluation.compressed.values[metric] for evaluation in seen)
+    field = "perplexity" if metric == "perplexity" else "top1"
+    compressed = seen[0].compressed.model_copy(update={field: score})
+    return seen[0].model_copy(update={"compressed": compressed, "difference": {metric: change}})
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and one standard deviation below and above it."""
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return mean, mean - deviation, mean + deviation

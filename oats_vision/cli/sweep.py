@@ -9,7 +9,7 @@ import typer
 from oats_vision.cli.common import notes, results
 from oats_vision.config import RunConfig
 from oats_vision.display import Display
-from oats_vision.grid import OUT, Extent, cell_words, load_sweep_config
+from oats_vision.grid import OUT, Extent, load_sweep_config
 
 if TYPE_CHECKING:
     from oats_vision.sweep import Sweep
@@ -117,16 +117,14 @@ def sweep(
 
 def _show(done: "Sweep") -> None:
     """The table, what failed, and where the files are."""
-    from oats_vision.sweep import CSV, PAGE
+    from oats_vision.sweep_folder import CSV, PAGE
     from oats_vision.sweep_table import sweep_table
 
     console = results()
     out = done.config.out
     if done.rows:
         console.print(sweep_table(done))
-    for line in dict.fromkeys(f"failed: {cell_words(one.settings)}: {one.reason}" for one in done.failures):
+    for line in done.notes:
         console.print(line, soft_wrap=True)
-    for reason in done.config.grid.skipped:
-        console.print(f"skipped: {reason}", soft_wrap=True)
     if done.rows:
         console.print(f"Written to {out / CSV}; the page with plots is {out / PAGE}.", soft_wrap=True)
