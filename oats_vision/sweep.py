@@ -24,21 +24,26 @@ from oats_vision.evaluation import Perplexity, Top1
 from oats_vision.grid import SweepConfig, cell_name, cell_words
 from oats_vision.page import write_page
 from oats_vision.progress import duration
+from oats_vision.report import as_text
 from oats_vision.run import Draw, Prepared, compress_and_write, measure_stored, prepare
 from oats_vision.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
 from oats_vision.sweep_rows import Failure, Row, in_order, row_name, write_csv
-from oats_vision.sweep_table import SPREAD, mean_runs
+from oats_vision.sweep_table import SPREAD, mean_runs, sweep_table
 
 Job = tuple[CompressionSettings, int]  # and the seed
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All rows of a sweep's folder, earlier ones too, and what failed this time."""
+    """All rows of a sweep's folder, earlier ones too, and what failed this time.
+
+    missing: names of the cells that are still to be done, after a dry run.
+    """
 
     config: SweepConfig
     rows: list[Row]
     failures: list[Failure]
+    missing: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -53,7 +58,11 @@ class Sweep:
             "rows": [{"name": row.name, **row.model_dump(mode="json")} for row in self.rows],
             "failed": [{"name": one.name, "reason": one.reason} for one in self.failures],
             "skipped": list(self.config.grid.skipped),
+            "missing": list(self.missing),
         }
+
+    def __str__(self) -> str:
+        return "\n".join([*([as_text(sweep_table(self))] if self.rows else []), *self.notes])
 
 
 def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
@@ -76,6 +85,8 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
             display.console.print(line, soft_wrap=True)
         if len(missing) < len(jobs):
             display.console.print(f"{len(jobs) - len(missing)} of {len(jobs)} cells are done")
+        if config.base.dry_run:
+            return Sweep(config, in_order(rows.values()), [], tuple(row_name(*job) for job in missing))
         failures: list[Failure] = []
         if missing:
             with _said_once():
@@ -83,10 +94,15 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
         done = Sweep(config, in_order(rows.values()), failures)
         if done.rows:
             write_csv(config.out / CSV, done.rows, failures)
-            runs, spread = mean_runs(done.rows), SPREAD if len({row.seed for row in done.rows}) > 1 else None
-            page = comparison_page(runs, f"{config.base.model}: sweep", notes=done.notes, spread=spread)
-            write_page(page, config.out / PAGE)
+            if config.base.report:
+                _write_page(done)
     return done
+
+
+def _write_page(done: Sweep) -> None:
+    spread = SPREAD if len({row.seed for row in done.rows}) > 1 else None
+    title = f"{done.config.base.model}: sweep"
+    write_page(comparison_page(mean_runs(done.rows), title, notes=done.notes, spread=spread), done.config.out / PAGE)
 
 
 @dataclass
@@ -102,13 +118,13 @@ def _do(
     config: SweepConfig, state: dict[str, Any] | None, missing: Sequence[Job], rows: dict[str, Row], display: Display
 ) -> list[Failure]:
     """Do the missing cells, add their rows, and return what failed."""
-    dense = _Dense(*prepare(config.base))
+    dense = _Dense(*prepare(config.base, display))
     weights = dense.prepared.source.dense_sha256
     if state is not None and state["dense_sha256"] != weights:
         raise ConfigError(f"{config.out}: the weights of {config.base.model} have changed since: give another out")
     failures, seconds = list[Failure](), list[float]()
     for seed, jobs in groupby(missing, lambda job: job[1]):
-        draw = dense.prepared.draw(dense.model, seed, display)
+        draw = dense.prepared.draw(dense.model, dense.prepared.open(seed), display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
             state = write_state(config, dense.prepared.unit, weights)
@@ -134,12 +150,12 @@ def _cell(
     """Compress a copy of the model, and measure it as `compress` does."""
     start, prepared = time.perf_counter(), dense.prepared
     with _directory(config, row_name(settings, seed)) as directory:
-        own = settings.model_dump() | {"seed": seed, "out": directory, "overwrite": directory.exists()}
-        run = prepared.run.model_copy(update=own)
+        own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
+        run = prepared.run.model_copy(update=settings.model_dump() | own)
         outcome = compress_and_write(copy.deepcopy(dense.model), run, prepared, draw, display)
         measure_stored(outcome, prepared, draw, dense.score, display)
         outcome.seconds = time.perf_counter() - start
-        checkpoint.write_json(directory / checkpoint.REPORT, outcome.to_dict())
+        outcome.write(display)
         figures = replace(Run.read(directory), name=cell_name(settings))
     layers = outcome.result.report.layers
     outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]

@@ -45,7 +45,6 @@ def read_state(config: SweepConfig) -> dict[str, Any] | None:
         return None
     if not out.is_dir():
         raise CheckpointError(f"{out} is a file: give another out")
-    _tidy(out)
     if all(entry.name.startswith(".") for entry in out.iterdir()):
         return None
     try:
@@ -63,6 +62,7 @@ def read_state(config: SweepConfig) -> dict[str, Any] | None:
     if differ:
         words = "; ".join(f"{name} is {shared[name]} there and {now[name]} here" for name in differ)
         raise ConfigError(f"{out} holds a sweep with other settings: {words}. Give these, or another out")
+    _tidy(out)
     return state
 
 

@@ -18,6 +18,7 @@ from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluations import Evaluation
 from oats_vision.grid import AXES
 from oats_vision.results import Metric
+from oats_vision.sweep_rows import metric_name
 
 if TYPE_CHECKING:
     from oats_vision.config import CompressionSettings
@@ -49,10 +50,9 @@ def sweep_table(sweep: Sweep) -> Table:
         sweep: with one row at least.
     """
     several = len({row.seed for row in sweep.rows}) > 1
-    cells = {
-        key: [_figures(row) for row in rows] for key, rows in groupby(sweep.rows, lambda row: _settings(row.settings))
-    }
-    headings = list(dict.fromkeys(name for figures in cells.values() for one in figures for name in one))
+    cells = [list(rows) for _, rows in groupby(sweep.rows, lambda row: row.run.name)]
+    figures = [[_figures(row) for row in rows] for rows in cells]
+    headings = list(dict.fromkeys(name for cell in figures for one in cell for name in one))
     seeds = ": mean ± standard deviation over the seeds" * several
     table = Table(title=f"{sweep.rows[0].run.model}{seeds}", title_justify="left")
     table.box, table.padding, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, (0, 1, 0, 0), False, True
@@ -62,9 +62,9 @@ def sweep_table(sweep: Sweep) -> Table:
         table.add_column(heading, justify="right")
     dense = _dense(sweep.rows[0])
     table.add_row("dense", "", "", "", *(str(dense.get(heading, "")) for heading in headings), end_section=True)
-    for key, figures in cells.items():
-        found = [[one[heading] for one in figures if heading in one] for heading in headings]
-        table.add_row(*key, *map(_over_seeds, found, [len(figures) > 1] * len(found)))
+    for rows, cell in zip(cells, figures, strict=True):
+        found = [[one[heading] for one in cell if heading in one] for heading in headings]
+        table.add_row(*_settings(rows[0].settings), *map(_over_seeds, found))
     for key in dict.fromkeys(_settings(one.settings) for one in sweep.failures):
         table.add_row(*key, "failed")
     return table
@@ -83,13 +83,13 @@ def _setting(settings: CompressionSettings, name: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _over_seeds(figures: Sequence[Figure], several: bool) -> str:
+def _over_seeds(figures: Sequence[Figure]) -> str:
     """The mean, and the deviation in place of an interval."""
-    if not figures or not several or not figures[0].varies:
+    if len(figures) < 2 or not figures[0].varies:
         return "".join(map(str, figures[:1]))
-    mean, first = statistics.mean(figure.value for figure in figures), figures[0]
-    deviation = f"± {statistics.stdev(figure.value for figure in figures):.{first.digits}f}" if len(figures) > 1 else ""
-    return str(first._replace(value=mean, small=deviation))
+    values, first = [figure.value for figure in figures], figures[0]
+    deviation = f"± {statistics.stdev(values):.{first.digits}f}"
+    return str(first._replace(value=statistics.mean(values), small=deviation))
 
 
 def _figures(row: Row) -> dict[str, Figure]:
@@ -99,7 +99,7 @@ def _figures(row: Row) -> dict[str, Figure]:
     for timing in run.speed:
         found[short(timing.what)] = Figure(timing.speedup, 2, " x", f"{timing.compressed * 1e3:.1f} ms")
     for metric in run.cost.metrics if run.cost else []:
-        found[metric.name] = _of_metric(metric)
+        found[metric_name(metric)] = _of_metric(metric)
     if run.labelled and run.labelled.compared:
         name = run.labelled.compared
         change = run.labelled.difference[name]
