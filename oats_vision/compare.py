@@ -173,11 +173,13 @@ class Column:
     numeric: bool = True
 
 
-def comparison_page(rows: Sequence[Run], title: str) -> str:
+def comparison_page(rows: Sequence[Run], title: str, *, notes: Sequence[str] = (), spread: str | None = None) -> str:
     """The page as text: scatters against bytes and against latency, the table, and errors by block.
 
     Args:
         rows: at least one.
+        notes: that stand above.
+        spread: what intervals mean, if not 95% confidence.
     """
     shown = columns(rows)
     errors = {f"{i}  {run.name}": run.errors for i, run in enumerate(rows, 1) if run.errors}
@@ -185,7 +187,8 @@ def comparison_page(rows: Sequence[Run], title: str) -> str:
         "compare.html",
         title=title,
         alike=alike(rows),
-        doubts=doubts(rows),
+        doubts=[*doubts(rows), *notes],
+        spread=spread or "Intervals are at 95%.",
         plots=scatters(rows),
         columns=shown,
         headings=[(column.heading, not column.numeric) for column in shown],

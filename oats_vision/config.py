@@ -30,7 +30,7 @@ PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 # all that PyTorch may have, or a plug-in bring
 TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "privateuseone", "ve", "vulkan", "xla")
-Config = TypeVar("Config", bound="CompressionSettings")
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class CompressionSettings(BaseModel):
@@ -297,24 +297,32 @@ for _tag, _first, _pattern in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), _first)
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file gives, by name; not checked yet.
+
+    Raises:
+        ConfigError: the file is missing, or no YAML mapping.
+    """
+    try:
+        fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+    odd = [name for name in fields if not isinstance(name, str)]
+    if odd:
+        raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+    return fields
+
+
 def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """Read a YAML file of RunConfig's fields, if given, and let the flags that are not None override it.
 
     Raises:
         ConfigError: the file is missing, no YAML mapping, or a field is wrong.
     """
-    fields: dict[str, Any] = {}
+    fields = read_fields(path) if path else {}
     where = f"--config {path}: " if path else ""
-    if path is not None:
-        try:
-            fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-            raise ConfigError(f"{where}{' '.join(str(problem).split())}") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{where}must be a mapping of settings, got {type(fields).__name__}")
-        odd = [name for name in fields if not isinstance(name, str)]
-        if odd:
-            raise ConfigError(f"{where}{odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return validated(RunConfig, fields | given, lambda name: name if name in fields.keys() - given else flag(name))

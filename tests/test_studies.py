@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 EVAL = Path(__file__).parents[1] / "eval"
-STUDIES = ["method_table", "rank_ratio_sweep", "iterations_sweep", "ablations"]
+STUDIES = ["method_table", "iterations_sweep", "ablations"]
 FEW = {
     "method_table": ["--methods", "wanda", "sparsegpt", "slicegpt", "oats-plain", "oats", "--rates", "0.4", "0.5"],
-    "rank_ratio_sweep": ["--rates", "0.5", "--rank-ratios", "0", "0.3"],
     "iterations_sweep": ["--iterations", "1", "4"],
     "ablations": ["--rates", "0.5"],
 }

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from oats_vision.cli import bench, compare, compress, doctor, evaluate, evaluate_text, show
+from oats_vision.cli import bench, compare, compress, doctor, evaluate, evaluate_text, show, sweep
 from oats_vision.cli.help import Command, Commands
 
 
@@ -48,6 +48,7 @@ _add(evaluations, evaluate_text.perplexity, examples=evaluate_text.PERPLEXITY_EX
 _add(evaluations, evaluate_text.lm, examples=evaluate_text.LM_EXAMPLES)
 _add(app, bench.bench, examples=bench.EXAMPLES)
 _add(app, show.inspect, examples=show.INSPECT_EXAMPLES)
+_add(app, sweep.sweep, examples=sweep.EXAMPLES)
 _add(app, compare.compare, examples=compare.EXAMPLES)
 _add(app, show.rollout, examples=show.ROLLOUT_EXAMPLES)
 _add(app, show.models, examples=show.MODELS_EXAMPLES)

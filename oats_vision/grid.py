@@ -1,0 +1,189 @@
+"""The grid of a sweep: every compression that it is made of, checked before any work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from oats_vision.config import METHOD_DEFAULTS, CompressionSettings, RunConfig, read_fields, validated
+from oats_vision.core.budget import Pattern
+from oats_vision.errors import ConfigError
+
+OUT = Path("oats_sweep")
+AXES = ("method", "rate", "rank_ratio", "pattern")
+FOR_ONE_RUN = ("overwrite", "merge")  # settings that mean nothing here
+
+
+class Extent(BaseModel):
+    """What a sweep has besides a run's settings: lists of some of them, and how often each cell is done."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: tuple[Any, ...] = Field((), description="oats, or a baseline to compare with; may be repeated")
+    rate: tuple[Any, ...] = Field((), description="share of the parameters removed; may be repeated [default: 0.5]")
+    rank_ratio: tuple[Any, ...] = Field(
+        (), description="share of what is kept that goes to the low-rank term, or auto; may be repeated [default: 0.2]"
+    )
+    pattern: tuple[Any, ...] = Field(
+        (), description="non-zeros by row, by layer or N:M; may be repeated [default: row; baselines: their own]"
+    )
+    seeds: int = Field(1, ge=1, description="draws of calibration data for each cell, from --seed on")
+    keep: bool = Field(False, description="keep each cell's checkpoint, in OUT/NAME, and not only its figures")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells, in the order in which they are done; those that cannot be, and why; and what else is to be said."""
+
+    cells: tuple[CompressionSettings, ...]
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """One sweep.
+
+    base: what all cells share. seeds: of the calibration data of each cell. keep: the cells' checkpoints.
+    """
+
+    base: RunConfig
+    grid: Grid
+    seeds: tuple[int, ...]
+    out: Path
+    keep: bool
+
+
+def load_sweep_config(path: Path | None, flags: dict[str, Any]) -> SweepConfig:
+    """Read a YAML file of a sweep's settings, if given, and let the flags that are not None override it.
+
+    Raises:
+        ConfigError: the file is missing, no YAML mapping, or a setting is wrong.
+    """
+    fields = read_fields(path) if path else {}
+    fields |= {name: value for name, value in flags.items() if value is not None}
+    try:
+        return sweep_config(**fields)
+    except ConfigError as wrong:
+        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None
+
+
+def sweep_config(**fields: Any) -> SweepConfig:
+    """A sweep over the grid of `method`, `rate`, `rank_ratio` and `pattern`, each one value or several.
+
+    Args:
+        fields: these, `seeds` (how many draws of the calibration data), `keep` (the cells' checkpoints), and the
+            settings of `RunConfig` that all cells share.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range, or no cell of the grid can be.
+    """
+    fields = {"out": OUT} | fields
+    if alone := [name for name in FOR_ONE_RUN if fields.get(name)]:
+        raise ConfigError(f"{alone[0]} is no setting of a sweep: leave it out")
+    listed = {name: _listed(fields[name]) for name in AXES if name in fields}
+    others = {name: fields[name] for name in ("seeds", "keep") if name in fields}
+    extent = validated(Extent, listed | others)
+    base = validated(RunConfig, {name: value for name, value in fields.items() if name not in Extent.model_fields})
+    shared = base.model_fields_set & CompressionSettings.model_fields.keys()
+    grid = expand(
+        {name: getattr(base, name) for name in shared}, **{name: _checked(name, getattr(extent, name)) for name in AXES}
+    )
+    seeds = tuple(range(base.seed, base.seed + extent.seeds))
+    return SweepConfig(base, grid, seeds, base.out, extent.keep)
+
+
+def _listed(values: Any) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, list | tuple) else () if values is None else (values,)
+
+
+def _checked(name: str, values: Sequence[Any]) -> list[Any]:
+    """The values as the settings have them. Raises ConfigError for one that is wrong whatever the others are."""
+    alone: dict[str, Any] = {"method": "magnitude"} if name == "pattern" else {}  # any N:M is possible without a rank
+    return [getattr(validated(CompressionSettings, alone | {name: value}), name) for value in values]
+
+
+def expand(
+    shared: dict[str, Any],
+    method: Sequence[Any] = (),
+    rate: Sequence[Any] = (),
+    rank_ratio: Sequence[Any] = (),
+    pattern: Sequence[Any] = (),
+) -> Grid:
+    """Every combination that can be, once.
+
+    A method without a choice of rank ratio (of pattern) is done once for all of them, and N:M, where the rank ratio is
+    given, once for all rates, since its rate follows from it.
+
+    Args:
+        shared: settings of all cells.
+        method, rate, rank_ratio, pattern: values that are right by themselves; none: the default.
+
+    Raises:
+        ConfigError: no combination can be.
+    """
+    cells: dict[str, CompressionSettings] = {}
+    skipped: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    for values in product(method or ["oats"], pattern or [None], rate or [None], rank_ratio or [None]):
+        cell = dict(zip(("method", "pattern", "rate", "rank_ratio"), values, strict=True))
+        asked = cell["rate"]
+        notes |= dict.fromkeys(_fit(cell))
+        others = {name: value for name, value in shared.items() if name != "refit" or cell["method"] == "oats"}
+        try:
+            settings = validated(CompressionSettings, others | cell)
+        except ConfigError as wrong:
+            given = [f"{name.replace('_', ' ')} {value}" for name, value in cell.items() if value is not None]
+            skipped[f"{', '.join(given).removeprefix('method ')}: {wrong}"] = None
+        else:
+            if asked not in (None, settings.rate):
+                notes[f"{cell_words(settings)}: the rate follows from the pattern and the rank ratio"] = None
+            cells.setdefault(cell_name(settings), settings)
+    if not cells:
+        raise ConfigError(f"no cell of the grid can be: {'; '.join(skipped)}")
+    return Grid(tuple(cells.values()), tuple(skipped), tuple(notes))
+
+
+def _fit(cell: dict[str, Any]) -> list[str]:
+    """Leave out of a cell what its method or its pattern decides.
+
+    Returns:
+        What is to be said of it.
+    """
+    method, notes = cell["method"], list[str]()
+    own_pattern, own_ratio = METHOD_DEFAULTS[method]
+    if own_ratio is not None:
+        if cell["rank_ratio"] not in (None, own_ratio):
+            notes.append(f"{method} has its own rank ratio, {own_ratio:g}: it runs once for all of the grid's")
+        cell["rank_ratio"] = None
+    if method in ("svd", "slicegpt"):
+        if cell["pattern"] not in (None, own_pattern):
+            notes.append(f"{method} keeps no sparse matrix: it runs once for all patterns of the grid")
+        cell["pattern"] = None
+    fixed = cell["pattern"] and Pattern.parse(cell["pattern"]).kind == "n:m"
+    if fixed and cell["rate"] is not None and (own_ratio is not None or isinstance(cell["rank_ratio"], float)):
+        cell["rate"] = None
+    return notes
+
+
+def cell_name(settings: CompressionSettings) -> str:
+    """What tells a cell from the others of its sweep, fit for the name of a file."""
+    own_ratio = METHOD_DEFAULTS[settings.method][1]
+    ratio = [] if own_ratio is not None else [_short(settings.rank_ratio)]
+    pattern = [] if settings.method in ("svd", "slicegpt") else [str(settings.pattern).replace(":", "of")]
+    return "-".join([settings.method, _short(settings.rate), *ratio, *pattern])
+
+
+def cell_words(settings: CompressionSettings) -> str:
+    """The same for people."""
+    own_pattern, own_ratio = METHOD_DEFAULTS[settings.method]
+    ratio = "" if own_ratio is not None else f", rank ratio {_short(settings.rank_ratio)}"
+    pattern = "" if settings.pattern == own_pattern else f", {settings.pattern}"
+    return f"{settings.method}, rate {_short(settings.rate)}{ratio}{pattern}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,220 @@
+"""`oats-vision sweep`: a grid of compressions of one model, each measured and written down before the next begins."""
+
+import copy
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from oats_vision import checkpoint
+from oats_vision.compare import Run, comparison_page
+from oats_vision.config import CompressionSettings
+from oats_vision.display import Display
+from oats_vision.errors import ConfigError, ModelError
+from oats_vision.evaluation import Perplexity, Top1
+from oats_vision.grid import SweepConfig, cell_name, cell_words
+from oats_vision.page import write_page
+from oats_vision.progress import duration
+from oats_vision.report import as_text
+from oats_vision.run import Draw, Prepared, compress_and_write, measure_stored, prepare
+from oats_vision.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
+from oats_vision.sweep_rows import Failure, Row, in_order, row_name, write_csv
+from oats_vision.sweep_table import SPREAD, mean_runs, sweep_table
+
+Job = tuple[CompressionSettings, int]  # and the seed
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All rows of a sweep's folder, earlier ones too, and what failed this time.
+
+    missing: names of the cells that are still to be done, after a dry run.
+    """
+
+    config: SweepConfig
+    rows: list[Row]
+    failures: list[Failure]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing of the grid, and why."""
+        failed = dict.fromkeys(f"failed: {cell_words(one.settings)}: {one.reason}" for one in self.failures)
+        return [*failed, *(f"skipped: {reason}" for reason in self.config.grid.skipped)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, for JSON."""
+        return {
+            "out": str(self.config.out),
+            "rows": [{"name": row.name, **row.model_dump(mode="json")} for row in self.rows],
+            "failed": [{"name": one.name, "reason": one.reason} for one in self.failures],
+            "skipped": list(self.config.grid.skipped),
+            "missing": list(self.missing),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*([as_text(sweep_table(self))] if self.rows else []), *self.notes])
+
+
+def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
+    """Do what is missing of a sweep, and return all of it.
+
+    Args:
+        config: see `sweep_config`.
+
+    Raises:
+        OatsVisionError: something that all cells share is wrong, or the folder is another sweep's. What only one cell
+            fails of is among the failures.
+    """
+    display = display or Display()
+    with checkpoint.locked(config.out):
+        state = read_state(config)
+        rows = read_rows(config.out)
+        jobs = [(settings, seed) for seed in config.seeds for settings in config.grid.cells]
+        missing = [job for job in jobs if not _is_done(config, rows, job)]
+        for line in [*config.grid.notes, *(f"skipped: {reason}" for reason in config.grid.skipped)]:
+            display.console.print(line, soft_wrap=True)
+        if len(missing) < len(jobs):
+            display.console.print(f"{len(jobs) - len(missing)} of {len(jobs)} cells are done")
+        if config.base.dry_run:
+            return Sweep(config, in_order(rows.values()), [], tuple(row_name(*job) for job in missing))
+        failures: list[Failure] = []
+        if missing:
+            with _said_once():
+                failures = _do(config, state, missing, rows, display)
+        done = Sweep(config, in_order(rows.values()), failures)
+        if done.rows:
+            write_csv(config.out / CSV, done.rows, failures)
+            if config.base.report:
+                _write_page(done)
+    return done
+
+
+def _write_page(done: Sweep) -> None:
+    spread = SPREAD if len({row.seed for row in done.rows}) > 1 else None
+    title = f"{done.config.base.model}: sweep"
+    write_page(comparison_page(mean_runs(done.rows), title, notes=done.notes, spread=spread), done.config.out / PAGE)
+
+
+@dataclass
+class _Dense:
+    """The dense model, all that is known of it, and its score if there are data to score it on."""
+
+    model: nn.Module
+    prepared: Prepared
+    score: Top1 | Perplexity | None = None
+
+
+def _do(
+    config: SweepConfig, state: dict[str, Any] | None, missing: Sequence[Job], rows: dict[str, Row], display: Display
+) -> list[Failure]:
+    """Do the missing cells, add their rows, and return what failed."""
+    dense = _Dense(*prepare(config.base, display))
+    weights = dense.prepared.source.dense_sha256
+    if state is not None and state["dense_sha256"] != weights:
+        raise ConfigError(f"{config.out}: the weights of {config.base.model} have changed since: give another out")
+    failures, seconds = list[Failure](), list[float]()
+    for seed, jobs in groupby(missing, lambda job: job[1]):
+        draw = dense.prepared.draw(dense.model, dense.prepared.open(seed), display)
+        dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
+        if state is None:  # all that the cells share is seen to be right
+            state = write_state(config, dense.prepared.unit, weights)
+        for settings, _ in jobs:
+            display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
+            start = time.perf_counter()
+            try:
+                row = _cell(config, dense, draw, settings, seed, display)
+            except (ConfigError, ModelError) as problem:
+                failures.append(Failure(settings, seed, " ".join(str(problem).split())))
+                display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
+            else:
+                write_row(config.out, row)
+                rows[row.name] = row
+            write_csv(config.out / CSV, in_order(rows.values()), failures)
+            seconds.append(time.perf_counter() - start)
+    return failures
+
+
+def _cell(
+    config: SweepConfig, dense: _Dense, draw: Draw, settings: CompressionSettings, seed: int, display: Display
+) -> Row:
+    """Compress a copy of the model, and measure it as `compress` does."""
+    start, prepared = time.perf_counter(), dense.prepared
+    with _directory(config, row_name(settings, seed)) as directory:
+        own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
+        run = prepared.run.model_copy(update=settings.model_dump() | own)
+        outcome = compress_and_write(copy.deepcopy(dense.model), run, prepared, draw, display)
+        measure_stored(outcome, prepared, draw, dense.score, display)
+        outcome.seconds = time.perf_counter() - start
+        outcome.write(display)
+        figures = replace(Run.read(directory), name=cell_name(settings))
+    layers = outcome.result.report.layers
+    outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]
+    return Row(
+        settings=settings,
+        seed=seed,
+        run=figures,
+        parameters=outcome.result.parameters,
+        error=statistics.mean(layer.error for layer in layers) if layers else None,
+        output_error=statistics.mean(outputs) if outputs else None,
+        seconds=outcome.seconds,
+    )
+
+
+@contextmanager
+def _directory(config: SweepConfig, name: str) -> Iterator[Path]:
+    """Where a cell's checkpoint is written: in the sweep's folder, for good or until it is measured."""
+    if config.keep:
+        yield config.out / name
+        return
+    with tempfile.TemporaryDirectory(dir=config.out, prefix=".cell.writing-") as temporary:
+        yield Path(temporary) / name
+
+
+def _is_done(config: SweepConfig, rows: dict[str, Row], job: Job) -> bool:
+    name = row_name(*job)
+    kept = not config.keep or checkpoint.is_checkpoint(config.out / name)
+    return name in rows and rows[name].settings == job[0] and kept
+
+
+def _announcement(
+    config: SweepConfig, settings: CompressionSettings, seed: int, seconds: Sequence[float], missing: int
+) -> str:
+    """`cell 3/6: oats, rate 0.5, rank ratio 0.2 (about 4 min left)`.
+
+    Args:
+        seconds: of each cell that was done by now, of all that were missing.
+    """
+    total = len(config.seeds) * len(config.grid.cells)
+    number = total - missing + len(seconds) + 1
+    of_seed = f", seed {seed}" if len(config.seeds) > 1 else ""
+    left = f" (about {duration(statistics.mean(seconds) * (missing - len(seconds)))} left)" if seconds else ""
+    return f"cell {number}/{total}: {cell_words(settings)}{of_seed}{left}"
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Keep warnings from being repeated for each cell."""
+
+    def new(said: set[str], record: logging.LogRecord) -> bool:
+        known = record.getMessage() in said
+        said.add(record.getMessage())
+        return not known
+
+    filters = [(handler, partial(new, set[str]())) for handler in logging.getLogger().handlers]
+    for handler, one in filters:
+        handler.addFilter(one)
+    try:
+        yield
+    finally:
+        for handler, one in filters:
+            handler.removeFilter(one)

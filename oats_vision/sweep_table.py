@@ -1,0 +1,181 @@
+"""The rows of a sweep as people look at them: with the mean over the seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from oats_vision.compare import Run, short
+from oats_vision.config import METHOD_DEFAULTS
+from oats_vision.evaluation import Difference, Ratio
+from oats_vision.evaluations import Evaluation
+from oats_vision.grid import AXES
+from oats_vision.results import Metric
+from oats_vision.sweep_rows import metric_name
+
+if TYPE_CHECKING:
+    from oats_vision.config import CompressionSettings
+    from oats_vision.sweep import Sweep
+    from oats_vision.sweep_rows import Row
+
+
+SIDES = ("dense", "compressed")
+SPREAD = "Each run is the mean over its seeds, and ranges are one standard deviation to both sides."
+
+
+class Figure(NamedTuple):
+    """A value, how it is shown, a second line, and whether it depends on the seed."""
+
+    value: float
+    digits: int
+    unit: str = ""
+    small: str = ""
+    varies: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.value:.{self.digits}f}{self.unit}" + f"\n{self.small}" * bool(self.small)
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """One line for each cell, with the mean and the deviation over its seeds if it has several; the dense model first.
+
+    Args:
+        sweep: with one row at least.
+    """
+    several = len({row.seed for row in sweep.rows}) > 1
+    cells = [list(rows) for _, rows in groupby(sweep.rows, lambda row: row.run.name)]
+    figures = [[_figures(row) for row in rows] for rows in cells]
+    headings = list(dict.fromkeys(name for cell in figures for one in cell for name in one))
+    seeds = ": mean ± standard deviation over the seeds" * several
+    table = Table(title=f"{sweep.rows[0].run.model}{seeds}", title_justify="left")
+    table.box, table.padding, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, (0, 1, 0, 0), False, True
+    for name in AXES:
+        table.add_column(name.replace("_", " "), justify="left" if name in ("method", "pattern") else "right")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    dense = _dense(sweep.rows[0])
+    table.add_row("dense", "", "", "", *(str(dense.get(heading, "")) for heading in headings), end_section=True)
+    for rows, cell in zip(cells, figures, strict=True):
+        found = [[one[heading] for one in cell if heading in one] for heading in headings]
+        table.add_row(*_settings(rows[0].settings), *map(_over_seeds, found))
+    for key in dict.fromkeys(_settings(one.settings) for one in sweep.failures):
+        table.add_row(*key, "failed")
+    return table
+
+
+def _settings(settings: CompressionSettings) -> tuple[str, ...]:
+    return tuple(_setting(settings, name) for name in AXES)
+
+
+def _setting(settings: CompressionSettings, name: str) -> str:
+    if name == "pattern" and settings.method in ("svd", "slicegpt"):
+        return ""
+    if name == "rank_ratio" and METHOD_DEFAULTS[settings.method][1] is not None:
+        return ""
+    value = getattr(settings, name)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _over_seeds(figures: Sequence[Figure]) -> str:
+    """The mean, and the deviation in place of an interval."""
+    if len(figures) < 2 or not figures[0].varies:
+        return "".join(map(str, figures[:1]))
+    values, first = [figure.value for figure in figures], figures[0]
+    deviation = f"± {statistics.stdev(values):.{first.digits}f}"
+    return str(first._replace(value=statistics.mean(values), small=deviation))
+
+
+def _figures(row: Row) -> dict[str, Figure]:
+    """What the table shows of a row, by heading."""
+    run = row.run
+    found = {"MB": Figure(run.bytes / 1e6, 2, small=f"{run.bytes / run.dense_bytes:.3f} x", varies=False)}
+    for timing in run.speed:
+        found[short(timing.what)] = Figure(timing.speedup, 2, " x", f"{timing.compressed * 1e3:.1f} ms")
+    for metric in run.cost.metrics if run.cost else []:
+        found[metric_name(metric)] = _of_metric(metric)
+    if run.labelled and run.labelled.compared:
+        name = run.labelled.compared
+        change = run.labelled.difference[name]
+        unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
+        small = str(change).replace(" points", "")
+        found[name] = Figure(run.labelled.compressed.values[name], digits, unit, small)
+    if not run.cost and row.error is not None:
+        found["error of layers"] = Figure(row.error, 4)
+    return found
+
+
+def _of_metric(metric: Metric) -> Figure:
+    digits, unit = {"percent": (1, "%"), "ratio": (4, " x")}.get(metric.kind, (4, ""))
+    return Figure(metric.value, digits, unit, metric.interval)
+
+
+def _dense(row: Row) -> dict[str, Figure]:
+    """What the table shows of the dense model, which all rows were compared with."""
+    run = row.run
+    found = {"MB": Figure(run.dense_bytes / 1e6, 2)}
+    found |= {short(timing.what): Figure(1, 2, " x", f"{timing.dense * 1e3:.1f} ms") for timing in run.speed}
+    if run.labelled and run.labelled.dense and run.labelled.compared:
+        name = run.labelled.compared
+        unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
+        found[name] = Figure(run.labelled.dense.values[name], digits, unit)
+    return found
+
+
+def mean_runs(rows: Sequence[Row]) -> list[Run]:
+    """One run for each cell: the mean over its seeds, with the standard deviation to both sides for an interval."""
+    cells = groupby(rows, lambda row: row.run.name)
+    return [_mean_run([row.run for row in seeds]) for seeds in (list(group) for _, group in cells)]
+
+
+def _mean_run(runs: Sequence[Run]) -> Run:
+    if len(runs) == 1:
+        return runs[0]
+    first = runs[0]
+    mean: dict[str, Any] = {
+        "bytes": round(statistics.mean(run.bytes for run in runs)),
+        "speed": [
+            replace(
+                timings[0], **{side: statistics.mean(getattr(timing, side) for timing in timings) for side in SIDES}
+            )
+            for timings in zip(*(run.speed for run in runs), strict=True)
+        ],
+        "errors": {block: statistics.mean(run.errors[block] for run in runs) for block in first.errors},
+    }
+    if first.cost:
+        costs = [run.cost for run in runs if run.cost]
+        metrics = [_mean_metric(seen) for seen in zip(*(cost.metrics for cost in costs), strict=True)]
+        mean["cost"] = first.cost.model_copy(update={"metrics": metrics})
+    if first.labelled and first.labelled.compared:
+        mean["labelled"] = _mean_labelled([run.labelled for run in runs if run.labelled], first.labelled.compared)
+    return replace(first, **mean)
+
+
+def _mean_metric(seen: Sequence[Metric]) -> Metric:
+    value, low, high = _spread([metric.value for metric in seen])
+    return seen[0].model_copy(update={"value": value, "low": low, "high": high})
+
+
+def _mean_labelled(seen: Sequence[Evaluation], metric: str) -> Evaluation:
+    changes = [evaluation.difference[metric] for evaluation in seen]
+    value, low, high = _spread(
+        [change.points if isinstance(change, Difference) else change.value for change in changes]
+    )
+    change: Difference | Ratio
+    change = Difference(value, low, high, math.nan) if isinstance(changes[0], Difference) else Ratio(value, low, high)
+    score = statistics.mean(evaluation.compressed.values[metric] for evaluation in seen)
+    field = "perplexity" if metric == "perplexity" else "top1"
+    compressed = seen[0].compressed.model_copy(update={field: score})
+    return seen[0].model_copy(update={"compressed": compressed, "difference": {metric: change}})
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and one standard deviation below and above it."""
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return mean, mean - deviation, mean + deviation
