@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from oats_vision.core import Solver
 from oats_vision.core.budget import Pattern, split_rate
-from oats_vision.errors import ConfigError, did_you_mean
+from oats_vision.errors import ConfigError, DataError, did_you_mean, near
 
 Method = Literal["oats", "magnitude", "wanda", "sparsegpt", "dsnot", "svd", "slicegpt"]
 # pattern and rank ratio of each method where the user gives none: those of its paper
@@ -26,6 +26,7 @@ METHOD_DEFAULTS: dict[Method, tuple[str, float | None]] = {
 }
 Scaling = Literal["second_moment", "median", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+KNOWN_DATA = ("demo", "c4", "wikitext", "fineweb")
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 # all that PyTorch may have, or a plug-in bring
@@ -179,11 +180,23 @@ class RunConfig(CompressionSettings):
         return self
 
     def check_data(self) -> None:
-        """Raises ConfigError if there is nothing to calibrate on: a file of settings may leave that to a flag."""
+        """See that there are calibration data, and that what is no dataset's name is there: it takes no time.
+
+        Raises:
+            ConfigError: no data are given; a file of settings may leave that to a flag.
+            DataError: a path does not exist.
+        """
         if self.data is None and self.model != "demo":
             raise ConfigError(
                 "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
             )
+        for name, given in (("data", self.data), ("eval_data", self.eval_data)):
+            if given and given not in KNOWN_DATA and not given.startswith("hf:") and not Path(given).exists():
+                close = near(given) or did_you_mean(given, KNOWN_DATA)
+                raise DataError(
+                    f"{flag(name)} {given} does not exist: give a folder of pictures, a text, hf:name or "
+                    f"{', '.join(KNOWN_DATA)}.{close}"
+                )
 
     def completed(self, unit: Literal["pictures", "sequences"]) -> "RunConfig":
         """With the defaults that depend on what the model reads."""

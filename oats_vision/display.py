@@ -77,10 +77,15 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=True)
 
-    def lines(self, title: str, rows: Mapping[str, str]) -> None:
-        """A title, and below it a name and its text in each row, in columns."""
-        self.console.print(title, markup=False, highlight=False, emoji=False, soft_wrap=True)
-        column = max(map(len, rows), default=0)
+    def lines(self, title: str, rows: Mapping[str, str], column: int = 0) -> None:
+        """A title if there is one, and below it a name and its text in each row, in columns.
+
+        Args:
+            column: letters that the names take at least.
+        """
+        if title:
+            self.console.print(title, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        column = max(column, *map(len, rows))
         for name, text in rows.items():
             row = textwrap.fill(
                 text,

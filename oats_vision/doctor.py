@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil  # type: ignore[import-untyped]  # of accelerate
+import psutil
 import torch
 import torch.nn.functional as F
 from packaging.requirements import Requirement

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, cl
 from oats_vision.forecast import Forecast, forecast
 from oats_vision.html_report import spectra_of, write_html
 from oats_vision.layers import merge
-from oats_vision.machine import choose_device, machine, peak_memory
+from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning
 from oats_vision.models import ModelSource, load_model, load_tokenizer, save_plain, source_of
 from oats_vision.pipeline import compress
 from oats_vision.progress import Estimate
@@ -193,8 +193,13 @@ def _run(config: RunConfig, display: Display) -> Outcome:
     return outcome
 
 
-def dry_run(config: RunConfig, display: Display) -> tuple[Forecast, Estimate]:
+def dry_run(
+    config: RunConfig, display: Display, tell: Callable[[Forecast], None] = lambda planned: None
+) -> tuple[Forecast, Estimate]:
     """What `run` would come to, and by a trial of one block on two batches how long it would take; nothing is written.
+
+    Args:
+        tell: called with what is known before the trial, which takes a while.
 
     Raises:
         OatsVisionError: something that was given is wrong.
@@ -202,11 +207,10 @@ def dry_run(config: RunConfig, display: Display) -> tuple[Forecast, Estimate]:
     checkpoint.check_target(config.out, config.overwrite)
     model, prepared = prepare(config, display)
     calibration = prepared.open(config.seed)
-    planned = prepared.forecast(model, calibration)
+    planned, settings = prepared.forecast(model, calibration), prepared.settings(prepared.run)
+    tell(planned)
     with display.compression() as progress:
-        return planned, trial(
-            model, calibration, prepared.settings(prepared.run), samples=planned.samples, progress=progress
-        )
+        return planned, trial(model, calibration, settings, samples=planned.samples, progress=progress)
 
 
 def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
@@ -216,6 +220,8 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
         OatsVisionError: something that was given is wrong.
     """
     device = choose_device(config.device)
+    if warning := slow_dtype_warning(getattr(torch, config.dtype), device, "use --dtype float32"):
+        log.warning(warning)
     config.check_data()
     with display.status(f"loading {config.model}"):
         model, transform = load_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,11 +47,14 @@ def compress(
     chosen = load_run_config(config, settings)
     check_model(chosen.model)
     chosen.check_data()
-    from oats_vision.cli.outcome import show_outcome, show_plan
+    from oats_vision.cli.outcome import show_outcome, show_plan, show_time
     from oats_vision.run import dry_run, run  # seconds: not before all that was given is seen to be right
 
     if chosen.dry_run:
-        planned, estimate = dry_run(chosen, Display(notes))
-        show_plan(planned, estimate, as_json)
+        planned, estimate = dry_run(chosen, Display(notes), (lambda planned: None) if as_json else show_plan)
+        if as_json:
+            typer.echo(json.dumps(planned.to_dict() | {"seconds": estimate.total}))
+        else:
+            show_time(planned, estimate)
     else:
         show_outcome(run(chosen, Display(notes)), as_json)

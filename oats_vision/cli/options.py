@@ -9,7 +9,7 @@ import typer
 
 from oats_vision.aliases import known_models
 from oats_vision.cli.help import CALIBRATION, EVALUATION, EXPERTS, HOW_FAR, MACHINE, MODELS, OUTPUT, RARE, WHAT, Facts
-from oats_vision.config import DEVICES, PATTERNS, RunConfig, allowed, choices, flag, validated
+from oats_vision.config import DEVICES, KNOWN_DATA, PATTERNS, RunConfig, allowed, choices, flag, validated
 
 # RunConfig's fields by panel, in the order of the help, and what stands for a value
 SETTINGS = {
@@ -39,8 +39,8 @@ WITHOUT = {
 }
 SUGGESTIONS: dict[str, Callable[[], list[str]]] = {
     "model": known_models,
-    "data": lambda: ["demo", "c4", "wikitext", "fineweb"],
-    "eval_data": lambda: ["demo", "c4", "wikitext", "fineweb"],
+    "data": lambda: list(KNOWN_DATA),
+    "eval_data": lambda: list(KNOWN_DATA),
     "pattern": lambda: list(PATTERNS),
     "device": lambda: list(DEVICES),
 }

@@ -13,12 +13,15 @@ from oats_vision.progress import Estimate, duration, shares
 from oats_vision.run import Outcome, how_to_evaluate
 
 
-def show_plan(planned: Forecast, estimate: Estimate, as_json: bool) -> None:
-    """What a run would come to."""
-    if as_json:
-        typer.echo(json.dumps(planned.to_dict() | {"seconds": estimate.total}))
-        return
-    Display(results()).lines("plan; nothing was written", planned.lines() | {"time": str(estimate)})
+def show_plan(planned: Forecast) -> None:
+    """What a run would come to, but for the time, which takes a trial."""
+    Display(results()).lines("plan", {name: text for name, text in planned.lines().items() if name != "time"})
+
+
+def show_time(planned: Forecast, estimate: Estimate) -> None:
+    """The plan's last line."""
+    text = f"{estimate}, by a trial of one block; nothing was written"
+    Display(results()).lines("", {"time": text}, column=max(map(len, planned.lines())))
 
 
 def show_outcome(outcome: Outcome, as_json: bool) -> None:
