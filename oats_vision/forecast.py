@@ -267,4 +267,4 @@ def _change(dense: int, ours: int) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2g} GB" if size >= 1e9 else f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
