@@ -23,7 +23,8 @@ from oats_vision.results import Cost
 POINTS = 80  # of a spectrum that are drawn
 EXAMPLES = 12  # pictures that are shown
 WORK = 2.5e11  # multiplications for spectra: some seconds
-UNTOLD = ("out", "overwrite", "merge")  # of a run: they are about the directory, which may have moved
+# of a run: about its directory, which may have moved, and what shows by itself
+UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_remote_code", "dry_run")
 # and whether they are texts
 HEADINGS = [
     ("layer", True),
@@ -171,7 +172,9 @@ def _accuracy(measured: Measured) -> list[list[str]]:
 def _timing_row(timing: Timing) -> list[str]:
     rates = (f"{timing.units / seconds:,.1f}" for seconds in (timing.dense, timing.compressed))
     times = (f"{seconds * 1e3:.1f} ms" for seconds in (timing.dense, timing.compressed))
-    return [timing.what, *times, f"{timing.speedup:.2f} x", *rates, timing.unit]
+    known = timing.low is not None and timing.high is not None
+    spread = f" [{timing.low:.2f}, {timing.high:.2f}]" if known else ""
+    return [timing.what, *times, f"{timing.speedup:.2f} x{spread}", *rates, timing.unit]
 
 
 def spectra_of(report: CompressionReport) -> list[int]:
@@ -281,7 +284,7 @@ def _tables(
     """What the checkpoint is, its settings, the run and the machine: titles, and names with values."""
     source = config["source"]
     settings = {key: value for key, value in report.settings.model_dump().items() if value not in (None, ())}
-    run = [(key, value) for key, value in measured.run if key not in (*settings, *UNTOLD) and value != "False"]
+    run = [(key, value) for key, value in measured.run if key not in (*settings, *UNTOLD)]
     times = [("compression" if key == "total" else key, f"{value:.1f} s") for key, value in report.seconds.items()]
     whole = [("whole run", f"{measured.seconds:.1f} s")] if measured.seconds else []
     memory = [("peak memory", f"{measured.peak_memory / 1e9:.2f} GB")] if measured.peak_memory else []

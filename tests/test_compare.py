@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.benchmark import Timing
-from oats_vision.cli import app
+from oats_vision.cli.commands import app
 from oats_vision.compare import (
     Run,
     alike,

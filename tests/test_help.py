@@ -69,7 +69,7 @@ def test_words_are_short_enough_for_one_line_of_a_completion():
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
-        ("oats-vision comp", {"compress"}),
+        ("oats-vision comp", {"compress", "compare"}),
         ("oats-vision compress --model dinov2_vitl", {"dinov2_vitl14", "dinov2_vitl14_reg"}),
         ("oats-vision compress --model vit_base_patch16_dinov3.", {"vit_base_patch16_dinov3.lvd1689m"}),
         ("oats-vision compress --model dem", {"demo"}),
@@ -93,7 +93,7 @@ def test_shells_complete_commands_options_values_and_models(words, completed):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("compess", "no such command 'compess'. Did you mean 'compress'? See oats-vision --help"),
+        ("comprss", "no such command 'comprss'. Did you mean 'compress', 'compare'? See oats-vision --help"),
         ("eval tpo1", "no such command 'tpo1'. Did you mean 'top1'? See oats-vision eval --help"),
         ("compress --modle x", "no such option: --modle. Did you mean '--model'"),
         ("eval top1", "missing argument 'MODEL'. See oats-vision eval top1 --help"),

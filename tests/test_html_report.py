@@ -24,7 +24,7 @@ from oats_vision.layers import LayerSpec, Part
 from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import Answer, Cost, Example, Metric
 
-ADVICE = "blocks.2.mlp.fc2 has an error far above the others': leave it dense"
+ADVICE = "blocks.2.mlp.fc2 has an error far above the others': leave it dense with `skip`"
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def _measure(directory, **more) -> None:
         ],
     )
     speed = [
-        Timing("forward, batch 1", 1, "pictures", 0.0123, 0.0104),
+        Timing("forward, batch 1", 1, "pictures", 0.0123, 0.0104, 1.1, 1.25),
         Timing("forward, batch 64", 64, "pictures", 0.4, 0.38),
     ]
     content = {
@@ -123,10 +123,11 @@ def test_page_in_a_browser(saved, browser, tmp_path):
         "What it cost 98.4% same class beside the dense model 95% interval [91.6, 100.0], on 64 held-out pictures "
         "relative error of features 0.0712 [0.0640, 0.0790]"
     )
-    assert browser.find_element(By.CSS_SELECTOR, ".figures + .advice").text == ADVICE
+    assert browser.find_element(By.CSS_SELECTOR, ".figures + .advice").text == ADVICE.replace("`", "")
+    assert "1.18 x [1.10, 1.25]" in browser.find_element(By.ID, "speed").text
     examples = [" ".join(one.text.split()) for one in browser.find_elements(By.CSS_SELECTOR, ".example")]
     assert examples[0] == "dense a cat 90% compressed a dog 60% pictures/0.png"
-    assert examples[2] == "dense compressed maps of a cat cosine of the features 0.9100"
+    assert examples[2] == "dense compressed maps of a cat, cosine 0.9100"
     loaded = "return [...document.images].map(one => one.complete && one.naturalWidth)"
     assert browser.execute_script(loaded.replace("return", "document.images[0].loading = 'eager'; return"))[0] == 112
 
