@@ -1,6 +1,6 @@
 """The grid of a sweep: every compression that it is made of, checked before any work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from oats_vision.config import METHOD_DEFAULTS, CompressionSettings, RunConfig, read_fields, validated
+from oats_vision.config import METHOD_DEFAULTS, CompressionSettings, RunConfig, validated, with_flags
 from oats_vision.core.budget import Pattern
 from oats_vision.errors import ConfigError
 
@@ -18,20 +18,12 @@ FOR_ONE_RUN = ("overwrite", "merge")  # settings that mean nothing here
 
 
 class Extent(BaseModel):
-    """What a sweep has besides a run's settings: lists of some of them, and how often each cell is done."""
+    """What a sweep has besides the settings of its runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: tuple[Any, ...] = Field((), description="oats, or a baseline to compare with; may be repeated")
-    rate: tuple[Any, ...] = Field((), description="share of the parameters removed; may be repeated [default: 0.5]")
-    rank_ratio: tuple[Any, ...] = Field(
-        (), description="share of what is kept that goes to the low-rank term, or auto; may be repeated [default: 0.2]"
-    )
-    pattern: tuple[Any, ...] = Field(
-        (), description="non-zeros by row, by layer or N:M; may be repeated [default: row; baselines: their own]"
-    )
-    seeds: int = Field(1, ge=1, description="draws of calibration data for each cell, from --seed on")
-    keep: bool = Field(False, description="keep each cell's checkpoint, in OUT/NAME, and not only its figures")
+    seeds: int = Field(1, ge=1, description="draws of calibration data for each cell")
+    keep: bool = Field(False, description="keep each cell's checkpoint, in OUT/NAME")
 
 
 @dataclass(frozen=True)
@@ -63,12 +55,7 @@ def load_sweep_config(path: Path | None, flags: dict[str, Any]) -> SweepConfig:
     Raises:
         ConfigError: the file is missing, no YAML mapping, or a setting is wrong.
     """
-    fields = read_fields(path) if path else {}
-    fields |= {name: value for name, value in flags.items() if value is not None}
-    try:
-        return sweep_config(**fields)
-    except ConfigError as wrong:
-        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None
+    return with_flags(path, flags, _build)
 
 
 def sweep_config(**fields: Any) -> SweepConfig:
@@ -81,29 +68,28 @@ def sweep_config(**fields: Any) -> SweepConfig:
     Raises:
         ConfigError: a setting is unknown or out of range, or no cell of the grid can be.
     """
-    fields = {"out": OUT} | fields
+    return _build(fields, str)
+
+
+def _build(fields: dict[str, Any], called: Callable[[str], str]) -> SweepConfig:
     if alone := [name for name in FOR_ONE_RUN if fields.get(name)]:
-        raise ConfigError(f"{alone[0]} is no setting of a sweep: leave it out")
-    listed = {name: _listed(fields[name]) for name in AXES if name in fields}
-    others = {name: fields[name] for name in ("seeds", "keep") if name in fields}
-    extent = validated(Extent, listed | others)
-    base = validated(RunConfig, {name: value for name, value in fields.items() if name not in Extent.model_fields})
-    shared = base.model_fields_set & CompressionSettings.model_fields.keys()
-    grid = expand(
-        {name: getattr(base, name) for name in shared}, **{name: _checked(name, getattr(extent, name)) for name in AXES}
-    )
+        raise ConfigError(f"{called(alone[0])} is no setting of a sweep: leave it out")
+    own = {name: fields[name] for name in Extent.model_fields if name in fields}
+    extent = validated(Extent, own, called)
+    shared = {name: value for name, value in ({"out": OUT} | fields).items() if name not in {*own, *AXES}}
+    base = validated(RunConfig, shared, called)
+    settings = base.model_fields_set & CompressionSettings.model_fields.keys()
+    axes = {name: _values(name, fields.get(name), called) for name in AXES}
+    grid = expand({name: getattr(base, name) for name in settings}, **axes)
     seeds = tuple(range(base.seed, base.seed + extent.seeds))
     return SweepConfig(base, grid, seeds, base.out, extent.keep)
 
 
-def _listed(values: Any) -> tuple[Any, ...]:
-    return tuple(values) if isinstance(values, list | tuple) else () if values is None else (values,)
-
-
-def _checked(name: str, values: Sequence[Any]) -> list[Any]:
-    """The values as the settings have them. Raises ConfigError for one that is wrong whatever the others are."""
+def _values(name: str, given: Any, called: Callable[[str], str]) -> list[Any]:
+    """What is given of an axis, one value or several. Raises ConfigError for one that is wrong by itself."""
+    values = given if isinstance(given, list | tuple) else [] if given is None else [given]
     alone: dict[str, Any] = {"method": "magnitude"} if name == "pattern" else {}  # any N:M is possible without a rank
-    return [getattr(validated(CompressionSettings, alone | {name: value}), name) for value in values]
+    return [getattr(validated(CompressionSettings, alone | {name: value}, called), name) for value in values]
 
 
 def expand(

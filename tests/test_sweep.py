@@ -21,7 +21,8 @@ from oats_vision.report import as_text
 from oats_vision.sweep import Sweep, sweep
 from oats_vision.sweep_table import mean_runs, sweep_table
 
-QUICK = {"data": "demo", "samples": 20, "eval_data": "demo", "eval_samples": 40, "batch_size": 20, "iterations": 2}
+BYTES = {"data": "demo", "samples": 20, "batch_size": 20, "iterations": 2, "eval": False}
+QUICK = BYTES | {"eval": True, "eval_data": "demo", "eval_samples": 40}
 
 
 def names(**grid) -> list[str]:
@@ -98,11 +99,11 @@ def test_settings_of_all_cells_reach_those_that_they_are_for():
 
 WRONG = {
     "rate": ({"rate": [0.5, 1.2]}, "rate must be in (0, 1), got 1.2"),
-    "rank ratio": ({"rank_ratio": -1}, "rank_ratio must be in [0, 1], got -1"),
+    "rank ratio": ({"rank_ratio": -1}, "rank_ratio must be in [0, 1] or auto, got"),
     "method": ({"method": "magic"}, "'magic'"),
     "pattern": ({"pattern": ["row", "4:2"]}, "pattern must be"),
     "unknown": ({"speed": 3}, "speed"),
-    "seeds": ({"seeds": 0}, "seeds"),
+    "seeds": ({"seeds": 0}, "seeds must be at least 1"),
     "samples": ({"samples": 0}, "samples"),
     "for one run": ({"merge": True}, "merge is no setting of a sweep"),
     "nothing that can be": ({"pattern": "2:4", "rate": 0.7}, "no cell of the grid can be: oats, pattern 2:4, rate 0.7"),
@@ -211,9 +212,8 @@ def test_the_figures_are_json(made):
 
 def test_more_values_are_added_and_nothing_is_done_twice(model_directory, tmp_path):
     def go(**grid) -> Sweep:
-        return sweep(sweep_config(model=str(model_directory), out=tmp_path / "out", eval=False, **small, **grid))
+        return sweep(sweep_config(model=str(model_directory), out=tmp_path / "out", **BYTES, **grid))
 
-    small = QUICK | {"eval_data": None, "eval_samples": None}
     first = go(rate=0.3)
     written = times(tmp_path / "out")
     assert [row.settings.rate for row in first.rows] == [0.3]
@@ -230,13 +230,14 @@ def test_more_values_are_added_and_nothing_is_done_twice(model_directory, tmp_pa
     assert times(tmp_path / "out").items() >= written.items()
     assert second.to_dict()["rows"][0] == first.to_dict()["rows"][0]
     written = times(tmp_path / "out")
+    assert go(rate=[0.3, 0.6], dry_run=True).missing == ("oats-0.6-0.2-row-seed42",)
     third = go(rate=0.5)
     assert third.to_dict()["rows"] == second.to_dict()["rows"]  # what was there stays in the table
     assert times(tmp_path / "out") == written
 
 
 def test_checkpoints_are_kept_if_asked(model_directory, tmp_path):
-    options = QUICK | {"model": str(model_directory), "out": tmp_path / "out", "method": "wanda", "eval": False}
+    options = BYTES | {"model": str(model_directory), "out": tmp_path / "out", "method": "wanda"}
     sweep(sweep_config(**options))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *["cells", "sweep.csv", "sweep.html", "sweep.json"],
@@ -251,7 +252,7 @@ def test_checkpoints_are_kept_if_asked(model_directory, tmp_path):
 @pytest.fixture
 def begun(model_directory, tmp_path) -> dict[str, object]:
     """The settings of a sweep that is finished."""
-    options = QUICK | {"model": str(model_directory), "out": tmp_path / "out", "method": "wanda", "eval": False}
+    options = BYTES | {"model": str(model_directory), "out": tmp_path / "out", "method": "wanda"}
     sweep(sweep_config(**options))
     return options
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+import typer
 
 from oats_vision import logs
 from oats_vision.aliases import check_model
@@ -29,7 +31,7 @@ a language model, with its perplexity before and after
     --data c4 --streaming --eval-data wikitext"""
 
 
-@with_settings
+@with_settings()
 def compress(
     config: Annotated[
         Path | None, option(WHAT, metavar="FILE", help="YAML file of these settings (underscores for dashes)")

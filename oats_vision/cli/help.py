@@ -10,12 +10,28 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-WHAT, HOW_FAR, CALIBRATION, EVALUATION = "What to compress", "How far", "Calibration data", "Evaluation"
+WHAT, HOW_FAR, GRID = "What to compress", "How far", "The grid"
+CALIBRATION, EVALUATION = "Calibration data", "Evaluation"
 MODELS, DATA, MEASURE = "Models", "Data", "How to measure"
 OUTPUT, MACHINE, EXPERTS, RARE = "Output", "Machine", "The algorithm, for experts", "Rarely used"
 COMMANDS, HELP = "Commands", "Help"
 # in the order in which a user decides
-PANELS = (WHAT, MODELS, HOW_FAR, CALIBRATION, DATA, EVALUATION, MEASURE, OUTPUT, MACHINE, EXPERTS, RARE, COMMANDS, HELP)
+PANELS = (
+    WHAT,
+    MODELS,
+    HOW_FAR,
+    GRID,
+    CALIBRATION,
+    DATA,
+    EVALUATION,
+    MEASURE,
+    OUTPUT,
+    MACHINE,
+    EXPERTS,
+    RARE,
+    COMMANDS,
+    HELP,
+)
 Row = tuple[str, str, str]  # names, words, facts
 WIDEST = 120  # columns: longer lines are hard to read
 

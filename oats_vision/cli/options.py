@@ -1,15 +1,29 @@
 """The options of the commands: those of RunConfig's fields, and those that several commands share."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from oats_vision.aliases import known_models
-from oats_vision.cli.help import CALIBRATION, EVALUATION, EXPERTS, HOW_FAR, MACHINE, MODELS, OUTPUT, RARE, WHAT, Facts
+from oats_vision.cli.help import (
+    CALIBRATION,
+    EVALUATION,
+    EXPERTS,
+    GRID,
+    HOW_FAR,
+    MACHINE,
+    MODELS,
+    OUTPUT,
+    RARE,
+    WHAT,
+    Facts,
+)
 from oats_vision.config import DEVICES, KNOWN_DATA, PATTERNS, RunConfig, allowed, choices, flag, validated
+
+Command = Callable[..., None]
 
 # RunConfig's fields by panel, in the order of the help, and what stands for a value
 SETTINGS = {
@@ -30,6 +44,17 @@ SETTINGS = {
         "latency_tokens": "N",
     },
     RARE: {"streaming": "", "trust_remote_code": ""},
+}
+# and of them those of a sweep; the grid's may be given several times
+SWEEP = {
+    WHAT: SETTINGS[WHAT],
+    GRID: SETTINGS[HOW_FAR],
+    CALIBRATION: SETTINGS[CALIBRATION],
+    EVALUATION: SETTINGS[EVALUATION],
+    OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
+    MACHINE: SETTINGS[MACHINE],
+    EXPERTS: SETTINGS[EXPERTS],
+    RARE: SETTINGS[RARE],
 }
 # what flags do that switch off what is on
 WITHOUT = {
@@ -69,7 +94,7 @@ def setting(name: str, panel: str, metavar: str) -> Any:
         ]
     facts = Facts("; ".join(filter(None, [allowed(RunConfig, name), f"default: {default}" if default else ""])))
     details = {"metavar": metavar, "help": words, "show_default": facts, "autocompletion": suggest(name)}
-    several = field.annotation == tuple[str, ...]
+    several = panel == GRID or field.annotation == tuple[str, ...]
     return Annotated[list[str] | None if several else str | None, option(panel, flag(name), **details)]
 
 
@@ -82,20 +107,24 @@ def _words_of(name: str) -> tuple[str, str]:
     return words, f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every field of RunConfig; it finds them in its `**settings`, None if not given."""
-    own = inspect.signature(command, eval_str=True).parameters
-    settings = {
-        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for panel, fields in SETTINGS.items()
-        for name, metavar in fields.items()
-        for annotation in [setting(name, panel, metavar)]
-    }
-    *kept, _ = (parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values())
-    signature = inspect.Signature([*settings.values(), *kept])
-    command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
-    return command
+def with_settings(panels: Mapping[str, Mapping[str, str]] = SETTINGS) -> Callable[[Command], Command]:
+    """Give a command an option for these fields of RunConfig; it finds them in its `**settings`, None if not given."""
+
+    def add(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters
+        settings = {
+            name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for panel, fields in panels.items()
+            for name, metavar in fields.items()
+            for annotation in [setting(name, panel, metavar)]
+        }
+        *kept, _ = (parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values())
+        signature = inspect.Signature([*settings.values(), *kept])
+        command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+        return command
+
+    return add
 
 
 def checked(name: str, panel: str, metavar: str, words: str) -> Any:
