@@ -32,6 +32,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 # all that PyTorch may have, or a plug-in bring
 TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "privateuseone", "ve", "vulkan", "xla")
 Config = TypeVar("Config", bound=BaseModel)
+T = TypeVar("T")
 
 
 class CompressionSettings(BaseModel):
@@ -310,12 +311,14 @@ for _tag, _first, _pattern in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), _first)
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """The settings that a YAML file gives, by name; not checked yet.
+def read_fields(path: Path | None) -> dict[str, Any]:
+    """The settings that a YAML file gives, by name and not checked yet; none without a file.
 
     Raises:
         ConfigError: the file is missing, or no YAML mapping.
     """
+    if path is None:
+        return {}
     try:
         fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
@@ -328,16 +331,28 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
+def with_flags(
+    path: Path | None, flags: dict[str, Any], build: Callable[[dict[str, Any], Callable[[str], str]], T]
+) -> T:
+    """Build a configuration from a YAML file, if given, and the flags that are not None, which override it.
+
+    Args:
+        build: from the fields, and what an error calls each of them.
+
+    Raises:
+        ConfigError: the file is missing, no YAML mapping, or a field is wrong.
+    """
+    fields, given = read_fields(path), {name: value for name, value in flags.items() if value is not None}
+    try:
+        return build(fields | given, lambda name: name if name in fields.keys() - given else flag(name))
+    except ConfigError as wrong:
+        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None
+
+
 def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     """Read a YAML file of RunConfig's fields, if given, and let the flags that are not None override it.
 
     Raises:
         ConfigError: the file is missing, no YAML mapping, or a field is wrong.
     """
-    fields = read_fields(path) if path else {}
-    where = f"--config {path}: " if path else ""
-    given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        return validated(RunConfig, fields | given, lambda name: name if name in fields.keys() - given else flag(name))
-    except ConfigError as wrong:
-        raise ConfigError(f"{where}{wrong}") from None
+    return with_flags(path, flags, lambda fields, called: validated(RunConfig, fields, called))

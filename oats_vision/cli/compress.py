@@ -16,9 +16,6 @@ from oats_vision.cli.options import Json, LogFile, Verbose, option, with_setting
 from oats_vision.config import load_run_config
 from oats_vision.display import Display
 
-if TYPE_CHECKING:
-    pass
-
 EXAMPLES = """\
 a backbone, on a folder of pictures without labels
   oats-vision compress --model dinov2_vitl14 --rate 0.5 \\
