@@ -37,7 +37,7 @@ app = _group(
     "Compress vision transformers and language models with OATS: each linear becomes sparse plus low-rank.",
     epilog=compress.EXAMPLES,
 )
-evaluations = _group("Measure what compression cost, dense against compressed.")
+evaluations = _group("Measure what compression cost: top-1, linear probe, k-NN, perplexity, tasks of language.")
 evaluations.callback()(_help_without_command)
 _add(app, compress.compress, examples=compress.EXAMPLES)
 app.add_typer(evaluations, name="eval")

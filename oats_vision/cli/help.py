@@ -32,6 +32,8 @@ PANELS = (
     COMMANDS,
     HELP,
 )
+# of the commands; others come after them as they were added
+ORDER = ("compress", "eval", "bench", "inspect", "compare", "sweep", "rollout", "models", "doctor")
 Row = tuple[str, str, str]  # names, words, facts
 WIDEST = 120  # columns: longer lines are hard to read
 
@@ -108,7 +110,10 @@ def _panels(command: Any, ctx: Any) -> dict[str, list[Row]]:
             panels[parameter.rich_help_panel or HELP].append(
                 (_names(parameter), parameter.help or "", _facts(parameter))
             )
-    for name, one in getattr(command, "commands", {}).items():
+    commands = getattr(command, "commands", {})
+    for name, one in sorted(
+        commands.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)
+    ):
         panels[COMMANDS].append((name, (one.help or "").split("\n\n")[0], ""))
     panels[HELP] = [(names, words[:1].lower() + words[1:].rstrip("."), "") for names, words, _ in panels[HELP]]
     return panels
