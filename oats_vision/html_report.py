@@ -2,7 +2,9 @@
 
 import shlex
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from oats_vision.evaluation import Difference
 from oats_vision.evaluations import Evaluation, Measured, read_report
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.page import render, write_page
-from oats_vision.pipeline import CompressionReport
+from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import Cost
 
 POINTS = 80  # of a spectrum that are drawn
 EXAMPLES = 12  # pictures that are shown
+WORKERS = 8  # at most, for the sake of memory
 WORK = 2.5e11  # multiplications for spectra: some seconds
 # of a run: about its directory, which may have moved, and what shows by itself
 UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_remote_code", "dry_run")
@@ -56,10 +59,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     sizes = checkpoint.measure(tensors.values(), report, getattr(torch, config["storage_dtype"]))
     name, source = directory.resolve().name, config["source"]
     chosen = spectra_of(report)
-    spectra = []
-    for i in chosen:
-        spectra.append(spectrum(report.layers[i].name, report.layers[i].spec, tensors))
-        progress(len(spectra))
+    spectra = _spectra([report.layers[i] for i in chosen], tensors, progress)
     model = (source.get("origin") or source)["name"]
     return render(
         "report.html",
@@ -195,6 +195,22 @@ def _work(spec: LayerSpec) -> float:
     """Multiplications of two products with the own transpose, and of as many sets of eigenvalues."""
     small, large = sorted((spec.in_features, spec.out_features))
     return 2.0 * small**2 * (large + 3.5 * small)
+
+
+def _spectra(
+    layers: Sequence[LayerReport], tensors: dict[str, Tensor], progress: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """The spectrum of each layer, a thread a layer: on one such matrix, threads mostly wait for each other."""
+    threads, spectra = torch.get_num_threads(), list[dict[str, Any]]()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, WORKERS), initializer=partial(torch.set_num_threads, 1)) as pool:
+            for found in pool.map(lambda layer: spectrum(layer.name, layer.spec, tensors), layers):
+                spectra.append(found)
+                progress(len(spectra))
+    finally:
+        torch.set_num_threads(threads)
+    return spectra
 
 
 def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
