@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -390,14 +390,31 @@ def write_json(file: Path, content: Any) -> None:
 
 def add_evaluation(path: Path, result: dict[str, Any]) -> None:
     """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same protocol and data."""
+
+    def added(content: dict[str, Any]) -> dict[str, Any]:
+        kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
+        return {"evaluations": [*kept, result]}
+
+    change_report(path, added)
+
+
+def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Give fields of a checkpoint's report.json other values; where it cannot be written, that is said.
+
+    Args:
+        change: from what is there, the fields that change.
+
+    Raises:
+        CheckpointError: the report is damaged.
+    """
     file = path / REPORT
     try:
         content = json.loads(file.read_text()) if file.exists() else {}
-        kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
+        content |= change(content)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as problem:
         raise CheckpointError(f"{file} is damaged: {problem}") from None
     try:
-        write_json(file, content | {"evaluations": [*kept, result]})
+        write_json(file, content)
     except CheckpointError as problem:  # a shared, read-only checkpoint can be evaluated too
         log.warning("the result was not added to %s: %s", file, problem)
 

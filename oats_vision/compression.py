@@ -19,6 +19,7 @@ from oats_vision.config import CompressionSettings, validated
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
+from oats_vision.evaluations import read_report
 from oats_vision.kernels import native
 from oats_vision.pipeline import CompressionReport, Step
 from oats_vision.results import Cost, Example
@@ -259,6 +260,20 @@ def speed(
         length = min(first.tensor.shape[1], PROMPT)
         new = max(1, min(NEW_TOKENS, first.tensor.shape[1] - BEGINNING))
         return time_text(twin, model, vocabulary, [length], new, ROUNDS, tell, SECONDS)
+
+
+def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> None:
+    """Put other measurements of speed into a checkpoint's report.json, with the advice that follows from them.
+
+    Raises:
+        CheckpointError: the report is damaged.
+    """
+    settings = CompressionReport.from_dict(checkpoint.read_config(directory)).settings
+    measured = read_report(directory)
+    stale = _advice_on_speed(measured.speed, settings)
+    advice = [*_advice_on_speed(timings, settings), *(line for line in measured.advice if line not in stale)]
+    speed = [timing.to_dict() for timing in timings]
+    checkpoint.change_report(directory, lambda content: {"speed": speed, "advice": advice, "machine": machine})
 
 
 def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:

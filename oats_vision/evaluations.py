@@ -18,12 +18,11 @@ from oats_vision.results import Cost, Example
 log = logging.getLogger(__name__)
 
 PROTOCOLS = ("top1", "perplexity", "linear probe", "quick linear probe", "k-NN")  # the one that says most first
-LINE, PICTURE = 1_000, 100_000  # characters at most of a line of advice and of a picture's address
+LINE = 1_000  # characters of a line of advice at most
 
 Line = Annotated[str, Field(max_length=LINE)]
 Count = Annotated[int, Field(ge=1, lt=1 << 48)]
 Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
-Address = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$", max_length=PICTURE)]
 
 
 class Score(BaseModel):
@@ -127,13 +126,6 @@ class _Timing(BaseModel):
     high: Seconds | None = None
 
 
-class _Example(Example):
-    """An example whose pictures are small."""
-
-    thumbnail: Address
-    maps: list[Address] = Field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Measured:
     """What report.json says; older ones lack most of it.
@@ -206,7 +198,7 @@ def read_report(directory: Path) -> Measured:
         cost=known(Cost, "cost"),
         speed=tuple(Timing(**timing.model_dump()) for timing in each(_Timing, "speed", "speed")),
         advice=tuple(each(Line, "advice", "advice")),
-        examples=tuple(each(_Example, "examples", "example")),
+        examples=tuple(each(Example, "examples", "example")),
         run=_plain(known(dict, "run")),
         machine=_plain(known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,

@@ -1,8 +1,11 @@
 """What a run measures of the model that it made, as its report.json holds it; files are read by the same types."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+PICTURE = 100_000  # characters of a picture's address at most
+Address = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$", max_length=PICTURE)]
 
 
 class _Measured(BaseModel):
@@ -67,8 +70,8 @@ class Example(_Measured):
     """
 
     name: str
-    thumbnail: str = Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")
+    thumbnail: Address
     dense: Answer | None = None
     compressed: Answer | None = None
     cosine: FiniteFloat | None = None
-    maps: list[str] = []
+    maps: list[Address] = []

@@ -27,6 +27,7 @@ def test_bench_of_pictures_prints_both_models_and_what_they_weigh(model_director
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [timing["units"] for timing in result["timings"]] == [1, 3]
+    assert json.loads((out / "report.json").read_text())["speed"] == result["timings"]
     for timing in result["timings"]:
         assert timing["speedup"] == pytest.approx(timing["dense"] / timing["compressed"])
     model = ov.load(out)
