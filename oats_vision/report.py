@@ -49,9 +49,9 @@ def score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[s
 
 
 def as_text(table: Table) -> str:
-    """A table as plain lines."""
+    """A table as plain lines, in a notebook too."""
     stream = io.StringIO()
-    Console(file=stream, width=100, markup=False, highlight=False, emoji=False).print(table)
+    Console(file=stream, width=100, force_jupyter=False, markup=False, highlight=False, emoji=False).print(table)
     return stream.getvalue().rstrip()
 
 

@@ -158,13 +158,14 @@ def _cell(
         outcome.write(display)
         figures = replace(Run.read(directory), name=cell_name(settings))
     layers = outcome.result.report.layers
+    errors = [max(layer.errors.values()) for layer in layers]
     outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]
     return Row(
         settings=settings,
         seed=seed,
         run=figures,
         parameters=outcome.result.parameters,
-        error=statistics.mean(layer.error for layer in layers) if layers else None,
+        error=statistics.mean(errors) if errors else None,
         output_error=statistics.mean(outputs) if outputs else None,
         seconds=outcome.seconds,
     )

@@ -23,7 +23,8 @@ class Row(BaseModel):
     """One finished cell and seed.
 
     settings: as they were asked for. parameters: of the whole model, dense and compressed. error, output_error: mean
-    over the layers, if they have one. seconds: of the cell, with its measurement.
+    over the layers, weighted by D and of their outputs, as far as the method knows them. seconds: of the cell, with its
+    measurement.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -93,11 +94,12 @@ def write_csv(file: Path, rows: Sequence[Row], failures: Sequence[Failure]) -> N
 def csv_row(row: Row) -> dict[str, Any]:
     """The figures of a row, by column.
 
-    `bytes` and `parameters` are of the whole model; `error` and `output_error` the mean over its layers. Each metric of
-    the cost, such as `same_class`, comes with the ends of its 95% interval, `_low` and `_high`. Each timing, such as
-    `forward_batch_1`, is in milliseconds (`_ms`), with that of the dense model measured in turns with it (`_dense_ms`),
-    and their ratio (`_speedup`). Accuracy on labelled data, such as `top1`, is in percent, with that of the dense model
-    (`_dense`), and the change (`_change`, of a perplexity a factor) with its interval.
+    `bytes` and `parameters` are of the whole model; `error`, weighted by the scaling D, and `output_error` are the
+    mean over its layers. Each metric of the cost, such as `same_class`, comes with the ends of its 95% interval,
+    `_low` and `_high`. Each timing, such as `forward_batch_1`, is in milliseconds (`_ms`), with that of the dense
+    model measured in turns with it (`_dense_ms`), and their ratio (`_speedup`). Accuracy on labelled data, such as
+    `top1`, is in percent, with that of the dense model (`_dense`), and the change (`_change`, of a perplexity a
+    factor) with its interval.
     """
     run = row.run
     line = _identity(row.name, row.settings, row.seed) | {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from oats_vision.benchmark import Timing
 from oats_vision.compare import Run, short
 from oats_vision.config import METHOD_DEFAULTS
 from oats_vision.evaluation import Difference, Ratio
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from oats_vision.sweep_rows import Row
 
 
-SIDES = ("dense", "compressed")
 SPREAD = "Each run is the mean over its seeds, and ranges are one standard deviation to both sides."
 
 
@@ -60,7 +60,7 @@ def sweep_table(sweep: Sweep) -> Table:
         table.add_column(name.replace("_", " "), justify="left" if name in ("method", "pattern") else "right")
     for heading in headings:
         table.add_column(heading, justify="right")
-    dense = _dense(sweep.rows[0])
+    dense = _dense(sweep.rows)
     table.add_row("dense", "", "", "", *(str(dense.get(heading, "")) for heading in headings), end_section=True)
     for rows, cell in zip(cells, figures, strict=True):
         found = [[one[heading] for one in cell if heading in one] for heading in headings]
@@ -106,8 +106,9 @@ def _figures(row: Row) -> dict[str, Figure]:
         unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
         small = str(change).replace(" points", "")
         found[name] = Figure(run.labelled.compressed.values[name], digits, unit, small)
-    if not run.cost and row.error is not None:
-        found["error of layers"] = Figure(row.error, 4)
+    error = row.error if row.output_error is None else row.output_error
+    if not run.cost and error is not None:
+        found["error of layers"] = Figure(error, 4)
     return found
 
 
@@ -116,11 +117,13 @@ def _of_metric(metric: Metric) -> Figure:
     return Figure(metric.value, digits, unit, metric.interval)
 
 
-def _dense(row: Row) -> dict[str, Figure]:
-    """What the table shows of the dense model, which all rows were compared with."""
-    run = row.run
+def _dense(rows: Sequence[Row]) -> dict[str, Figure]:
+    """What the table shows of the dense model, which every row was timed in turns with."""
+    run = rows[0].run
     found = {"MB": Figure(run.dense_bytes / 1e6, 2)}
-    found |= {short(timing.what): Figure(1, 2, " x", f"{timing.dense * 1e3:.1f} ms") for timing in run.speed}
+    for what in dict.fromkeys(timing.what for row in rows for timing in row.run.speed):
+        seconds = statistics.median(timing.dense for row in rows for timing in row.run.speed if timing.what == what)
+        found[short(what)] = Figure(1, 2, " x", f"{seconds * 1e3:.1f} ms")
     if run.labelled and run.labelled.dense and run.labelled.compared:
         name = run.labelled.compared
         unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
@@ -140,12 +143,7 @@ def _mean_run(runs: Sequence[Run]) -> Run:
     first = runs[0]
     mean: dict[str, Any] = {
         "bytes": round(statistics.mean(run.bytes for run in runs)),
-        "speed": [
-            replace(
-                timings[0], **{side: statistics.mean(getattr(timing, side) for timing in timings) for side in SIDES}
-            )
-            for timings in zip(*(run.speed for run in runs), strict=True)
-        ],
+        "speed": [_mean_timing(timings) for timings in zip(*(run.speed for run in runs), strict=True)],
         "errors": {block: statistics.mean(run.errors[block] for run in runs) for block in first.errors},
     }
     if first.cost:
@@ -155,6 +153,13 @@ def _mean_run(runs: Sequence[Run]) -> Run:
     if first.labelled and first.labelled.compared:
         mean["labelled"] = _mean_labelled([run.labelled for run in runs if run.labelled], first.labelled.compared)
     return replace(first, **mean)
+
+
+def _mean_timing(timings: Sequence[Timing]) -> Timing:
+    """With the mean of the speedups: both sides were measured in turns, and a busy machine slows both."""
+    compressed = statistics.mean(timing.compressed for timing in timings)
+    speedup = statistics.mean(timing.speedup for timing in timings)
+    return replace(timings[0], dense=speedup * compressed, compressed=compressed, low=None, high=None)
 
 
 def _mean_metric(seen: Sequence[Metric]) -> Metric:

@@ -186,15 +186,19 @@ def test_the_table_has_means_over_seeds_the_dense_model_and_what_failed(made):
     mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
     assert f"{mean:.4f}" in text
     assert f"± {deviation:.4f}" in text
-    metric = mean_runs(made.rows)[0].cost.metrics[1]
+    speedup = sum(row.run.speed[0].speedup for row in made.rows[:2]) / 2
+    assert f"{speedup:.2f} x" in text
+    first = mean_runs(made.rows)[0]
+    assert first.speed[0].speedup == pytest.approx(speedup)
+    metric = first.cost.metrics[1]
     assert (metric.value, metric.high - metric.value) == pytest.approx((mean, deviation))
 
 
 def test_the_page_shows_each_cell_the_dense_model_and_what_failed(made):
     page = (made.config.out / "sweep.html").read_text()
     for words in (
-        "top-1, % against bytes",
-        "top-1, % against latency",
+        "top-1 against bytes",
+        "top-1 against latency",
         "dense",
         "leaves rank 0",
         "mean over its seeds",
