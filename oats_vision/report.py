@@ -51,7 +51,8 @@ def score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[s
 def as_text(table: Table) -> str:
     """A table as plain lines, in a notebook too."""
     stream = io.StringIO()
-    Console(file=stream, width=100, force_jupyter=False, markup=False, highlight=False, emoji=False).print(table)
+    plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    Console(file=stream, width=100, force_jupyter=False, force_terminal=False, **plain).print(table)
     return stream.getvalue().rstrip()
 
 

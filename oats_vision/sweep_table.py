@@ -49,25 +49,37 @@ def sweep_table(sweep: Sweep) -> Table:
     Args:
         sweep: with one row at least.
     """
-    several = len({row.seed for row in sweep.rows}) > 1
     cells = [list(rows) for _, rows in groupby(sweep.rows, lambda row: row.run.name)]
     figures = [[_figures(row) for row in rows] for rows in cells]
     headings = list(dict.fromkeys(name for cell in figures for one in cell for name in one))
-    seeds = ": mean ± standard deviation over the seeds" * several
-    table = Table(title=f"{sweep.rows[0].run.model}{seeds}", title_justify="left")
+    what = [_settings(rows[0].settings) for rows in cells]
+    failed = list(dict.fromkeys(_settings(one.settings) for one in sweep.failures))
+    axes = [i for i in range(len(AXES)) if len({one[i] for one in [*what, *failed]}) > 1] or list(range(len(AXES)))
+    table = Table(title=_title(sweep, [i for i in range(len(AXES)) if i not in axes]), title_justify="left")
     table.box, table.padding, table.pad_edge, table.collapse_padding = SIMPLE_HEAD, (0, 1, 0, 0), False, True
-    for name in AXES:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("method", "pattern") else "right")
+    table.add_column("", justify="left")
+    for i in axes:
+        table.add_column(AXES[i].replace("_", " "), justify="left" if AXES[i] in ("method", "pattern") else "right")
     for heading in headings:
         table.add_column(heading, justify="right")
     dense = _dense(sweep.rows)
-    table.add_row("dense", "", "", "", *(str(dense.get(heading, "")) for heading in headings), end_section=True)
-    for rows, cell in zip(cells, figures, strict=True):
-        found = [[one[heading] for one in cell if heading in one] for heading in headings]
-        table.add_row(*_settings(rows[0].settings), *map(_over_seeds, found))
-    for key in dict.fromkeys(_settings(one.settings) for one in sweep.failures):
-        table.add_row(*key, "failed")
+    blank = [""] * len(axes)
+    table.add_row("dense", *blank, *(str(dense.get(heading, "")) for heading in headings), end_section=True)
+    for one, cell in zip(what, figures, strict=True):
+        found = [[of_seed[heading] for of_seed in cell if heading in of_seed] for heading in headings]
+        table.add_row("", *(one[i] for i in axes), *map(_over_seeds, found))
+    for one in failed:
+        table.add_row("failed", *(one[i] for i in axes))
     return table
+
+
+def _title(sweep: Sweep, shared: Sequence[int]) -> str:
+    """The model, what all cells share of the grid, and what the figures are."""
+    first = _settings(sweep.rows[0].settings)
+    words = [f"{AXES[i].replace('_', ' ')} {first[i]}" for i in shared if first[i]]
+    several = len({row.seed for row in sweep.rows}) > 1
+    seeds = ": mean ± standard deviation over the seeds" * several
+    return f"{', '.join([sweep.rows[0].run.model, *words])}{seeds}"
 
 
 def _settings(settings: CompressionSettings) -> tuple[str, ...]:

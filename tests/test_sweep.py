@@ -175,13 +175,17 @@ def test_the_csv_file_has_every_figure_and_what_failed(made):
 
 def test_the_table_has_means_over_seeds_the_dense_model_and_what_failed(made):
     text = as_text(sweep_table(made))
+    assert f"{made.config.base.model}, pattern row: mean ± standard deviation over the seeds" in " ".join(text.split())
     lines = [line.split() for line in text.splitlines()]
-    assert "mean ± standard deviation over the seeds" in text
-    assert [line[0] for line in lines if line and line[0] in ("dense", "oats", "wanda")] == [
-        *["dense", "oats", "oats", "wanda", "wanda"],
-        *["oats", "oats"],
+    begin = [line[:2] for line in lines if line and line[0] in ("dense", "oats", "wanda", "failed")]
+    assert begin[0][0] == "dense"
+    assert begin[1:] == [
+        ["oats", "0.3"],
+        ["oats", "0.6"],
+        ["wanda", "0.3"],
+        ["wanda", "0.6"],
+        *[["failed", "oats"]] * 2,
     ]
-    assert text.count("failed") == 2
     values = [row.run.cost.metrics[1].value for row in made.rows[:2]]
     mean, deviation = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
     assert f"{mean:.4f}" in text
