@@ -16,21 +16,28 @@ from oats_vision import checkpoint, pipeline
 from oats_vision.adapters import Adapter
 from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
 from oats_vision.config import CompressionSettings, validated
+from oats_vision.data import ENOUGH
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluations import read_report
 from oats_vision.kernels import native
 from oats_vision.pipeline import CompressionReport, Step
+from oats_vision.report import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.results import Cost, Example
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
 PROMPT, NEW_TOKENS = 128, 32  # of text that is timed
 # a layer is named whose error is so many times the median of the model's layers, and so large
 FAR, NOTABLE = 3.0, 0.1
-FEW = 64  # held-out inputs, below which an interval is wide
 SLOWER = 0.97  # times as fast: below it the difference is no noise
-BUSY = 0.3  # between the quartiles of a speedup: beyond it the machine did something else too
+WIDE = 0.3  # between the quartiles of a speedup: beyond it the machine did something else too
+
+
+# how lines of advice on speed begin
+SLOW = "Slower than dense"
+BUSY = "The timings vary much from round to round"
+UNTIMED = "The speed could not be measured"
 
 
 @dataclass
@@ -48,11 +55,13 @@ class Result:
     cost: Cost | None = None
     examples: list[Example] = field(default_factory=list, repr=False)
     speed: list[Timing] = field(default_factory=list)
+    untimed: str = ""  # why the speed could not be measured
 
     @property
     def advice(self) -> list[str]:
         """What came out worse than it should, and what to do about it."""
         return [
+            *([f"{UNTIMED}: {self.untimed}"] if self.untimed else []),
             *_advice_on_speed(self.speed, self.report.settings),
             *_advice_on_layers(self.report),
             *_advice_on_cost(self.cost),
@@ -97,10 +106,10 @@ class Result:
     def size_rows(self) -> list[list[str]]:
         sizes = self.sizes
         return [
-            ["parameters", *(f"{count / 1e6:.2f} M" for count in self.parameters), _ratio(*self.parameters)],
+            ["parameters", *(f"{count / 1e6:.2f} M" for count in self.parameters), ratio(*self.parameters)],
             _bytes_row("bytes on disk", sizes.dense_total, sizes.total),
             _bytes_row("  compressed layers", sizes.dense_layers, sizes.layers),
-            ["  positions of S in them", "", _megabytes(sizes.positions), ""],
+            ["  positions of S in them", "", megabytes(sizes.positions), ""],
         ]
 
     @property
@@ -111,15 +120,11 @@ class Result:
         return f"* beside the dense model, on {self.cost.samples} {self.cost.unit} held out from calibration"
 
     def __str__(self) -> str:
-        from oats_vision.report import as_text, run_table
-
         notes = [self.footnote, *self.advice]
         return "\n".join([as_text(run_table(self.report.settings.summary, self.rows())), *filter(None, notes)])
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        from oats_vision.report import as_html
-
         return as_html(self.report.settings.summary, self.rows(), list(filter(None, [self.footnote, *self.advice])))
 
 
@@ -195,17 +200,26 @@ def compress(
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out
-    close = None
-    if others is not None:
-        with display.counting("dense model, held-out", "inputs", None) as tell:
-            close = closeness(model, others, progress=tell)
+    noted: list[PictureCloseness | TextCloseness] = []
+
+    def note(dense: nn.Module) -> None:
+        if others is not None:
+            noted.append(closeness(dense, others))
+
     with nullcontext(progress) if callable(progress) else display.compression() as step:
         report = pipeline.compress(
-            model, calibration, adapter=adapter, settings=settings, activation_memory=activation_memory, progress=step
+            model,
+            calibration,
+            adapter=adapter,
+            settings=settings,
+            activation_memory=activation_memory,
+            progress=step,
+            before=note,
         )
     result = describe(model, report, parameters)
-    if close is not None:
-        measure(result, model, close, display)
+    for close in noted:
+        with pipeline.plain_arithmetic(model):
+            measure(result, model, close, display)
     return result
 
 
@@ -240,21 +254,20 @@ def measure(
     """
     with display.counting("compressed model, held-out", close.reader.unit, close.count) as tell:
         result.cost, result.examples = close.compare(model, tell)
-    result.speed = speed(model, close, display, batch_size)
+    try:
+        result.speed = speed(model, close, display, batch_size)
+    except (RuntimeError, MemoryError, ModelError) as problem:  # the dense twin takes memory again
+        result.untimed = " ".join(str(problem).split())[:200] or type(problem).__name__
 
 
 def speed(
     model: nn.Module, close: PictureCloseness | TextCloseness, display: Display, batch_size: int | None = None
 ) -> list[Timing]:
     """Latency of a compressed model in turns with its dense twin, at batch 1 and at the batch size."""
-    try:
-        twin = dense_twin(model)
-    except ModelError:  # a sliced model of the user's own: there is no dense one to time
-        return []
-    first = close.first
+    twin, first = dense_twin(model), close.first
     sizes = sorted({1, batch_size or len(first.tensor)})
     with display.counting("timing dense and compressed", "rounds", 2 * ROUNDS) as tell:
-        if isinstance(close, PictureCloseness):
+        if isinstance(close, PictureCloseness) or not (hasattr(model, "generate") and hasattr(model, "config")):
             return time_inputs(twin, model, first, close.dtype, sizes, ROUNDS, tell, SECONDS)
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         length = min(first.tensor.shape[1], PROMPT)
@@ -269,21 +282,20 @@ def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, An
         CheckpointError: the report is damaged.
     """
     settings = CompressionReport.from_dict(checkpoint.read_config(directory)).settings
-    measured = read_report(directory)
-    stale = _advice_on_speed(measured.speed, settings)
-    advice = [*_advice_on_speed(timings, settings), *(line for line in measured.advice if line not in stale)]
+    kept = (line for line in read_report(directory).advice if not line.startswith((SLOW, BUSY, UNTIMED)))
+    advice = [*_advice_on_speed(timings, settings), *kept]
     speed = [timing.to_dict() for timing in timings]
-    checkpoint.change_report(directory, lambda content: {"speed": speed, "advice": advice, "machine": machine})
+    checkpoint.change_report(directory, lambda content: {"speed": speed, "advice": advice, "speed_machine": machine})
 
 
 def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:
-    wide = [timing for timing in timings if timing.low and timing.high and timing.high - timing.low > BUSY]
+    wide = [timing for timing in timings if timing.low and timing.high and timing.high - timing.low > WIDE]
     if wide:
-        return ["The timings vary much from round to round: time again on an idle machine with `oats-vision bench`."]
+        return [f"{BUSY}: time again on an idle machine with `oats-vision bench`."]
     slow = [timing for timing in timings if timing.speedup < SLOWER]
     if not slow:
         return []
-    what = "Slower than dense: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
+    what = f"{SLOW}: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
     if not native.available():
         return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
     auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.terms[2].kind != "n:m"
@@ -308,18 +320,10 @@ def _advice_on_layers(report: CompressionReport) -> list[str]:
 
 
 def _advice_on_cost(cost: Cost | None) -> list[str]:
-    if cost is None or cost.samples >= FEW:
+    if cost is None or cost.samples >= ENOUGH:
         return []
     return [f"Only {cost.samples} {cost.unit} were held out, so the intervals are wide: give more calibration data."]
 
 
-def _ratio(dense: float, ours: float) -> str:
-    return f"{ours / dense:.3f} x"
-
-
 def _bytes_row(name: str, dense: int, ours: int) -> list[str]:
-    return [name, _megabytes(dense), _megabytes(ours), _ratio(dense, ours)]
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.2f} MB"
+    return [name, megabytes(dense), megabytes(ours), ratio(dense, ours)]

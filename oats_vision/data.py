@@ -31,6 +31,7 @@ __all__ = ["UNREADABLE", "Batches", "load_pictures", "open_picture", "picture_fi
 
 log = logging.getLogger(__name__)
 
+ENOUGH = 64  # held-out inputs, below which an interval is wide
 DECODING = 2  # of pictures, part of their fingerprint: changes when the same file gives other pixels
 
 
@@ -47,10 +48,9 @@ class Item(NamedTuple):
 class Batches:
     """Batches (pictures (batch, channels, height, width), labels (batch,)), and how many were skipped so far.
 
-    loader: of (pictures, labels, number skipped), or of the error that ends them.
+    loader: of (pictures, labels, number skipped, names), or of the error that ends them.
     total: pictures expected, if known. fingerprint: of their and their labels' contents; None for a stream.
-    held_out: other pictures of the same source, none of which is in these batches. name: of the picture at a position,
-    as far as it is known.
+    held_out: other pictures of the same source, none of which is in these batches. names: of those read so far.
     """
 
     loader: DataLoader[Any]
@@ -58,23 +58,23 @@ class Batches:
     classes: list[str] | None = None
     fingerprint: Callable[[], str] | None = None
     held_out: "Batches | None" = None
-    name: Callable[[int], str] = lambda position: f"picture {position + 1}"
     skipped: int = field(default=0, init=False)
+    names: list[str] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every batch that holds a picture; DataError if none does, or if pictures make no batch."""
-        self.skipped, read = 0, 0
+        self.skipped, self.names = 0, []
         for batch in self.loader:
             if isinstance(batch, DataError):
                 raise batch
-            pictures, labels, skipped = batch
+            pictures, labels, skipped, names = batch
             self.skipped += skipped
-            read += len(labels)
+            self.names += names
             if len(labels):
                 yield pictures, labels
         if self.skipped:
             log.warning("%d unreadable pictures were skipped", self.skipped)
-        if not read:
+        if not self.names:
             raise DataError(f"no picture could be read ({self.skipped} skipped)")
 
 
@@ -122,12 +122,12 @@ def load_pictures(
             classes = class_names(dataset, label) if label else None
             stream = undecoded(stream, *columns)
 
-            def batches(part: Any, count: int | None) -> Batches:
-                streamed = _StreamedPictures(part, columns, source, transform, count)
+            def part(count: int | None, apart: bool) -> Batches:
+                streamed = _StreamedPictures(stream, columns, source, transform, count, held_out, apart)
                 return Batches(DataLoader(streamed, batch_size, collate_fn=_collate), count, classes)
 
-            found = batches(stream.skip(held_out) if held_out else stream, samples)
-            found.held_out = batches(stream.take(held_out), held_out) if held_out else None
+            found = part(samples, apart=False)
+            found.held_out = part(held_out, apart=True) if held_out else None
             return found
         examples, classes = table_examples(dataset, columns, source)
     else:
@@ -140,30 +140,38 @@ def load_pictures(
     else:
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
         count, apart = shared_out(len(order), samples, held_out)
-        if len(order) < samples and source != "demo":
-            log.warning("%s has %d pictures, fewer than the %d samples asked for", source, len(order), samples)
+        if count < samples and source != "demo":
+            log.warning(
+                "%s has %d pictures, of which %d are held out: fewer than the %d samples asked for",
+                source,
+                len(order),
+                apart,
+                samples,
+            )
 
     def some(order: list[int], count: int) -> Batches:
         pictures = _Pictures(examples, order, count, transform)
         loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=_collate)
-        return Batches(loader, count, classes, pictures.fingerprint, name=lambda i: examples[order[i]].name)
+        return Batches(loader, count, classes, pictures.fingerprint)
 
+    if not apart:
+        return some(order.tolist(), count)
     last = len(order) - apart
-    found = some(order[:last].tolist(), count)
-    found.held_out = some(order[last:].tolist(), apart) if apart else None
+    middle = (count + last) // 2  # half of what is left are spare pictures of each
+    found = some(order[:middle].tolist(), count)
+    found.held_out = some([*order[last:].tolist(), *order[middle:last].tolist()], apart)
     return found
 
 
 def shared_out(there: int, samples: int, held_out: int) -> tuple[int, int]:
     """How many of what is there are samples, and how many are held out.
 
-    Where both do not fit, an eighth of what is there is held out, but 64 at least (which an interval needs), and never
-    more than a quarter.
+    Where both do not fit, an eighth of what is there is held out, but `ENOUGH` at least, and never more than a quarter.
 
     >>> shared_out(5000, 2048, 256), shared_out(1000, 2048, 256), shared_out(100, 2048, 256), shared_out(3, 128, 64)
     ((2048, 256), (875, 125), (75, 25), (3, 0))
     """
-    apart = min(held_out, max(64, there - samples, there // 8), max(there - samples, there // 4))
+    apart = min(held_out, max(ENOUGH, there - samples, there // 8), max(there - samples, there // 4))
     return min(samples, there - apart), apart
 
 
@@ -212,18 +220,32 @@ class _Pictures(Dataset[Item]):
 
 
 class _StreamedPictures(IterableDataset[Item]):
-    """The first pictures of a stream that can be read."""
+    """The first pictures of a stream that can be read.
+
+    held_out: every fourth row is held out until so many are; `apart`: these are the pictures, in place of all others.
+    """
 
     def __init__(
-        self, stream: Any, columns: tuple[str, str | None], source: str, transform: Transform, samples: int | None
+        self,
+        stream: Any,
+        columns: tuple[str, str | None],
+        source: str,
+        transform: Transform,
+        samples: int | None,
+        held_out: int,
+        apart: bool,
     ) -> None:
         self.stream, self.columns, self.source, self.samples = stream, columns, source, samples
-        self.read = _Reader(transform)
+        self.held_out, self.apart, self.read = held_out, apart, _Reader(transform)
 
     def __iter__(self) -> Iterator[Item]:
         image, label = self.columns
         taken, skipped = 0, 0
         for number, row in enumerate(rows(self.stream, self.source)):
+            if self.apart and number >= 4 * self.held_out:
+                break
+            if self.apart != (number % 4 == 3 and number < 4 * self.held_out):
+                continue
             name = f"{self.source}, row {number}"
             picture = self.read(row[image], name)
             if picture is None:
@@ -237,8 +259,8 @@ class _StreamedPictures(IterableDataset[Item]):
             yield Item(None, -1, "", skipped)
 
 
-def _collate(items: list[Item]) -> tuple[Tensor, Tensor, int] | DataError:
-    """Stack what was read, and count what was not.
+def _collate(items: list[Item]) -> tuple[Tensor, Tensor, int, list[str]] | DataError:
+    """Stack what was read, name it, and count what was not.
 
     An error is handed over rather than raised: a worker process would wrap it in its traceback.
     """
@@ -256,7 +278,7 @@ def _collate(items: list[Item]) -> tuple[Tensor, Tensor, int] | DataError:
             "do_center_crop and crop_size), or resize the pictures before"
         )
     labels = torch.tensor([item.label for item in read], dtype=torch.int64)
-    return torch.stack(pictures) if pictures else torch.empty(0), labels, skipped
+    return torch.stack(pictures) if pictures else torch.empty(0), labels, skipped, [item.name for item in read]
 
 
 def _tensor(item: Item) -> Tensor:

@@ -130,8 +130,8 @@ class _Timing(BaseModel):
 class Measured:
     """What report.json says; older ones lack most of it.
 
-    cost: without labels. speed: batch 1 first. examples: the pictures that changed most. run, machine: what was asked
-    for and what it ran on, as far as it is plain. seconds: of the whole run. peak_memory: bytes.
+    cost: without labels. speed: in `dtype`, batch 1 first. examples: the pictures that changed most. run, machine: what
+    was asked for and what it ran on, as far as it is plain. seconds: of the whole run. peak_memory: bytes.
     """
 
     evaluations: tuple[Evaluation, ...] = ()
@@ -140,6 +140,7 @@ class Measured:
     advice: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     run: tuple[tuple[str, str], ...] = ()
+    dtype: str = "float32"
     machine: tuple[tuple[str, str], ...] = ()
     seconds: float | None = None
     peak_memory: int | None = None
@@ -200,7 +201,8 @@ def read_report(directory: Path) -> Measured:
         advice=tuple(each(Line, "advice", "advice")),
         examples=tuple(each(Example, "examples", "example")),
         run=_plain(known(dict, "run")),
-        machine=_plain(known(dict, "machine")),
+        dtype=str((known(dict, "run") or {}).get("dtype", "float32")),
+        machine=_plain(known(dict, "speed_machine") or known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,
         peak_memory=known(Count, "peak_memory"),
     )

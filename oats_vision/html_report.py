@@ -20,10 +20,9 @@ from oats_vision.evaluations import Evaluation, Measured, read_report
 from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.page import render, write_page
 from oats_vision.pipeline import CompressionReport, LayerReport
-from oats_vision.results import Cost
+from oats_vision.results import EXAMPLES, Cost
 
 POINTS = 80  # of a spectrum that are drawn
-EXAMPLES = 12  # pictures that are shown
 WORKERS = 8  # at most, for the sake of memory
 WORK = 2.5e11  # multiplications for spectra: some seconds
 # of a run: about its directory, which may have moved, and what shows by itself

@@ -117,6 +117,7 @@ def compress(
     settings: CompressionSettings | None = None,
     activation_memory: float = 8.0,
     progress: Callable[[Step], None] = lambda step: None,
+    before: Callable[[nn.Module], None] = lambda model: None,
     **options: Any,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
@@ -130,6 +131,7 @@ def compress(
         settings: or its fields as `options`: `rate`, `rank_ratio`, `pattern`, `iterations`, `method`, ...
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: called with each step.
+        before: called with the dense model once it is seen to be fit, and before anything of it is changed.
 
     Returns:
         The settings, and each layer's budget and error.
@@ -158,6 +160,9 @@ def compress(
         buffers = {name for name, _ in model.named_buffers()}
         check_storable(model.state_dict().items(), storage, buffers)
         report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=plan.slicing)
+        tick = time.perf_counter()
+        before(model)
+        start += time.perf_counter() - tick  # which is no part of the compression
         clock, expected = Clock(plan.work, adapter.unit, progress, start=start), expected_samples(calibration)
         with ActivationStore(activation_memory * 1e9) as hidden:
             clock.read(0, expected)

@@ -123,7 +123,7 @@ def key_values(title: str, rows: dict[str, Any]) -> Table:
     return table
 
 
-def _ratio(dense: float, ours: float) -> str:
+def ratio(dense: float, ours: float) -> str:
     return f"{ours / dense:.3f} x"
 
 
@@ -137,5 +137,5 @@ def bench_table(title: str, timings: Sequence[Timing], memory: tuple[int, int]) 
         pair = (timing.dense, timing.compressed)
         table.add_row(timing.what, *(f"{seconds * 1e3:.1f} ms" for seconds in pair), timing.change)
         table.add_row(f"  {timing.unit}/s", *(f"{timing.units / seconds:.1f}" for seconds in pair), "")
-    table.add_row("weights in memory", *map(megabytes, memory), _ratio(*memory))
+    table.add_row("weights in memory", *map(megabytes, memory), ratio(*memory))
     return table

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+EXAMPLES = 12  # pictures that are shown
 PICTURE = 100_000  # characters of a picture's address at most
 Address = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$", max_length=PICTURE)]
 

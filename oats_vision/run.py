@@ -17,9 +17,9 @@ from oats_vision.benchmark import plain_picture
 from oats_vision.checkpoint_place import PAGE
 from oats_vision.compression import Result, describe, measure
 from oats_vision.config import CompressionSettings, RunConfig
-from oats_vision.data import Batches, load_pictures
+from oats_vision.data import ENOUGH, Batches, load_pictures
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError, ModelError, OatsVisionError
+from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.evaluation import (
     Perplexity,
     Top1,
@@ -39,10 +39,9 @@ from oats_vision.progress import Estimate
 from oats_vision.text import Sequences, load_sequences, load_tokens
 from oats_vision.transforms import Transform
 from oats_vision.trial import trial
+from oats_vision.values import check_finite
 
 log = logging.getLogger(__name__)
-
-HELD_OUT = 64  # inputs at least
 
 Scores = tuple[Top1, Top1] | tuple[Perplexity, Perplexity]
 
@@ -232,6 +231,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
             device=device,
             trust_remote_code=config.trust_remote_code,
         )
+        check_finite(model)
         checkpoint.check_source(model)
     unit = find_adapter(model).unit
     run = config.completed(unit)
@@ -309,7 +309,7 @@ def _after_the_checkpoint(run: RunConfig, how: str) -> Iterator[None]:
     except SystemExit:
         log.warning("%s; measure it with: oats-vision eval %s", complete, again)
         raise
-    except (OatsVisionError, OSError, RuntimeError, MemoryError) as problem:
+    except Exception as problem:  # whatever it is, hours of work are not lost
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise CheckpointError(
             f"{complete}; what comes after it failed: {reason}. Measure it with: oats-vision eval {again}"
@@ -345,7 +345,7 @@ def _reading(run: RunConfig) -> dict[str, Any]:
 def _held_out(run: RunConfig) -> int:
     """How many inputs to keep apart to measure the cost on."""
     assert run.samples is not None
-    return max(HELD_OUT, run.samples // 8) if run.eval else 0
+    return max(ENOUGH, run.samples // 8) if run.eval else 0
 
 
 def _text(run: RunConfig, tokenizer: Any) -> Sequences:

@@ -95,11 +95,18 @@ def load_sequences(
             f"{source} has {len(ids)} tokens, fewer than one sequence of {length}: give more text or a smaller "
             "--sequence-length"
         )
-    if rows < samples:
-        log.warning("%s has %d sequences of %d tokens, fewer than the %d asked for", source, rows, length, samples)
     table = torch.tensor(ids[: rows * length]).view(rows, length)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     count, apart = shared_out(rows, samples, held_out)
+    if count < samples:
+        log.warning(
+            "%s has %d sequences of %d tokens, of which %d are held out: fewer than the %d asked for",
+            source,
+            rows,
+            length,
+            apart,
+            samples,
+        )
     last = rows - apart
     others = Sequences(_windows(table[order[last:]]), batch_size) if apart else None
     return Sequences(table[order[:count]], batch_size, others)

@@ -57,6 +57,7 @@ def bench(
     from oats_vision import checkpoint, report
     from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
     from oats_vision.compression import note_speed
+    from oats_vision.evaluations import read_report
     from oats_vision.kernels.semi_structured import to_semi_structured
     from oats_vision.machine import choose_device, machine, machine_line
 
@@ -94,7 +95,8 @@ def bench(
         console = results()
         console.print(report.bench_table(f"{directory}, {dtype}, medians of {repeats}", timings, memory))
         console.print(machine_line(target))
-    note_speed(directory, timings, machine(target))  # last: a damaged report must not lose what was measured
+    if dtype == read_report(directory).dtype:  # last: a damaged report must not lose what was measured
+        note_speed(directory, timings, machine(target))
 
 
 def _see_positions(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> None:

@@ -154,4 +154,4 @@ Streaming = Annotated[bool, option(RARE, "--streaming", help="stream a Hugging F
 Trust = Annotated[bool, option(RARE, "--trust-remote-code", help="run model code from a hub")]
 Json = Annotated[bool, option(OUTPUT, "--json", help="print one JSON object to standard output, nothing else")]
 Verbose = Annotated[bool, option(OUTPUT, "--verbose", "-v", help="say more, also what other libraries warn of")]
-LogFile = Annotated[Path | None, option(OUTPUT, metavar="FILE", help="also write all messages to this file")]
+LogFile = Annotated[Path | None, option(OUTPUT, metavar="FILE", help="write all messages to this file")]

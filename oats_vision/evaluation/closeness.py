@@ -1,5 +1,6 @@
 """How close a compressed model stays to the dense one, on inputs without labels that calibration has not seen."""
 
+import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterator
@@ -20,16 +21,20 @@ from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.compare import paired_ratio
 from oats_vision.evaluation.features import pooled
+from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.perplexity import Perplexity
-from oats_vision.evaluation.top1 import class_logits
+from oats_vision.evaluation.top1 import class_logits, has_head
 from oats_vision.models import source_of
-from oats_vision.results import Answer, Cost, Example, Metric
+from oats_vision.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.thumbnails import patch_maps, thumbnail
 from oats_vision.transforms import Transform
 
-EXAMPLES = 12  # pictures that are shown
 MEMORY = 1e9  # bytes of features that are kept there; the rest on disk
-RESAMPLES = 4000
+RESAMPLES, TOGETHER = 4000, 4_000_000  # draws, and how many inputs are drawn at a time
+OTHER_ORDER = (
+    "the held-out data are not the same when they are read again: give a list, or a loader that neither shuffles nor "
+    "augments"
+)
 Progress = Callable[[int], None]
 
 
@@ -63,14 +68,16 @@ class _Closeness:
         self.held_out, self.transform = held_out, transform
         self.reader = Reader.of(model, find_adapter(model).unit)
         self.count = 0
+        self.digests: list[bytes] = []  # of the batches that the dense model saw
 
     def calls(self, model: nn.Module, progress: Progress) -> Iterator[tuple[int, Inputs, Any]]:
         """Number, inputs and the model's output of each batch."""
         first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.dtype = _computing_dtype(model)
-        done = 0
+        done, known = 0, self.count > 0
         model.eval()
         for number, inputs in enumerate(read_batches(self.held_out, self.reader)):
+            self._see_same(number, inputs, known)
             if not number:
                 self.first = inputs
             yield number, inputs, inputs.call(model, first.device, self.dtype)
@@ -78,7 +85,17 @@ class _Closeness:
             progress(done)
         if not done:
             raise DataError("no input was held out to measure the cost on")
+        if known and done != self.count:
+            raise DataError(f"{OTHER_ORDER} ({self.count} inputs, then {done})")
         self.count = done
+
+    def _see_same(self, number: int, inputs: Inputs, known: bool) -> None:
+        """Note a batch, or see that it is the one that the dense model saw."""
+        digest = hashlib.sha256(tensor_bytes(inputs.tensor)).digest()
+        if not known:
+            self.digests.append(digest)
+        elif self.digests[number : number + 1] != [digest]:
+            raise DataError(f"{OTHER_ORDER} (batch {number})")
 
 
 class PictureCloseness(_Closeness):
@@ -97,12 +114,12 @@ class PictureCloseness(_Closeness):
     def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
         """How close the model comes, and the pictures on which it differs most."""
         same: list[Tensor] = []
-        columns: dict[str, list[Tensor]] = {name: [] for name in ("class", "patch", "change", "size")}
+        columns: dict[str, list[Tensor]] = {name: [] for name in ("summary", "patch", "change", "size")}
         candidates = _Largest(EXAMPLES)
         with torch.inference_mode(), _LastBlock(model) as last:
             for number, inputs, output in self.calls(model, progress):
                 seen, dense = last.seen(output), self.features[number].to(torch.float32)
-                columns["class"].append(F.cosine_similarity(seen.summary, self.summaries[number], dim=-1))
+                columns["summary"].append(F.cosine_similarity(seen.summary, self.summaries[number], dim=-1))
                 if seen.patches.shape[1]:
                     columns["patch"].append(F.cosine_similarity(seen.patches, dense[:, last.prefix :], dim=-1).mean(1))
                 columns["change"].append((seen.tokens - dense).square().sum((1, 2), dtype=torch.float64))
@@ -113,9 +130,9 @@ class PictureCloseness(_Closeness):
         values = {name: torch.cat(column).double().numpy() for name, column in columns.items() if column}
         metrics = [_proportion("same class", torch.cat(same))] if same else []
         if not same:
-            metrics += [
-                _mean(f"cosine of {name} features", values[name]) for name in ("class", "patch") if name in values
-            ]
+            summary = "class" if find_adapter(model).class_token(model) else "picture"
+            metrics += [_mean(f"cosine of {summary} features", values["summary"])]
+            metrics += [_mean("cosine of patch features", values["patch"])] if "patch" in values else []
         metrics.append(_relative_error("relative error of features", values["change"], values["size"]))
         return Cost(unit="pictures", samples=self.count, metrics=metrics), candidates.examples()
 
@@ -135,7 +152,7 @@ class PictureCloseness(_Closeness):
         cosines = F.cosine_similarity(seen.tokens.flatten(1), dense.flatten(1), dim=1)
         names = source_of(model).label_names
         first = sum(len(summary) for summary in self.summaries[:number])
-        name = self.held_out.name if isinstance(self.held_out, Batches) else lambda i: f"picture {i + 1}"
+        files = self.held_out.names if isinstance(self.held_out, Batches) else None
         for i, cosine in enumerate(cosines.tolist()):
             answers: list[Answer | None] = [None, None]
             if self.logits and seen.logits is not None:
@@ -144,7 +161,7 @@ class PictureCloseness(_Closeness):
             if not candidates.takes((changed, -cosine)):
                 continue
             example = Example(
-                name=name(first + i),
+                name=files[first + i] if files else f"picture {first + i + 1}",
                 thumbnail=thumbnail(inputs.tensor[i], self.transform),
                 dense=answers[0],
                 compressed=answers[1],
@@ -179,14 +196,19 @@ class TextCloseness(_Closeness):
         for _, inputs, output in self.calls(model, progress):
             mask = inputs.padding_mask
             for i, ids in enumerate(inputs.tensor):
-                logits = output.logits[i, :-1].float()
-                kept = torch.ones(len(ids) - 1, dtype=torch.bool) if mask is None else mask[i, 1:].cpu()
+                logits = getattr(output, "logits", output)[i, :-1].float()
+                real = torch.ones(len(ids), dtype=torch.bool) if mask is None else mask[i].cpu()
+                kept = real[1:] & real[:-1]
+                if not kept.any():
+                    continue
                 loss = F.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()[kept]
                 if not loss.isfinite().all():
                     raise ModelError("the model's loss is not finite on held-out text: its dtype is too narrow")
                 losses.append(loss.double().mean())
                 counts.append(int(kept.sum()))
                 likeliest.append(logits.argmax(1).cpu()[kept])
+        if not losses:
+            raise DataError("the held-out text has no token to foretell: its sequences are too short")
         nll, tokens = torch.stack(losses), torch.tensor(counts)
         return Perplexity(float(((nll * tokens).sum() / tokens.sum()).exp()), 0.0, nll, tokens), likeliest
 
@@ -239,7 +261,7 @@ class _LastBlock:
         norm = self.model.get_submodule(path) if path and not adapter.pooled_before_norm(self.model) else nn.Identity()
         summaries, _ = pooled(self.model, adapter, [hidden])
         tokens = norm(hidden).float().cpu()
-        logits = class_logits(self.model, output)
+        logits = class_logits(self.model, output) if has_head(self.model, output) else None
         if not (tokens.isfinite().all() and (logits is None or logits.isfinite().all())):
             raise ModelError("the model's outputs on held-out pictures are not finite: its dtype is too narrow")
         return _Seen(
@@ -307,6 +329,7 @@ def _relative_error(name: str, change: np.ndarray, size: np.ndarray) -> Metric:
 
 def _bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
     """The 95% percentile interval of a statistic over inputs that are drawn anew, (draws, count) -> (draws,)."""
-    draws = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
-    low, high = np.percentile(statistic(draws), [2.5, 97.5])
+    generator, some = np.random.default_rng(seed), max(1, min(RESAMPLES, TOGETHER // count))
+    drawn = [statistic(generator.integers(count, size=(some, count))) for _ in range(-(-RESAMPLES // some))]
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return float(low), float(high)

@@ -129,6 +129,13 @@ def class_logits(model: nn.Module, output: Any) -> Tensor | None:
     return None if none else logits
 
 
+def has_head(model: nn.Module, output: Any) -> bool:
+    """Whether a model says that its outputs are classes: by their number, by `logits`, or by a head's usual name."""
+    classes = getattr(model, "num_classes", None)
+    named = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
+    return hasattr(output, "logits") or named or (isinstance(classes, int) and classes > 0)
+
+
 def _is_backbone(model: nn.Module) -> bool:
     """Whether what is called a head by its usual names holds no matrix; a model may have none of these names."""
     if getattr(model, "num_classes", None) == 0 or _is_clip_tower(model):
