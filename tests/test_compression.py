@@ -163,3 +163,37 @@ def test_a_language_model_says_what_it_cost(language_directory, tmp_path):
     assert [metric.name for metric in outcome.result.cost.metrics] == ["perplexity", "same next token"]
     assert outcome.result.cost.samples == 64
     assert [timing.what for timing in outcome.result.speed] == ["prompt of 64 tokens", "generating 32 tokens"]
+
+
+def _colours(batches) -> list[tuple]:
+    return [tuple(x.flatten().tolist()) for pictures, _ in batches for x in pictures]
+
+
+def _colour(picture: Image.Image) -> torch.Tensor:
+    return torch.tensor(picture.getpixel((0, 0))).view(3, 1, 1) / 255
+
+
+def test_a_short_stream_gives_a_quarter_away_at_most(folder, tmp_path):
+    import datasets
+
+    files = [str(file) for file in sorted(folder.iterdir())]
+    datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image()).to_parquet(
+        tmp_path / "table.parquet"
+    )
+    batches = ov.load_pictures(
+        f"hf:{tmp_path}", _colour, batch_size=4, samples=100, held_out=64, streaming=True, split="train"
+    )
+    seen, apart = _colours(batches), _colours(batches.held_out)
+    assert (len(seen), len(apart), set(seen) & set(apart)) == (23, 7, set())
+
+
+def test_names_are_those_of_the_pictures_that_were_read(folder):
+    for i in range(0, 30, 3):
+        (folder / f"{i:02}.png").write_bytes(b"no picture")
+    batches = ov.load_pictures(folder, _colour, batch_size=4, samples=8, held_out=6)
+    for part in (batches, batches.held_out):
+        colours = _colours(part)
+        assert len(part.names) == len(colours) == part.total  # others were read in the place of broken ones
+        for name, colour in zip(part.names, colours, strict=True):
+            assert torch.equal(_colour(Image.open(name)).flatten(), torch.tensor(colour))
+    assert not set(batches.names) & set(batches.held_out.names)

@@ -12,7 +12,7 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision.adapters import find_adapter
-from oats_vision.errors import DataError, ModelError
+from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.closeness import closeness
 from oats_vision.evaluation.top1 import class_logits
 
@@ -173,3 +173,77 @@ def test_the_families_agree_that_features_are_after_the_last_norm():
     cost, examples = closeness(model, [torch.randn(4, 3, 32, 32)]).compare(shaken(model, 0.1))
     assert cost.metrics[-1].name == "relative error of features"
     assert all(len(example.maps) == 2 for example in examples)
+
+
+@pytest.mark.parametrize("again", [[1, 0], [0], [0, 1, 0]])
+def test_data_that_are_others_when_read_again_are_an_error(tiny_vit, many, again):
+    """A loader that shuffles, or augments, would compare different pictures."""
+
+    class Loader:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([many[i] for i in ([0, 1] if self.passes == 1 else again)])
+
+    reference = closeness(tiny_vit, Loader())
+    with pytest.raises(DataError, match="not the same when they are read again"):
+        reference.compare(tiny_vit)
+
+
+def test_a_wrapper_of_a_backbone_has_features_and_no_classes(tiny_vit, many):
+    class Embedder(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone, self.project = backbone, nn.Linear(48, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.project(self.backbone(x))
+
+    tiny_vit.reset_classifier(0)
+    model = Embedder(tiny_vit).eval()
+    cost, examples = closeness(model, many).compare(shaken(model, 0.1))
+    assert cost.metrics[0].name == "cosine of class features"
+    assert all(example.dense is None for example in examples)
+
+
+def test_text_without_a_token_to_foretell_is_left_out(language_directory):
+    model, _ = ov.load_model(language_directory)
+    other = shaken(model, 0.5)
+    ids = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 1:] = 0
+    cost, _ = closeness(model, [{"input_ids": ids, "attention_mask": mask}]).compare(other)
+    expected, _ = closeness(model, [ids[[0, 2]]]).compare(other)
+    assert figures(cost) == {name: pytest.approx(value, rel=1e-5) for name, value in figures(expected).items()}
+    with pytest.raises(DataError, match="no token to foretell"):
+        closeness(model, [{"input_ids": ids[1:2], "attention_mask": mask[1:2]}])
+
+
+def test_held_out_data_change_nothing_of_what_compress_promises(tiny_vit, many):
+    """The model is as it was after an error; its own adapter and plain arithmetic hold for them too."""
+    tiny_vit.train()
+    with pytest.raises(ConfigError, match="is the name of no linear"):
+        ov.compress(tiny_vit, many, held_out=many, skip="nothing")
+    assert all(module.training for module in tiny_vit.modules())
+    own = ov.Adapter(name="own", serves="", matches=lambda model: True, blocks=lambda model: "blocks")
+    model = nn.Sequential()
+    model.blocks, model.forward = tiny_vit.blocks, tiny_vit.forward
+    with torch.autocast("cpu", torch.bfloat16):
+        cost = ov.compress(model, many, held_out=many[:1], adapter=own, rate=0.5, iterations=3).cost
+    assert cost.samples == 16
+    broken = shaken(tiny_vit, 0)
+    broken.norm.weight.data[0] = math.nan
+    with pytest.raises(ModelError, match=r"norm\.weight"):
+        ov.compress(broken, many, held_out=many)
+
+
+def test_a_failure_in_timing_loses_nothing(tiny_vit, many, monkeypatch):
+    def full(model):
+        raise torch.OutOfMemoryError("no memory for the twin")
+
+    monkeypatch.setattr("oats_vision.compression.dense_twin", full)
+    result = ov.compress(tiny_vit, many, held_out=many, rate=0.5, iterations=3)
+    assert result.cost is not None
+    assert result.speed == []
+    assert result.advice[0] == "The speed could not be measured: no memory for the twin"
