@@ -15,6 +15,7 @@ from oats_vision.data import Batches, load_pictures
 from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
 from oats_vision.evaluation.top1 import classify
 from oats_vision.machine import choose_device, machine_line
+from oats_vision.text import Sequences
 
 KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
 Row = dict[str, str]
@@ -135,7 +136,7 @@ class Texts:
             )
         return model
 
-    def calibration(self, seed: int) -> ov.text.Sequences:
+    def calibration(self, seed: int) -> Sequences:
         return ov.load_sequences(
             str(self.config.data),
             self.tokenizer,

@@ -59,8 +59,8 @@ def in_turns(
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def weight_bytes(model: nn.Module) -> int:

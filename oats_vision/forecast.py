@@ -1,7 +1,7 @@
 """What a compression will come to, before it begins: bytes and memory."""
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from oats_vision.adapters import Adapter, remember_adapter
 from oats_vision.block_calls import first_block_input
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.config import CompressionSettings
+from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.layers import LayerSpec, Part, SparseLowRankLinear
 from oats_vision.machine import memory_in_use, peak_memory
 from oats_vision.methods import statistic_of
@@ -28,8 +29,8 @@ class Memory:
     """Bytes that a compression needs at its peak, of the process or of the GPU.
 
     libraries: code and data that are there already, and what threads will take. activations: what the first block is
-    given on all calibration data, in memory and on disk. block: beside these, for the work on one block. so_far: the
-    most that was needed before.
+    given on all calibration data, in memory and on disk. block: beside these, for the work on one block. held_out: the
+    dense model's features of the inputs that are held out. so_far: the most that was needed before.
     """
 
     libraries: int
@@ -37,11 +38,12 @@ class Memory:
     activations: int
     disk: int
     block: int
+    held_out: int
     so_far: int
 
     @property
     def peak(self) -> int:
-        return max(self.so_far, self.libraries + self.model + self.activations + self.block)
+        return max(self.so_far, self.libraries + self.model + self.activations + self.block + self.held_out)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Forecast:
         data = f" from {self.data}" if self.data else ""
         held_out = f"; {self.held_out:,} others are held out to measure what it costs" if self.held_out else ""
         samples = f"all {self.unit}" if self.samples is None else f"{self.samples:,} {self.unit}"
+        features = f", held-out features {_gigabytes(memory.held_out)}" if memory.held_out >= 5e7 else ""
         disk = f"; {_gigabytes(memory.disk)} of activations on disk" if memory.disk else ""
         return {
             "model": f"{self.name}{', ' * bool(self.name)}{self.family}: {count(self.blocks, 'block')}, "
@@ -94,7 +97,7 @@ class Forecast:
             "calibration": f"{samples}{data} in batches of {self.batch_size}, {self.tokens:,} tokens each{held_out}",
             "memory": f"about {_gigabytes(memory.peak)} at the peak: libraries {_gigabytes(memory.libraries)}, model "
             f"{_gigabytes(memory.model)}, activations {_gigabytes(memory.activations)}, work on a block "
-            f"{_gigabytes(memory.block)}{disk}",
+            f"{_gigabytes(memory.block)}{features}{disk}",
             "time": "known after the first block",
         }
 
@@ -145,6 +148,8 @@ def forecast(
     first = adapter.named_blocks(model)[0][1]
     hidden = first_block_input(model, first, example)
     memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory)
+    if adapter.unit == "pictures":
+        memory = replace(memory, held_out=min(4 * held_out * hidden[0].numel(), int(MEMORY)))
     report = _emptied(shell, adapter, plan, settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Forecast(
@@ -238,6 +243,7 @@ def _memory(
         activations=kept,
         disk=activations - kept,
         block=max(3 * inputs, inputs + forward + logits, statistics + max(forward, solver)),
+        held_out=0,
         so_far=peak_memory(device),
     )
 

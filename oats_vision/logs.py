@@ -97,7 +97,8 @@ class _LogFile(logging.FileHandler):
         file = Path(self.baseFilename)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.parent == folder():  # and no user's own
-            for old in sorted(file.parent.glob("*.log"))[: 1 - KEPT]:
+            ended = [old for old in sorted(file.parent.glob("*.log")) if not _in_progress(old)]
+            for old in ended[: 1 - KEPT]:
                 old.unlink(missing_ok=True)
         stream = super()._open()
         stream.write(f"oats_vision {version('oats_vision')}: {' '.join(sys.argv)}\n")
@@ -115,6 +116,18 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):  # of a full disk, on what was not written yet
             super().close()
+
+
+def _in_progress(file: Path) -> bool:
+    """Whether the process that writes a log file, whose number is in its name, is still there."""
+    number = file.stem.rpartition("-")[2]
+    try:
+        os.kill(int(number), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OverflowError, OSError):
+        return False
+    return True
 
 
 class _Library(logging.Logger):

@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_model(
     Args:
         name: `demo`; an alias such as `dinov2_vitl14`; a timm name; `hf:org/name`; `hub:entry` or
             `hub:repository_or_directory:entry`; a directory in timm's or Hugging Face's format; a .gguf file.
-        pretrained: load the trained weights, or keep the random ones of the architecture.
+        pretrained: load the trained weights, or keep random ones of the architecture, the same each time.
         image_size: input size in pixels, if not the model's own (timm models).
         dtype: of the model's weights and arithmetic; buffers that are computed and not stored keep theirs.
         trust_remote_code: allow code from a hub to run.
@@ -70,18 +71,8 @@ def load_model(
     """
     name = os.fspath(name)
     path = demo_directory() if name == "demo" else Path(name)
-    if name.startswith("hf:"):
-        model, source = _from_hub(name[3:], pretrained, image_size, trust_remote_code)
-    elif name.startswith("hub:"):
-        model, source = _from_torch_hub(name[4:], pretrained, trust_remote_code)
-    elif path.suffix == ".gguf":
-        model, source = _from_gguf(path, pretrained)
-    elif path.is_dir():
-        model, source = _from_directory(path, pretrained, image_size, trust_remote_code)
-    elif timm.is_model(ALIASES.get(name, name)):
-        model, source = _from_timm(name, pretrained, image_size)
-    else:
-        raise unknown_model(name)
+    with nullcontext() if pretrained else _same_random_weights():
+        model, source = _from_anywhere(name, path, pretrained, image_size, trust_remote_code)
     if image_size is not None and source.kind != "timm":
         raise ModelError(f"image_size {image_size} can be set for timm models only, and {name!r} is not one")
     find_adapter(model)
@@ -89,6 +80,29 @@ def load_model(
     origin = {"name": str(path.resolve()) if path.exists() and name != "demo" else name, "image_size": image_size}
     remember_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
     return cast_weights(model, dtype).to(device=device).eval(), transform
+
+
+def _from_anywhere(name: str, path: Path, pretrained: bool, image_size: int | None, trust_remote_code: bool):
+    """The model that a name or a path stands for."""
+    if name.startswith("hf:"):
+        return _from_hub(name[3:], pretrained, image_size, trust_remote_code)
+    if name.startswith("hub:"):
+        return _from_torch_hub(name[4:], pretrained, trust_remote_code)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, pretrained)
+    if path.is_dir():
+        return _from_directory(path, pretrained, image_size, trust_remote_code)
+    if timm.is_model(ALIASES.get(name, name)):
+        return _from_timm(name, pretrained, image_size)
+    raise unknown_model(name)
+
+
+@contextmanager
+def _same_random_weights() -> Iterator[None]:
+    """Random numbers from a fixed start; the caller's go on as if none had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _known_transform(name: str, source: ModelSource) -> tuple[Transform | None, ModelSource]:
@@ -230,7 +244,7 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None):
     args: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     if not pretrained:
         model = library(failed, timm.create_model, name, pretrained=False, **args)
-    elif not timm.is_model_pretrained(name):
+    elif not timm.is_model_pretrained(name) and architecture in timm.list_models():  # timm leads older names on
         raise ModelError(f"timm has no weights for {name!r}: use --no-pretrained (random weights, to try a run)")
     else:
         with network.hub(failed, _WITHOUT_THE_HUB, ModelError):

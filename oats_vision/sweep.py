@@ -19,7 +19,7 @@ from oats_vision import checkpoint
 from oats_vision.compare import Run, comparison_page
 from oats_vision.config import CompressionSettings
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, ModelError
+from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation import Perplexity, Top1
 from oats_vision.grid import SweepConfig, cell_name, cell_words
 from oats_vision.page import write_page
@@ -105,6 +105,10 @@ def _write_page(done: Sweep) -> None:
     write_page(comparison_page(mean_runs(done.rows), title, notes=done.notes, spread=spread), done.config.out / PAGE)
 
 
+# what a cell's settings may bring about; the others may do
+_OF_ONE_CELL = (ConfigError, ModelError, DataError, ArithmeticError, RuntimeError, MemoryError)
+
+
 @dataclass
 class _Dense:
     """The dense model, all that is known of it, and its score if there are data to score it on."""
@@ -133,8 +137,8 @@ def _do(
             start = time.perf_counter()
             try:
                 row = _cell(config, dense, draw, settings, seed, display)
-            except (ConfigError, ModelError) as problem:
-                failures.append(Failure(settings, seed, " ".join(str(problem).split())))
+            except _OF_ONE_CELL as problem:
+                failures.append(Failure(settings, seed, " ".join(str(problem).split()) or type(problem).__name__))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
             else:
                 write_row(config.out, row)

@@ -16,7 +16,6 @@ from oats_vision.errors import CheckpointError
 from oats_vision.evaluation import Difference
 from oats_vision.files import replacing
 from oats_vision.grid import AXES, cell_name
-from oats_vision.results import Metric
 
 
 class Row(BaseModel):
@@ -111,7 +110,7 @@ def csv_row(row: Row) -> dict[str, Any]:
         "output_error": _rounded(row.output_error),
     }
     for metric in run.cost.metrics if run.cost else []:
-        line |= _with_interval(_column(metric_name(metric)), metric.value, metric.low, metric.high)
+        line |= _with_interval(_column(metric.name), metric.value, metric.low, metric.high)
     for timing in run.speed:
         name = _column(timing.what)
         line[f"{name}_ms"] = _rounded(1e3 * timing.compressed)
@@ -125,11 +124,6 @@ def csv_row(row: Row) -> dict[str, Any]:
         value = change.points if isinstance(change, Difference) else change.value
         line |= _with_interval(f"{name}_change", value, change.low, change.high)
     return line | {"seconds": _rounded(row.seconds)}
-
-
-def metric_name(metric: Metric) -> str:
-    """A metric's name; a ratio of perplexities is none of the perplexities of the text that is evaluated on."""
-    return f"{metric.name} ratio" if metric.kind == "ratio" else metric.name
 
 
 def _identity(name: str, settings: CompressionSettings, seed: int) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluations import Evaluation
 from oats_vision.grid import AXES
 from oats_vision.results import Metric
-from oats_vision.sweep_rows import metric_name
 
 if TYPE_CHECKING:
     from oats_vision.config import CompressionSettings
@@ -111,7 +110,7 @@ def _figures(row: Row) -> dict[str, Figure]:
     for timing in run.speed:
         found[short(timing.what)] = Figure(timing.speedup, 2, " x", f"{timing.compressed * 1e3:.1f} ms")
     for metric in run.cost.metrics if run.cost else []:
-        found[metric_name(metric)] = _of_metric(metric)
+        found[metric.name] = _of_metric(metric)
     if run.labelled and run.labelled.compared:
         name = run.labelled.compared
         change = run.labelled.difference[name]

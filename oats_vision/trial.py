@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.adapters import Adapter
+from oats_vision.adapters import Adapter, refuse_wrappers
 from oats_vision.batches import Reader, expected_samples, read_batches
 from oats_vision.block_calls import capture_block_calls
 from oats_vision.config import CompressionSettings
@@ -21,7 +21,8 @@ from oats_vision.errors import ConfigError
 from oats_vision.pipeline import CompressionReport, apply_block, compress_block, plain_arithmetic, prepare
 from oats_vision.progress import Clock, Estimate, Step, Unit
 from oats_vision.slicing import slice_blocks
-from oats_vision.structure import floating
+from oats_vision.structure import check_device, floating
+from oats_vision.values import check_finite, check_storable
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def trial(
     samples = samples or expected_samples(calibration)
     if samples is None:
         raise ConfigError("samples must be given: the calibration data do not say how many there are")
+    check_finite(model)
+    check_device(model)
+    refuse_wrappers(model)
+    storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
+    check_storable(model.state_dict().items(), storage, {name for name, _ in model.named_buffers()})
     with plain_arithmetic(model), ExitStack() as undo, ActivationStore(math.inf) as hidden:
         adapter, plan = prepare(model, adapter, settings, undo)
         unit = adapter.unit
@@ -96,7 +102,6 @@ def trial(
             alone = nn.ModuleList([block])
             slice_blocks(alone, replace(adapter, blocks=lambda module: ""), plan.slicing, hidden, calls, clock.at)
         else:
-            storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
             report = CompressionReport(adapter.name, settings, tried, unit)
             compress_block(
                 block, name, plan.parts[name], report, storage, hidden, calls, clock, index, begun=lambda: None

@@ -24,7 +24,7 @@ def broken(tensor: Tensor, name: str, *, is_parameter: bool = True) -> str:
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return ""
-    low, high = (float(value) for value in torch.aminmax(tensor))
+    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
     if not is_parameter and high < torch.inf:
         return ""
     largest = max(-low, high)

@@ -129,7 +129,7 @@ def _missing_split(path: Path) -> list[object]:
 
 BAD = {
     "one class": (_one_class, "the data has one class: a probe needs pictures of at least two"),
-    "no pictures": (_no_pictures, "it must hold one folder of pictures for each class"),
+    "no pictures": (_no_pictures, "has no picture (looked for .jpg"),
     "missing split": (_missing_split, "has no split 'validation', only train"),
     "missing folder": (lambda path: ["--train", path / "none", "--val", "demo"], "does not exist"),
     "other classes": (lambda path: ["--train", "demo"], "the classes of --train and --val differ"),

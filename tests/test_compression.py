@@ -160,7 +160,7 @@ def test_a_language_model_says_what_it_cost(language_directory, tmp_path):
         **QUICK,
     )
     outcome = run(config, Display())
-    assert [metric.name for metric in outcome.result.cost.metrics] == ["perplexity", "same next token"]
+    assert [metric.name for metric in outcome.result.cost.metrics] == ["perplexity ratio", "same next token"]
     assert outcome.result.cost.samples == 64
     assert [timing.what for timing in outcome.result.speed] == ["prompt of 64 tokens", "generating 32 tokens"]
 

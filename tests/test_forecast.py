@@ -184,5 +184,5 @@ def test_the_memory_foretold_is_close_to_what_a_run_takes(depth, batch, samples,
 
 
 def test_the_peak_is_never_below_what_was_needed_before():
-    assert Memory(1, 2, 3, 100, 4, so_far=5).peak == 10
-    assert Memory(1, 2, 3, 100, 4, so_far=50).peak == 50
+    assert Memory(1, 2, 3, 100, 4, 5, so_far=5).peak == 15
+    assert Memory(1, 2, 3, 100, 4, 5, so_far=50).peak == 50

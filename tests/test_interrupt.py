@@ -65,7 +65,8 @@ def test_the_keys_end_a_command_in_one_line(tmp_path, code):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_end_a_command_too(tmp_path, number):
-    process = start(MOMENTS["waits"], tmp_path)
+    hangs_up = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731  # if the tests run under nohup
+    process = start(MOMENTS["waits"], tmp_path, preexec_fn=hangs_up)
     process.stdout.readline()
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

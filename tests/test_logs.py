@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -120,12 +121,12 @@ def test_the_last_ten_files_are_kept_in_the_users_cache(console, tmp_path, monke
     folder = tmp_path / "oats_vision" / "logs"
     folder.mkdir(parents=True)
     for number in range(14):
-        (folder / f"20260101-0000{number:02}-compress-1.log").write_text("old")
+        (folder / f"20260101-0000{number:02}-compress-{2**22 + 9}.log").write_text("old")
     logs.start("eval-top1", console)
     messages()
     kept = sorted(file.name for file in folder.iterdir())
     assert len(kept) == logs.KEPT
-    assert kept[0] == "20260101-000005-compress-1.log"
+    assert kept[0] == f"20260101-000005-compress-{2**22 + 9}.log"
     assert logs.written() == folder / kept[-1]
     assert "-eval-top1-" in kept[-1]
 
@@ -149,3 +150,16 @@ def test_the_folder_of_logs_is_below_home(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert logs.folder() == tmp_path / "home" / ".cache" / "oats_vision" / "logs"
+
+
+def test_the_log_of_a_run_in_progress_is_kept(tmp_path, monkeypatch, console):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    logs.folder().mkdir(parents=True)
+    running = logs.folder() / f"20200101-000000-compress-{os.getppid()}.log"
+    running.touch()
+    for day in range(10, 22):
+        (logs.folder() / f"202001{day}-000000-compress-{2**22 + 9}.log").touch()
+    logs.start("compress", console)
+    messages()
+    assert running.exists()
+    assert len(list(logs.folder().glob("*.log"))) == logs.KEPT + 1

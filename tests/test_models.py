@@ -294,3 +294,19 @@ def test_a_replaced_head_of_hugging_face_is_told_of_in_its_configuration(hf_dire
     model.config.num_labels = 3
     ov.save(model, tmp_path / "out")
     assert ov.load(tmp_path / "out")(pictures[0]).logits.shape == (4, 3)
+
+
+def test_random_weights_are_the_same_each_time_and_leave_the_callers_numbers_alone(model_directory):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, _ = ov.load_model(model_directory, pretrained=False)
+    assert torch.equal(torch.rand(1), expected)
+    second, _ = ov.load_model(model_directory, pretrained=False)
+    assert source_of(first).dense_sha256 == source_of(second).dense_sha256
+
+
+def test_older_names_of_timm_are_left_to_timm():
+    """timm leads them on to newer ones."""
+    model, _ = ov.load_model("vit_tiny_patch16_224_in21k", pretrained=False, image_size=32)
+    assert source_of(model).name == "vit_tiny_patch16_224"

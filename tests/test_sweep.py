@@ -354,3 +354,26 @@ def test_the_command_prints_json_and_fails_with_a_cell(model_directory, tmp_path
     assert len(figures["skipped"]) == 1
     assert "cell 1/3: oats, rate 0.5, rank ratio 0.2" in done.stderr
     assert "error: " not in done.stderr
+
+
+@pytest.mark.parametrize("problem", [ValueError("no positive matrix"), RuntimeError("no memory"), MemoryError()])
+def test_what_goes_wrong_in_one_cell_leaves_the_others(model_directory, tmp_path, monkeypatch, problem):
+    from oats_vision import pipeline
+
+    decompose = pipeline.decompose
+
+    def some(weight, statistic, budget, settings):
+        if settings.method == "magnitude":
+            raise problem
+        return decompose(weight, statistic, budget, settings)
+
+    monkeypatch.setattr(pipeline, "decompose", some)
+    done = sweep(
+        sweep_config(
+            model=str(model_directory), out=tmp_path / "out", **BYTES, rate=[0.5], method=["magnitude", "wanda"]
+        )
+    )
+    assert [row.settings.method for row in done.rows] == ["wanda"]
+    (failure,) = done.failures
+    assert failure.settings.method == "magnitude"
+    assert (str(problem) or "MemoryError") in failure.reason

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oats_vision.config import CompressionSettings
-from oats_vision.errors import ConfigError
+from oats_vision.errors import ConfigError, ModelError
 from oats_vision.progress import Step
 from oats_vision.trial import Trial, trial
 
@@ -44,3 +44,10 @@ def test_a_trial_needs_to_know_how_many_samples_there_are(tiny_vit, pictures):
     with pytest.raises(ConfigError, match="samples must be given"):
         trial(tiny_vit, (batch for batch in pictures), CompressionSettings())
     assert trial(tiny_vit, pictures, CompressionSettings(iterations=2)).total > 0
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "norm.weight"), (1e6, "float16")])
+def test_a_trial_refuses_what_a_compression_would(tiny_vit, pictures, value, message):
+    tiny_vit.norm.weight.data[0] = value
+    with pytest.raises((ConfigError, ModelError), match=message):
+        trial(tiny_vit, pictures, CompressionSettings(storage_dtype="float16", iterations=2))

@@ -184,7 +184,7 @@ class TextCloseness(_Closeness):
         ratio = paired_ratio(dense, ours)
         same = np.array([float((a == b).double().mean()) for a, b in zip(expected, found, strict=True)])
         metrics = [
-            Metric(name="perplexity", kind="ratio", value=ratio.value, low=ratio.low, high=ratio.high),
+            Metric(name="perplexity ratio", kind="ratio", value=ratio.value, low=ratio.low, high=ratio.high),
             _mean("same next token", 100 * same, kind="percent"),
         ]
         return Cost(unit="sequences", samples=self.count, metrics=metrics), []

@@ -97,7 +97,7 @@ def test_of_text_it_is_the_ratio_of_perplexities_and_the_share_of_equal_next_tok
         losses = [m(ids, labels=ids).loss for m in (model, other)]
         same = model(ids).logits[:, :-1].argmax(-1) == other(ids).logits[:, :-1].argmax(-1)
     assert figures(cost) == {
-        "perplexity": pytest.approx(float((losses[1] - losses[0]).exp()), rel=1e-4),
+        "perplexity ratio": pytest.approx(float((losses[1] - losses[0]).exp()), rel=1e-4),
         "same next token": pytest.approx(100 * float(same.double().mean())),
     }
     assert (cost.samples, cost.unit, examples) == (6, "sequences", [])
