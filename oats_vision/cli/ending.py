@@ -78,7 +78,7 @@ def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int
 def _usage(error: Any) -> str:
     """What is wrong with the command's words, and where help is."""
     message = error.format_message().rstrip(".")
-    if possible := getattr(error, "possibilities", None):
+    if hasattr(error, "option_name") and (possible := error.possibilities):
         message = f"No such option: {error.option_name}.{did_you_mean(error.option_name, possible)}"
     command = error.ctx.command_path if error.ctx else "oats-vision"
     return f"{message[:1].lower()}{message[1:]}{'.' * (not message.endswith('?'))} See {command} --help"

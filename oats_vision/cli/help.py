@@ -106,8 +106,8 @@ def _panels(command: Any, ctx: Any) -> dict[str, list[Row]]:
     """The names and the words of a command's options and subcommands, by panel."""
     panels: dict[str, list[Row]] = defaultdict(list)
     for parameter in command.get_params(ctx):
-        if not parameter.hidden:
-            panels[parameter.rich_help_panel or HELP].append(
+        if not getattr(parameter, "hidden", False):
+            panels[getattr(parameter, "rich_help_panel", None) or HELP].append(
                 (_names(parameter), parameter.help or "", _facts(parameter))
             )
     commands = getattr(command, "commands", {})
