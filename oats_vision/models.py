@@ -101,7 +101,7 @@ def _from_anywhere(name: str, path: Path, pretrained: bool, image_size: int | No
 def _same_random_weights() -> Iterator[None]:
     """Random numbers from a fixed start; the caller's go on as if none had been drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the GPU too
         yield
 
 
