@@ -53,7 +53,7 @@ def test_logits_are_those_of_the_dense_model_under_autocast(instruction_set, pre
 def test_top1_in_mixed_precision_is_that_of_the_model_itself(instruction_set, precision, compressed, pictures):
     with torch.inference_mode():
         labels = torch.cat([compressed(images).argmax(1) for images in pictures]).split(4)
-    batches = Batches([(*batch, 0) for batch in zip(pictures, labels, strict=True)], total=8)
+    batches = Batches([(*batch, 0, ["one"] * 4) for batch in zip(pictures, labels, strict=True)], total=8)
     with native.instruction_set(instruction_set):
         score = evaluate_top1(compressed, batches, mixed_precision=precision)
     assert score.pictures == 8

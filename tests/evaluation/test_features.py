@@ -25,7 +25,7 @@ class _Fixed:
         generator = torch.Generator().manual_seed(seed)
         self.pictures = torch.randn(12, 3, 32, 32, generator=generator)
         labels = torch.arange(12) % classes
-        loader = [(x, y, 0) for x, y in zip(self.pictures.split(5), labels.split(5), strict=True)]
+        loader = [(x, y, 0, ["one"] * len(y)) for x, y in zip(self.pictures.split(5), labels.split(5), strict=True)]
         self.batches = Batches(loader, 12, None, lambda: f"seed {seed}")
 
 
@@ -104,7 +104,7 @@ def test_one_class_and_no_picture_are_errors(tiny_vit):
     with pytest.raises(DataError, match="one class"):
         extract_features(tiny_vit, _Fixed(classes=1).batches)
     with pytest.raises(DataError, match="no picture could be read"):
-        extract_features(tiny_vit, Batches([(torch.empty(0), torch.empty(0), 3)], 3))
+        extract_features(tiny_vit, Batches([(torch.empty(0), torch.empty(0), 3, [])], 3))
 
 
 def test_what_is_not_finite_is_said_of_the_first_pictures_it_is_seen_in(tiny_vit):

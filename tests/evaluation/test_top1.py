@@ -14,7 +14,10 @@ def _classifier(classes: int) -> nn.Module:
 
 def _batches(labels: torch.Tensor) -> Batches:
     pictures = torch.randn(len(labels), 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return Batches([(*part, 0) for part in zip(pictures.split(40), labels.split(40), strict=True)], len(labels))
+    return Batches(
+        [(*part, 0, ["one"] * len(part[1])) for part in zip(pictures.split(40), labels.split(40), strict=True)],
+        len(labels),
+    )
 
 
 @pytest.mark.parametrize("classes", [3, 7, 20])
@@ -74,7 +77,7 @@ def test_features_are_not_taken_for_logits(head):
 
 
 def test_a_timm_model_whose_head_was_taken_off_has_none(tiny_vit):
-    batches = Batches([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), 0)], 2)
+    batches = Batches([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), 0, ["a", "b"])], 2)
     assert evaluate_top1(tiny_vit, batches).pictures == 2
     tiny_vit.head = nn.Identity()  # num_classes still says 10
     with pytest.raises(ModelError, match="no classification head"):
@@ -98,4 +101,4 @@ def test_numbers_that_use_little_of_the_head_are_said(caplog):
 
 def test_no_picture_is_an_error():
     with pytest.raises(DataError, match="no picture could be read"):
-        evaluate_top1(_classifier(5), Batches([(torch.empty(0), torch.empty(0), 3)], 3))
+        evaluate_top1(_classifier(5), Batches([(torch.empty(0), torch.empty(0), 3, [])], 3))
