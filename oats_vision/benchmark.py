@@ -169,24 +169,15 @@ def time_pictures(
     batch_sizes: Sequence[int],
     repeats: int,
     progress: Callable[[int], None] = lambda done: None,
-    limit: float = math.inf,
 ) -> list[Timing]:
-    """A forward pass on batches of `picture` (channels, height, width).
-
-    Args:
-        limit: seconds after which each measurement makes do with few rounds.
+    """`time_inputs` on batches of `picture` (channels, height, width).
 
     Raises:
         ModelError: the outputs are not finite.
     """
     _see_finite({"dense": dense, "compressed": compressed}, picture[None])
-    timings: list[Timing] = []
-    for size in batch_sizes:
-        batch, before = picture.expand(size, *picture.shape).contiguous(), len(timings) * repeats
-        calls = {"dense": partial(dense, batch), "compressed": partial(compressed, batch)}
-        taken = in_turns(calls, repeats, lambda done, before=before: progress(before + done), limit)  # type: ignore[misc]
-        timings.append(Timing.of(f"forward, batch {size}", size, "pictures", taken))
-    return timings
+    inputs = Inputs({"": picture[None]}, "", by_name=False)
+    return time_inputs(dense, compressed, inputs, picture.dtype, batch_sizes, repeats, progress)
 
 
 def time_text(

@@ -1,7 +1,7 @@
 """What a compression will come to, before it begins: bytes and memory."""
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -147,9 +147,8 @@ def forecast(
     inside = tuple(f"{block}." for block, _ in plan.blocks)
     first = adapter.named_blocks(model)[0][1]
     hidden = first_block_input(model, first, example)
-    memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory)
-    if adapter.unit == "pictures":
-        memory = replace(memory, held_out=min(4 * held_out * hidden[0].numel(), int(MEMORY)))
+    features = 4 * held_out * hidden[0].numel() if adapter.unit == "pictures" else 0
+    memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory, features)
     report = _emptied(shell, adapter, plan, settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Forecast(
@@ -208,11 +207,13 @@ def _memory(
     samples: int,
     batch_size: int,
     activation_memory: float,
+    features: int,
 ) -> Memory:
     """The tensors that are alive together at the fullest moment, counted.
 
     Args:
         hidden: what the first block is given for the example.
+        features: bytes of the dense model's, of all inputs that are held out.
     """
     device = hidden.device
     batch = min(batch_size, samples) if samples else batch_size
@@ -243,7 +244,7 @@ def _memory(
         activations=kept,
         disk=activations - kept,
         block=max(3 * inputs, inputs + forward + logits, statistics + max(forward, solver)),
-        held_out=0,
+        held_out=min(features, int(MEMORY)),
         so_far=peak_memory(device),
     )
 

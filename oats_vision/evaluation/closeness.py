@@ -24,6 +24,7 @@ from oats_vision.evaluation.features import pooled
 from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.top1 import class_logits, has_head
+from oats_vision.layers import other_parameter
 from oats_vision.models import source_of
 from oats_vision.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.thumbnails import patch_maps, thumbnail
@@ -300,8 +301,6 @@ def _answer(logits: Tensor, names: list[str] | None) -> Answer:
 
 def _computing_dtype(model: nn.Module) -> torch.dtype:
     """Of the model's inputs: compressed layers may be stored in a smaller one."""
-    from oats_vision.layers import other_parameter
-
     parameter = other_parameter(model)
     return torch.float32 if parameter is None else parameter.dtype
 
