@@ -68,31 +68,19 @@ def test_of_the_fastest_splits_the_bytes_are_known_about(tiny_vit, pictures):
 
 
 TEXT = {"vocab_size": 100, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+SMALL = TEXT | {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LANGUAGE = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=48, n_layer=2, n_head=3, n_positions=32, **TEXT)
     ),
-    "phi3": lambda: transformers.Phi3ForCausalLM(
-        transformers.Phi3Config(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            **TEXT,
-        )
-    ),
-    "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=3,
-            **TEXT,
-        )
-    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=3, **SMALL)),
 }
 
 
