@@ -27,8 +27,8 @@ from oats_vision.core.budget import Pattern, layer_budget
 from oats_vision.core.oats import Factors
 from oats_vision.core.threshold import keep_largest
 from oats_vision.kernels import native
-from oats_vision.kernels.semi_structured import SemiStructuredLinear
-from oats_vision.layers import SparseLowRankLinear
+from oats_vision.nn.semi_structured import SemiStructuredLinear
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 
 def random_layer(

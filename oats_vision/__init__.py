@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from oats_vision.compression import Result, compress
     from oats_vision.data import load_pictures
     from oats_vision.errors import OatsVisionError
-    from oats_vision.kernels.semi_structured import to_semi_structured
-    from oats_vision.layers import SparseLowRankLinear, merge
     from oats_vision.models import load_model, load_tokenizer
+    from oats_vision.nn.semi_structured import to_semi_structured
+    from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, merge
     from oats_vision.pipeline import CompressionReport
     from oats_vision.text import load_sequences, load_tokens
 
@@ -43,8 +43,8 @@ _HOMES = {
     "compression": ("Result", "compress"),
     "data": ("load_pictures",),
     "errors": ("OatsVisionError",),
-    "kernels.semi_structured": ("to_semi_structured",),
-    "layers": ("SparseLowRankLinear", "merge"),
+    "nn.semi_structured": ("to_semi_structured",),
+    "nn.sparse_low_rank": ("SparseLowRankLinear", "merge"),
     "models": ("load_model", "load_tokenizer"),
     "pipeline": ("CompressionReport",),
     "text": ("load_sequences", "load_tokens"),

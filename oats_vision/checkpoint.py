@@ -21,8 +21,8 @@ from oats_vision.checkpoint_config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION
 from oats_vision.checkpoint_place import MERGED, REPORT, check_target, is_checkpoint, locked, new_directory
 from oats_vision.errors import CheckpointError, OatsVisionError
 from oats_vision.files import replacing
-from oats_vision.layers import LayerSpec, SparseLowRankLinear, compressed_layers
 from oats_vision.models import TOKENIZER, remember_source, source_of
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, compressed_layers
 from oats_vision.pipeline import CompressionReport
 from oats_vision.slicing import SlicedBlock, empty_sliced_blocks
 from oats_vision.transforms import Transform, build_transform, plain

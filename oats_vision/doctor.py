@@ -24,7 +24,7 @@ from oats_vision.benchmark import side_by_side
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError
 from oats_vision.kernels import native
-from oats_vision.layers import SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 GROUPS = ("versions", "machine", "kernels", "folders", "network")
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "datasets", "safetensors", "numpy")

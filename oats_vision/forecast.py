@@ -12,9 +12,9 @@ from oats_vision.block_calls import first_block_input
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.config import CompressionSettings
 from oats_vision.evaluation.closeness import MEMORY
-from oats_vision.layers import LayerSpec, Part, SparseLowRankLinear
 from oats_vision.machine import memory_in_use, peak_memory
 from oats_vision.methods import statistic_of
+from oats_vision.nn.sparse_low_rank import LayerSpec, Part, SparseLowRankLinear
 from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.plan import Plan, plan_model
 from oats_vision.progress import Unit, count

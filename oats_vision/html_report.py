@@ -17,7 +17,7 @@ from oats_vision.benchmark import Timing
 from oats_vision.compare import block_of, errors_by_block, short
 from oats_vision.evaluation import Difference
 from oats_vision.evaluations import Evaluation, Measured, read_report
-from oats_vision.layers import LayerSpec, SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 from oats_vision.page import render, write_page
 from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import EXAMPLES, Cost

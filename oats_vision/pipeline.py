@@ -18,9 +18,9 @@ from oats_vision.block_calls import BlockCalls, capture_block_calls, check_finit
 from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings, validated
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.layers import LayerSpec, SparseLowRankLinear
 from oats_vision.methods import decompose
 from oats_vision.models import note_weights
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 from oats_vision.plan import Plan, plan_model
 from oats_vision.progress import Clock, Step, shares
 from oats_vision.slicing import SlicedBlock, Slicing, slice_blocks

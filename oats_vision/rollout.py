@@ -15,8 +15,8 @@ from oats_vision.adapters import Adapter, find_adapter
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.files import replacing
-from oats_vision.layers import SparseLowRankLinear
 from oats_vision.models import source_of
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 DISCARDED = 0.4  # share of the smallest attentions that are dropped (OATS, section 5)
 VIEWS = {"whole": "S + U V", "sparse": "S only", "low_rank": "U V only"}

@@ -31,9 +31,9 @@ from oats_vision.evaluation import (
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.forecast import Forecast, forecast
 from oats_vision.html_report import spectra_of, write_html
-from oats_vision.layers import merge
 from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning
 from oats_vision.models import ModelSource, load_model, load_tokenizer, save_plain, source_of
+from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.pipeline import compress
 from oats_vision.progress import Estimate
 from oats_vision.text import Sequences, load_sequences, load_tokens

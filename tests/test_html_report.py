@@ -20,7 +20,7 @@ from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, rea
 from oats_vision.config import CompressionSettings
 from oats_vision.errors import CheckpointError
 from oats_vision.html_report import EXAMPLES, spectra_of, spectrum, write_html
-from oats_vision.layers import LayerSpec, Part
+from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import Answer, Cost, Example, Metric
 

@@ -13,7 +13,7 @@ import oats_vision as ov
 from oats_vision.data import Batches
 from oats_vision.evaluation import evaluate_top1
 from oats_vision.kernels import native
-from oats_vision.layers import merge
+from oats_vision.nn.sparse_low_rank import merge
 
 
 @pytest.fixture

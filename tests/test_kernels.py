@@ -18,7 +18,7 @@ from oats_vision.core.budget import Budget
 from oats_vision.core.oats import Factors
 from oats_vision.core.threshold import keep_largest
 from oats_vision.kernels import expand, native, sparse_low_rank_linear
-from oats_vision.layers import PackedSparse, SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import PackedSparse, SparseLowRankLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # of a sum: one rounding to the input's dtype, after about 1e-6 of float32 accumulation
@@ -450,7 +450,7 @@ sys.modules["oats_vision.kernels._native"] = None  # as if it had not been built
 import torch
 logging.basicConfig(level=logging.WARNING)
 from oats_vision.core.oats import Factors
-from oats_vision.layers import SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 torch.manual_seed(0)
 S = torch.randn(9, 20) * (torch.rand(9, 20) < 0.4)
 factors = Factors(S, torch.randn(9, 2), torch.randn(2, 20), 0, 1)

@@ -24,8 +24,8 @@ from oats_vision.evaluation.features import pooled
 from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.top1 import class_logits, has_head
-from oats_vision.layers import other_parameter
 from oats_vision.models import source_of
+from oats_vision.nn.sparse_low_rank import other_parameter
 from oats_vision.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.thumbnails import patch_maps, thumbnail
 from oats_vision.transforms import Transform

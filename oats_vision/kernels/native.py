@@ -136,8 +136,8 @@ class Matrix:
     held against the values in each product, before it is followed.
 
     Args:
-        values, bitmask: of S (out_features, in_features), as in `oats_vision.layers.PackedSparse`.
-        U, V, bias: as in `oats_vision.layers.SparseLowRankLinear`, in the dtype of the values.
+        values, bitmask: of S (out_features, in_features), as in `oats_vision.nn.sparse_low_rank.PackedSparse`.
+        U, V, bias: as in `oats_vision.nn.sparse_low_rank.SparseLowRankLinear`, in the dtype of the values.
         parts: rows of U and of V that belong together: (out_features, rank) of each part.
 
     Raises:

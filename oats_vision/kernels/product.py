@@ -42,7 +42,7 @@ def sparse_low_rank_linear(
 
     Args:
         x: (..., in_features), any floating dtype.
-        values, bitmask: of S, as in `oats_vision.layers.PackedSparse`.
+        values, bitmask: of S, as in `oats_vision.nn.sparse_low_rank.PackedSparse`.
         U: (out_features, largest rank of a part); V: (sum of the parts' ranks, in_features).
         bias: (out_features,) or None.
         out_features, ranks: of each part: its rows of U multiply its rows of V.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.errors import ModelError
-from oats_vision.layers import SparseLowRankLinear, compressed_layers, other_parameter
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, compressed_layers, other_parameter
 
 
 class SemiStructuredLinear(nn.Module):

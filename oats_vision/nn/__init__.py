@@ -1,0 +1,1 @@
+"""The module classes that compressed models are made of."""
