@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.adapters import find_adapter
+from oats_vision.models.adapters import find_adapter
 
 
 def peak() -> int:

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from oats_vision.adapters import Adapter, register_adapter
     from oats_vision.checkpoint import load, load_transform, save
     from oats_vision.compression import Result, compress
     from oats_vision.data import load_pictures
     from oats_vision.errors import OatsVisionError
-    from oats_vision.models import load_model, load_tokenizer
+    from oats_vision.models.adapters import Adapter, register_adapter
+    from oats_vision.models.loading.load import load_model, load_tokenizer
     from oats_vision.nn.semi_structured import to_semi_structured
     from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, merge
     from oats_vision.pipeline import CompressionReport
@@ -38,14 +38,14 @@ __all__ = [
 
 # the modules of the public names; each is imported when one of its names is first used, since PyTorch takes seconds
 _HOMES = {
-    "adapters": ("Adapter", "register_adapter"),
+    "models.adapters": ("Adapter", "register_adapter"),
     "checkpoint": ("load", "load_transform", "save"),
     "compression": ("Result", "compress"),
     "data": ("load_pictures",),
     "errors": ("OatsVisionError",),
     "nn.semi_structured": ("to_semi_structured",),
     "nn.sparse_low_rank": ("SparseLowRankLinear", "merge"),
-    "models": ("load_model", "load_tokenizer"),
+    "models.loading.load": ("load_model", "load_tokenizer"),
     "pipeline": ("CompressionReport",),
     "text": ("load_sequences", "load_tokens"),
 }

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from oats_vision.activations import ActivationStore
 from oats_vision.batches import Inputs, Reader, read_batches
 from oats_vision.errors import DataError, ModelError, OatsVisionError
-from oats_vision.structure import floating
-from oats_vision.values import all_finite
+from oats_vision.models.structure import floating
+from oats_vision.models.values import all_finite
 
 Form = Callable[[Tensor], Any]  # hidden states -> what a block returns
 

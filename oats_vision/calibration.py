@@ -5,7 +5,7 @@ from torch import Tensor
 
 from oats_vision.config import Scaling
 from oats_vision.core.oats import column_scale
-from oats_vision.values import all_finite
+from oats_vision.models.values import all_finite
 
 
 class SecondMoment:

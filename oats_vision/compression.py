@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import nn
 
 from oats_vision import checkpoint, pipeline
-from oats_vision.adapters import Adapter
 from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
 from oats_vision.config import CompressionSettings, validated
 from oats_vision.data import ENOUGH
@@ -22,6 +21,7 @@ from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluations import read_report
 from oats_vision.kernels import native
+from oats_vision.models.adapters import Adapter
 from oats_vision.pipeline import CompressionReport, Step
 from oats_vision.report import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.results import Cost, Example

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from oats_vision.errors import DataError
 from oats_vision.examples import Examples, demo_examples, folder_examples, table_examples
+from oats_vision.models.transforms import Transform
 from oats_vision.pictures import UNREADABLE, open_picture, picture_files
 from oats_vision.tables import (
     check_label,
@@ -25,7 +26,6 @@ from oats_vision.tables import (
     rows,
     undecoded,
 )
-from oats_vision.transforms import Transform
 
 __all__ = ["UNREADABLE", "Batches", "load_pictures", "open_picture", "picture_files"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from oats_vision.errors import DataError, near
-from oats_vision.models import demo_directory
+from oats_vision.models.loading.load import demo_directory
 from oats_vision.pictures import picture_names
 from oats_vision.tables import read_labels, undecoded
 

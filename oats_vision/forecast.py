@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.adapters import Adapter, remember_adapter
 from oats_vision.block_calls import first_block_input
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.config import CompressionSettings
 from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
 from oats_vision.methods import statistic_of
+from oats_vision.models.adapters import Adapter, remember_adapter
+from oats_vision.models.structure import floating, in_experts
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part, SparseLowRankLinear
 from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.plan import Plan, plan_model
 from oats_vision.progress import Unit, count
 from oats_vision.slicing import empty_sliced_blocks
-from oats_vision.structure import floating, in_experts
 
 STARTED = 100 << 20  # bytes of the CPU's threads, compiled products and allocator, once they have worked
 

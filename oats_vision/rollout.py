@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from oats_vision.adapters import Adapter, find_adapter
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.files import replacing
-from oats_vision.models import source_of
+from oats_vision.models.adapters import Adapter, find_adapter
+from oats_vision.models.loading.load import source_of
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 DISCARDED = 0.4  # share of the smallest attentions that are dropped (OATS, section 5)

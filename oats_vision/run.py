@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision import checkpoint
-from oats_vision.adapters import find_adapter
 from oats_vision.batches import expected_samples
 from oats_vision.benchmark import plain_picture
 from oats_vision.checkpoint_place import PAGE
@@ -32,14 +31,15 @@ from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, cl
 from oats_vision.forecast import Forecast, forecast
 from oats_vision.html_report import spectra_of, write_html
 from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning
-from oats_vision.models import ModelSource, load_model, load_tokenizer, save_plain, source_of
+from oats_vision.models.adapters import find_adapter
+from oats_vision.models.loading.load import ModelSource, load_model, load_tokenizer, save_plain, source_of
+from oats_vision.models.transforms import Transform
+from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.pipeline import compress
 from oats_vision.progress import Estimate
 from oats_vision.text import Sequences, load_sequences, load_tokens
-from oats_vision.transforms import Transform
 from oats_vision.trial import trial
-from oats_vision.values import check_finite
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings
 from oats_vision.errors import DataError, ModelError
 from oats_vision.methods import statistic_of
+from oats_vision.models.structure import in_experts
+from oats_vision.models.values import all_finite
 from oats_vision.splits import Parts
-from oats_vision.structure import in_experts
-from oats_vision.values import all_finite
 
 log = logging.getLogger(__name__)
 

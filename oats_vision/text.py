@@ -12,7 +12,7 @@ from torch import Tensor
 from oats_vision.data import shared_out
 from oats_vision.documents import FIELDS, articles, read_documents, texts
 from oats_vision.errors import DataError, did_you_mean, near
-from oats_vision.models import demo_directory
+from oats_vision.models.loading.load import demo_directory
 from oats_vision.tables import described, open_dataset, rows
 
 log = logging.getLogger(__name__)

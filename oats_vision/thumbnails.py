@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oats_vision.transforms import Transform
+from oats_vision.models.transforms import Transform
 
 SIDE = 112  # pixels
 

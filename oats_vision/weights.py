@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from oats_vision.errors import CheckpointError
+from oats_vision.models.values import broken
 from oats_vision.nn.sparse_low_rank import LayerSpec
-from oats_vision.values import broken
 
 WEIGHTS = "model.safetensors"
 DTYPES = {

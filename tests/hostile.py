@@ -32,8 +32,8 @@ from torch import Tensor
 
 import oats_vision as ov
 from oats_vision.checkpoint_config import config_digest
-from oats_vision.models import ModelSource, remember_source
-from oats_vision.transforms import timm_transform_config
+from oats_vision.models.loading.load import ModelSource, remember_source
+from oats_vision.models.transforms import timm_transform_config
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 SECONDS, MEMORY = 10.0, 256 << 20

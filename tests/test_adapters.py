@@ -14,9 +14,9 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision.activations import ActivationStore
-from oats_vision.adapters import adapters, find_adapter, remember_adapter
 from oats_vision.block_calls import capture_block_calls
 from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.models.adapters import adapters, find_adapter, remember_adapter
 from oats_vision.plan import plan_block
 from oats_vision.slicing import plan_slicing, slice_blocks
 

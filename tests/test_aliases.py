@@ -8,9 +8,9 @@ import timm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from oats_vision.adapters import SHIPPED
-from oats_vision.aliases import ALIASES, SERVES, check_model, known_models, timm_models
 from oats_vision.errors import ModelError
+from oats_vision.models.adapters import SHIPPED
+from oats_vision.models.aliases import ALIASES, SERVES, check_model, known_models, timm_models
 
 
 def test_families_are_those_of_the_adapters_in_their_order():

@@ -3,8 +3,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from oats_vision.bounds import Limits, bounded
 from oats_vision.errors import CheckpointError
+from oats_vision.models.bounds import Limits, bounded
 
 
 class Table(nn.Module):

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from oats_vision.data import load_pictures
 from oats_vision.errors import DataError
-from oats_vision.transforms import as_seen, build_transform
+from oats_vision.models.transforms import as_seen, build_transform
 
 TRANSFORM = v2.Compose([v2.Resize((8, 8)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models import rebuild, source_of
+from oats_vision.models.loading.load import rebuild, source_of
 
 
 def assert_same(loaded: nn.Module, model: nn.Module) -> None:

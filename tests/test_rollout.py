@@ -9,9 +9,9 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision.errors import ModelError
+from oats_vision.models.transforms import as_seen
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.rollout import draw, record_attention, rollout, rollout_map, views
-from oats_vision.transforms import as_seen
 
 
 def test_rollout_is_the_papers_product():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from oats_vision.data import Batches
     from oats_vision.evaluation import Perplexity, Top1
-    from oats_vision.transforms import Transform
+    from oats_vision.models.transforms import Transform
 
 log = logging.getLogger(__name__)
 

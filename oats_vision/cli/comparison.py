@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oats_vision.aliases import check_model
 from oats_vision.cli.common import dtype_of, need_transform, results, warn_if_slow
 from oats_vision.cli.help import MODELS
 from oats_vision.cli.options import option, suggest
 from oats_vision.errors import ConfigError, ModelError
+from oats_vision.models.aliases import check_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from oats_vision.architecture import ModelSource
     from oats_vision.evaluation import Difference, Perplexity, Ratio
-    from oats_vision.transforms import Transform
+    from oats_vision.models.source import ModelSource
+    from oats_vision.models.transforms import Transform
 
 Model = Annotated[
     str,
@@ -56,7 +56,7 @@ class Models:
             check_model(given)
         from oats_vision import checkpoint
         from oats_vision.machine import choose_device
-        from oats_vision.models import ModelSource, load_model
+        from oats_vision.models.loading.load import ModelSource, load_model
 
         self.device = choose_device(device)
         self.options: dict[str, Any] = {
@@ -86,7 +86,7 @@ class Models:
         return need_transform(self._transform, self.name)
 
     def _dense(self, source: ModelSource, name: str | None) -> nn.Module:
-        from oats_vision.models import load_model, source_of
+        from oats_vision.models.loading.load import load_model, source_of
 
         given, origin = name is not None, source.origin or {}
         if name is None:

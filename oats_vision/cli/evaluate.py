@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from oats_vision.data import Batches
     from oats_vision.evaluation import Features
-    from oats_vision.transforms import Transform
+    from oats_vision.models.transforms import Transform
 
 LABELLED = {"metavar": "DATA", "autocompletion": suggest("data")}
 COUNT = {"min": 1, "metavar": "N", "show_default": "all"}

@@ -63,7 +63,7 @@ def perplexity(
     """
     logs.set_up(verbose, log_file)
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
-    from oats_vision.models import load_tokenizer
+    from oats_vision.models.loading.load import load_tokenizer
     from oats_vision.text import load_tokens
 
     ids = load_tokens(data, load_tokenizer(model), split=split, streaming=streaming)
@@ -115,7 +115,7 @@ def lm(
     logs.set_up(verbose, log_file)
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     from oats_vision.evaluation.harness import ZERO_SHOT, run_tasks
-    from oats_vision.models import load_tokenizer
+    from oats_vision.models.loading.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
 

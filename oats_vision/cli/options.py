@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from oats_vision.aliases import known_models
 from oats_vision.cli.help import (
     CALIBRATION,
     EVALUATION,
@@ -22,6 +21,7 @@ from oats_vision.cli.help import (
     Facts,
 )
 from oats_vision.config import DEVICES, KNOWN_DATA, PATTERNS, RunConfig, allowed, choices, flag, validated
+from oats_vision.models.aliases import known_models
 
 Command = Callable[..., None]
 

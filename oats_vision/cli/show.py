@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oats_vision import report
-from oats_vision.aliases import ALIASES, SERVES, timm_models
 from oats_vision.cli.common import need_directory, need_transform, notes, results
 from oats_vision.cli.help import DATA, OUTPUT
 from oats_vision.cli.options import Device, Directory, Json, Trust, option
 from oats_vision.cli.pages import see_writable
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
+from oats_vision.models.aliases import ALIASES, SERVES, timm_models
 from oats_vision.progress import shares
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from oats_vision.transforms import Transform
+    from oats_vision.models.transforms import Transform
 
 INSPECT_EXAMPLES = """\
   oats-vision inspect dinov2_l_50
@@ -132,8 +132,8 @@ def rollout(
 def _draw_rollout(path: Path, target: Path, seen: dict[str, nn.Module], transform: Transform) -> bool:
     """Draw one picture's rollouts; whether it could be read."""
     from oats_vision.data import UNREADABLE, open_picture
+    from oats_vision.models.transforms import as_seen
     from oats_vision.rollout import draw, rollout_map
-    from oats_vision.transforms import as_seen
 
     try:
         picture = open_picture(path)

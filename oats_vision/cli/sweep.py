@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oats_vision import logs
-from oats_vision.aliases import check_model
 from oats_vision.cli.common import notes, results
 from oats_vision.cli.help import GRID, OUTPUT, WHAT
 from oats_vision.cli.options import SWEEP, Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
 from oats_vision.grid import OUT, Extent, load_sweep_config
+from oats_vision.models.aliases import check_model
 
 if TYPE_CHECKING:
     from oats_vision.sweep import Sweep

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.adapters import Adapter, find_adapter
 from oats_vision.batches import Inputs, Reader, read_batches
 from oats_vision.block_calls import first_output
 from oats_vision.data import Batches
@@ -24,11 +23,12 @@ from oats_vision.evaluation.features import pooled
 from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.top1 import class_logits, has_head
-from oats_vision.models import source_of
+from oats_vision.models.adapters import Adapter, find_adapter
+from oats_vision.models.loading.load import source_of
+from oats_vision.models.transforms import Transform
 from oats_vision.nn.sparse_low_rank import other_parameter
 from oats_vision.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.thumbnails import patch_maps, thumbnail
-from oats_vision.transforms import Transform
 
 MEMORY = 1e9  # bytes of features that are kept there; the rest on disk
 RESAMPLES, TOGETHER = 4000, 4_000_000  # draws, and how many inputs are drawn at a time

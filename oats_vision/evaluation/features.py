@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.adapters import Adapter, find_adapter
 from oats_vision.block_calls import first_output
 from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes
 from oats_vision.evaluation.top1 import autocast
 from oats_vision.files import replacing
-from oats_vision.models import source_of
+from oats_vision.models.adapters import Adapter, find_adapter
+from oats_vision.models.loading.load import source_of
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oats_vision.data import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.labels import head_index
-from oats_vision.models import source_of
+from oats_vision.models.loading.load import source_of
 
 log = logging.getLogger(__name__)
 

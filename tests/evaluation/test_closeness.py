@@ -11,10 +11,10 @@ import transformers
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.adapters import find_adapter
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.closeness import closeness
 from oats_vision.evaluation.top1 import class_logits
+from oats_vision.models.adapters import find_adapter
 
 
 def shaken(model: nn.Module, by: float) -> nn.Module:

@@ -5,7 +5,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from oats_vision.errors import DataError
 from oats_vision.evaluation.labels import head_index
-from oats_vision.models import load_model, source_of
+from oats_vision.models.loading.load import load_model, source_of
 
 IMAGENET = ImageNetInfo("imagenet-1k").label_names()
 

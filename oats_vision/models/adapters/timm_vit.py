@@ -4,8 +4,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from oats_vision.adapters.base import Adapter, Residual
-from oats_vision.aliases import SERVES
+from oats_vision.models.adapters.base import Adapter, Residual
+from oats_vision.models.aliases import SERVES
 
 QKV = {"attn.qkv": ("q", "k", "v")}
 

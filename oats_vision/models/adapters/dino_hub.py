@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats_vision.adapters.base import Adapter, Residual
-from oats_vision.aliases import SERVES
+from oats_vision.models.adapters.base import Adapter, Residual
+from oats_vision.models.aliases import SERVES
 
 
 def _is_hub_model(model: nn.Module, package: str) -> bool:

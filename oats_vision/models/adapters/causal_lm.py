@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
-from oats_vision.adapters.experts import fuse_experts, separate_experts
-from oats_vision.aliases import SERVES
+from oats_vision.models.adapters.base import Adapter, Residual, blocks_of_class
+from oats_vision.models.adapters.experts import fuse_experts, separate_experts
+from oats_vision.models.aliases import SERVES
 
 LLAMA = Residual(
     "input_layernorm", "self_attn", ("self_attn.o_proj",), "post_attention_layernorm", "mlp", ("mlp.down_proj",)

@@ -18,10 +18,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from oats_vision.adapters import causal_lm, hf_vit
-from oats_vision.bounds import BUILDING, Limits, bounded
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
-from oats_vision.transforms import TransformConfig, plain
+from oats_vision.models.adapters import causal_lm, hf_vit
+from oats_vision.models.bounds import BUILDING, Limits, bounded
+from oats_vision.models.transforms import TransformConfig, plain
 
 # fields of a Hugging Face configuration that lead to code or to other files
 _LEADING = (

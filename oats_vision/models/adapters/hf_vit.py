@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from oats_vision.adapters.base import Adapter, Residual, blocks_of_class
-from oats_vision.aliases import SERVES
+from oats_vision.models.adapters.base import Adapter, Residual, blocks_of_class
+from oats_vision.models.aliases import SERVES
 
 # class of a block in transformers -> adapter
 FAMILIES = {

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats_vision.adapters.base import Adapter
 from oats_vision.errors import ModelError
+from oats_vision.models.adapters.base import Adapter
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from oats_vision.adapters import causal_lm, dino_hub, hf_vit, timm_vit
-from oats_vision.adapters.base import Adapter, Residual
-from oats_vision.adapters.wrappers import outermost, refuse_wrappers, within
 from oats_vision.errors import ModelError
+from oats_vision.models.adapters import causal_lm, dino_hub, hf_vit, timm_vit
+from oats_vision.models.adapters.base import Adapter, Residual
+from oats_vision.models.adapters.wrappers import outermost, refuse_wrappers, within
 
 __all__ = ["Adapter", "Residual", "adapters", "find_adapter", "refuse_wrappers", "register_adapter", "remember_adapter"]
 

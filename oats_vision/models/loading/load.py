@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oats_vision import network
-from oats_vision.adapters import SHIPPED, adapters, find_adapter
-from oats_vision.aliases import ALIASES, unknown_model
-from oats_vision.architecture import (
+from oats_vision.errors import ModelError, did_you_mean, near
+from oats_vision.models.adapters import SHIPPED, adapters, find_adapter
+from oats_vision.models.aliases import ALIASES, unknown_model
+from oats_vision.models.source import (
     ModelSource,
     from_torch_hub,
     huggingface_args,
@@ -32,8 +33,7 @@ from oats_vision.architecture import (
     rebuild,
     timm_architecture,
 )
-from oats_vision.errors import ModelError, did_you_mean, near
-from oats_vision.transforms import Transform, TransformConfig, build_transform, plain, timm_transform_config
+from oats_vision.models.transforms import Transform, TransformConfig, build_transform, plain, timm_transform_config
 
 __all__ = ["ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_source", "source_of"]
 
