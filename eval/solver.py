@@ -22,7 +22,7 @@ import oats_vision as ov
 from oats_vision.calibration import SecondMoment
 from oats_vision.core.budget import Pattern, layer_budget
 from oats_vision.core.oats import Factors, oats
-from oats_vision.data import load_pictures
+from oats_vision.data.pictures import load_pictures
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     __version__: str
     from oats_vision.checkpoint import load, load_transform, save
     from oats_vision.compression import Result, compress
-    from oats_vision.data import load_pictures
+    from oats_vision.data.pictures import load_pictures
+    from oats_vision.data.text import load_sequences, load_tokens
     from oats_vision.errors import OatsVisionError
     from oats_vision.models.adapters import Adapter, register_adapter
     from oats_vision.models.loading.load import load_model, load_tokenizer
     from oats_vision.nn.semi_structured import to_semi_structured
     from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, merge
     from oats_vision.pipeline import CompressionReport
-    from oats_vision.text import load_sequences, load_tokens
 
 __all__ = [
     "Adapter",
@@ -41,13 +41,13 @@ _HOMES = {
     "models.adapters": ("Adapter", "register_adapter"),
     "checkpoint": ("load", "load_transform", "save"),
     "compression": ("Result", "compress"),
-    "data": ("load_pictures",),
+    "data.pictures": ("load_pictures",),
     "errors": ("OatsVisionError",),
     "nn.semi_structured": ("to_semi_structured",),
     "nn.sparse_low_rank": ("SparseLowRankLinear", "merge"),
     "models.loading.load": ("load_model", "load_tokenizer"),
     "pipeline": ("CompressionReport",),
-    "text": ("load_sequences", "load_tokens"),
+    "data.text": ("load_sequences", "load_tokens"),
 }
 
 

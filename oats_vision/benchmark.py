@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from oats_vision.batches import Inputs
+from oats_vision.data.batches import Inputs
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.models.loading.load import rebuild, source_of

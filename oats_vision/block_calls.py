@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.batches import Inputs, Reader, read_batches
+from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite

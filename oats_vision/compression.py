@@ -15,7 +15,7 @@ from torch import nn
 from oats_vision import checkpoint, pipeline
 from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
 from oats_vision.config import CompressionSettings, validated
-from oats_vision.data import ENOUGH
+from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness

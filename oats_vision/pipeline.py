@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.batches import expected_samples
 from oats_vision.block_calls import BlockCalls, capture_block_calls, check_finite_states
 from oats_vision.calibration import Statistic
 from oats_vision.config import CompressionSettings, validated
+from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.methods import decompose
 from oats_vision.models.adapters import Adapter, find_adapter, refuse_wrappers, remember_adapter

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision import checkpoint
-from oats_vision.batches import expected_samples
 from oats_vision.benchmark import plain_picture
 from oats_vision.checkpoint_place import PAGE
 from oats_vision.compression import Result, describe, measure
 from oats_vision.config import CompressionSettings, RunConfig
-from oats_vision.data import ENOUGH, Batches, load_pictures
+from oats_vision.data.batches import expected_samples
+from oats_vision.data.pictures import ENOUGH, Batches, load_pictures
+from oats_vision.data.text import Sequences, load_sequences, load_tokens
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.evaluation import (
@@ -38,7 +39,6 @@ from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.pipeline import compress
 from oats_vision.progress import Estimate
-from oats_vision.text import Sequences, load_sequences, load_tokens
 from oats_vision.trial import trial
 
 log = logging.getLogger(__name__)

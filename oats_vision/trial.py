@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.batches import Reader, expected_samples, read_batches
 from oats_vision.block_calls import capture_block_calls
 from oats_vision.config import CompressionSettings
+from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
 from oats_vision.models.adapters import Adapter, refuse_wrappers
 from oats_vision.models.structure import check_device, floating

@@ -5,7 +5,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from oats_vision.batches import Reader, read_batches
+from oats_vision.data.batches import Reader, read_batches
 from oats_vision.errors import DataError
 
 X = torch.randn(70, 3, 8, 8, generator=torch.Generator().manual_seed(0))

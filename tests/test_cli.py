@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import oats_vision as ov
 from oats_vision.cli.comparison import Models
 from oats_vision.config import RunConfig
-from oats_vision.data import load_pictures
+from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation import evaluate_top1

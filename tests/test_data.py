@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from oats_vision.data import load_pictures
+from oats_vision.data.pictures import load_pictures
 from oats_vision.errors import DataError
 from oats_vision.models.transforms import as_seen, build_transform
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.data import Batches
+from oats_vision.data.pictures import Batches
 from oats_vision.evaluation import evaluate_top1
 from oats_vision.kernels import native
 from oats_vision.nn.sparse_low_rank import merge

@@ -49,8 +49,10 @@ def messages() -> None:
     library.propagate = False
     library.warning("Retrying in 1s")
     library.info("downloaded")
-    logging.getLogger("oats_vision.data").warning("3 pictures of [red]/a/very/long/folder/name/indeed[/red] skipped")
-    logging.getLogger("oats_vision.data").debug("details")
+    logging.getLogger("oats_vision.data.pictures").warning(
+        "3 pictures of [red]/a/very/long/folder/name/indeed[/red] skipped"
+    )
+    logging.getLogger("oats_vision.data.pictures").debug("details")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("xFormers is not available", stacklevel=1)

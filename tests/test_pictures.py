@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oats_vision.pictures import UNREADABLE, open_picture, picture_files
+from oats_vision.data.decoding import UNREADABLE, open_picture, picture_files
 
 RAMP = np.linspace(0, 255, 12 * 20).reshape(12, 20).astype(np.uint8)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import oats_vision as ov
+from oats_vision.data.text import DATASETS, load_sequences, load_tokens
 from oats_vision.errors import DataError, ModelError
-from oats_vision.text import DATASETS, load_sequences, load_tokens
 
 
 @pytest.fixture(scope="module")

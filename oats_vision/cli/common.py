@@ -14,7 +14,7 @@ from oats_vision.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     import torch
 
-    from oats_vision.data import Batches
+    from oats_vision.data.pictures import Batches
     from oats_vision.evaluation import Perplexity, Top1
     from oats_vision.models.transforms import Transform
 

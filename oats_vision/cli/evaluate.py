@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from oats_vision.data import Batches
+    from oats_vision.data.pictures import Batches
     from oats_vision.evaluation import Features
     from oats_vision.models.transforms import Transform
 
@@ -102,7 +102,7 @@ def top1(
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
     mixed = dtype_of(mixed_precision) if mixed_precision else None
     warn_if_slow("--mixed-precision", mixed, models.device)
-    from oats_vision.data import load_pictures
+    from oats_vision.data.pictures import load_pictures
 
     pictures = load_pictures(
         data,
@@ -252,7 +252,7 @@ Source = tuple[str, str, int | None]  # source, split, samples
 
 def _splits(transform: Transform, train: Source, val: Source, loading: dict[str, Any]) -> dict[str, Batches]:
     """Both splits, checked before a model is loaded."""
-    from oats_vision.data import load_pictures
+    from oats_vision.data.pictures import load_pictures
 
     return {
         flag: load_pictures(source, transform, samples=samples, labelled=True, split=split, **loading)

@@ -63,8 +63,8 @@ def perplexity(
     """
     logs.set_up(verbose, log_file)
     models = Models(model, dense, no_dense, device, dtype, trust_remote_code)
+    from oats_vision.data.text import load_tokens
     from oats_vision.models.loading.load import load_tokenizer
-    from oats_vision.text import load_tokens
 
     ids = load_tokens(data, load_tokenizer(model), split=split, streaming=streaming)
     if samples:

@@ -131,7 +131,7 @@ def rollout(
 
 def _draw_rollout(path: Path, target: Path, seen: dict[str, nn.Module], transform: Transform) -> bool:
     """Draw one picture's rollouts; whether it could be read."""
-    from oats_vision.data import UNREADABLE, open_picture
+    from oats_vision.data.pictures import UNREADABLE, open_picture
     from oats_vision.models.transforms import as_seen
     from oats_vision.rollout import draw, rollout_map
 
@@ -152,7 +152,7 @@ def _pictures(images: list[Path], limit: int) -> list[Path]:
     """The files that are meant, each once."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    from oats_vision.data import picture_files
+    from oats_vision.data.pictures import picture_files
 
     found: list[Path] = []
     for path in images:

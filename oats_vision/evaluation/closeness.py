@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.activations import ActivationStore
-from oats_vision.batches import Inputs, Reader, read_batches
 from oats_vision.block_calls import first_output
-from oats_vision.data import Batches
+from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.compare import paired_ratio
 from oats_vision.evaluation.features import pooled

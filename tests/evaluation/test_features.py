@@ -12,7 +12,7 @@ from tiny import HF
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.data import Batches, load_pictures
+from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.features import cached_features, extract_features
 from oats_vision.evaluation.fingerprint import model_fingerprint

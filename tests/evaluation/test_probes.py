@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import oats_vision as ov
-from oats_vision.data import load_pictures
+from oats_vision.data.pictures import load_pictures
 from oats_vision.errors import DataError
 from oats_vision.evaluation.features import CHUNK, Features, extract_features
 from oats_vision.evaluation.knn import BANK, QUERIES, knn

@@ -3,7 +3,7 @@ import torch
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
-from oats_vision.data import Batches
+from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation import evaluate_top1
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.data import shared_out
-from oats_vision.documents import FIELDS, articles, read_documents, texts
+from oats_vision.data.documents import FIELDS, articles, read_documents, texts
+from oats_vision.data.pictures import shared_out
+from oats_vision.data.tables import described, open_dataset, rows
 from oats_vision.errors import DataError, did_you_mean, near
 from oats_vision.models.loading.load import demo_directory
-from oats_vision.tables import described, open_dataset, rows
 
 log = logging.getLogger(__name__)
 

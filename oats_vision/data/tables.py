@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oats_vision import network
-from oats_vision.documents import FIELDS
+from oats_vision.data.documents import FIELDS
 from oats_vision.errors import DataError, did_you_mean
 
 log = logging.getLogger(__name__)

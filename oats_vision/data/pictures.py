@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from oats_vision.errors import DataError
-from oats_vision.examples import Examples, demo_examples, folder_examples, table_examples
-from oats_vision.models.transforms import Transform
-from oats_vision.pictures import UNREADABLE, open_picture, picture_files
-from oats_vision.tables import (
+from oats_vision.data.decoding import UNREADABLE, open_picture, picture_files
+from oats_vision.data.examples import Examples, demo_examples, folder_examples, table_examples
+from oats_vision.data.tables import (
     check_label,
     class_names,
     is_saved_dataset,
@@ -26,6 +24,8 @@ from oats_vision.tables import (
     rows,
     undecoded,
 )
+from oats_vision.errors import DataError
+from oats_vision.models.transforms import Transform
 
 __all__ = ["UNREADABLE", "Batches", "load_pictures", "open_picture", "picture_files"]
 

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from oats_vision.data.decoding import picture_names
+from oats_vision.data.tables import read_labels, undecoded
 from oats_vision.errors import DataError, near
 from oats_vision.models.loading.load import demo_directory
-from oats_vision.pictures import picture_names
-from oats_vision.tables import read_labels, undecoded
 
 log = logging.getLogger(__name__)
 
