@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.calibration import SecondMoment
+from oats_vision.calibration.statistics import SecondMoment
 from oats_vision.core.budget import Pattern, layer_budget
 from oats_vision.core.oats import Factors, oats
 from oats_vision.data.pictures import load_pictures

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.block_calls import first_block_input
+from oats_vision.calibration.capture import first_block_input
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.config import CompressionSettings
 from oats_vision.evaluation.closeness import MEMORY

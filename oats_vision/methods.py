@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.calibration import SCALES, Gram, MeanAndVariance, SecondMoment, Statistic
+from oats_vision.calibration.statistics import SCALES, Gram, MeanAndVariance, SecondMoment, Statistic
 from oats_vision.config import CompressionSettings
 from oats_vision.core.baselines import dsnot, magnitude, sparsegpt, svd, wanda
 from oats_vision.core.budget import Budget

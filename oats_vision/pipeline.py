@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import BlockCalls, capture_block_calls, check_finite_states
-from oats_vision.calibration import Statistic
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls, capture_block_calls, check_finite_states
+from oats_vision.calibration.collect import check_tokens, collect_statistics
+from oats_vision.calibration.statistics import Statistic
 from oats_vision.config import CompressionSettings, validated
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
@@ -27,7 +28,6 @@ from oats_vision.plan import Plan, plan_model
 from oats_vision.progress import Clock, Step, shares
 from oats_vision.slicing import SlicedBlock, Slicing, slice_blocks
 from oats_vision.splits import Parts, candidates, fastest
-from oats_vision.statistics import check_tokens, collect_statistics
 
 log = logging.getLogger(__name__)
 

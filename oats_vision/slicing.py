@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import BlockCalls, check_finite_states, first_output
-from oats_vision.calibration import Gram
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls, check_finite_states, first_output
+from oats_vision.calibration.statistics import Gram
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.adapters import Adapter, Residual
 from oats_vision.progress import Stage

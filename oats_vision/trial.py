@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import capture_block_calls
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.config import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError

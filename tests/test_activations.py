@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from oats_vision.activations import ActivationStore
+from oats_vision.calibration.activations import ActivationStore
 from oats_vision.errors import DataError
 
 

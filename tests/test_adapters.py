@@ -13,8 +13,8 @@ from tiny import HF
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import capture_block_calls
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.adapters import adapters, find_adapter, remember_adapter
 from oats_vision.plan import plan_block

@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import capture_block_calls
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.errors import DataError, ModelError
 
 WIDTH = 6

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oats_vision.calibration import SCALES, Gram, MeanAndVariance, MedianMagnitude, SecondMoment
+from oats_vision.calibration.statistics import SCALES, Gram, MeanAndVariance, MedianMagnitude, SecondMoment
 
 
 def _tokens(seed: int, tokens: int = 512, features: int = 12) -> torch.Tensor:

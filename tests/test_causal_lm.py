@@ -9,8 +9,8 @@ import transformers as hf
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import capture_block_calls
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.errors import DataError, ModelError
 from oats_vision.models.adapters import find_adapter
 from oats_vision.models.loading.load import save_plain, source_of

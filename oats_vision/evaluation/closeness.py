@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import first_output
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import first_output
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.block_calls import first_output
+from oats_vision.calibration.capture import first_output
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.activations import ActivationStore
-from oats_vision.block_calls import BlockCalls
-from oats_vision.calibration import Statistic
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls
+from oats_vision.calibration.statistics import Statistic
 from oats_vision.config import CompressionSettings
 from oats_vision.errors import DataError, ModelError
 from oats_vision.methods import statistic_of

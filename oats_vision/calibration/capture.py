@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from oats_vision.activations import ActivationStore
+from oats_vision.calibration.activations import ActivationStore
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
