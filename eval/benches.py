@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.config import RunConfig, load_run_config
+from oats_vision.compression.settings import RunConfig, load_run_config
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
 from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import oats_vision as ov
-from oats_vision.config import CompressionSettings, validated
+from oats_vision.compression.settings import CompressionSettings, validated
 from oats_vision.files import replacing
 
 matplotlib.use("Agg")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from oats_vision.checkpoint import load, load_transform, save
-    from oats_vision.compression import Result, compress
+    from oats_vision.compression.pipeline import CompressionReport
     from oats_vision.data.pictures import load_pictures
     from oats_vision.data.text import load_sequences, load_tokens
     from oats_vision.errors import OatsVisionError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from oats_vision.models.loading.load import load_model, load_tokenizer
     from oats_vision.nn.semi_structured import to_semi_structured
     from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, merge
-    from oats_vision.pipeline import CompressionReport
+    from oats_vision.runs.compress import Result, compress
 
 __all__ = [
     "Adapter",
@@ -40,13 +40,13 @@ __all__ = [
 _HOMES = {
     "models.adapters": ("Adapter", "register_adapter"),
     "checkpoint": ("load", "load_transform", "save"),
-    "compression": ("Result", "compress"),
+    "runs.compress": ("Result", "compress"),
     "data.pictures": ("load_pictures",),
     "errors": ("OatsVisionError",),
     "nn.semi_structured": ("to_semi_structured",),
     "nn.sparse_low_rank": ("SparseLowRankLinear", "merge"),
     "models.loading.load": ("load_model", "load_tokenizer"),
-    "pipeline": ("CompressionReport",),
+    "compression.pipeline": ("CompressionReport",),
     "data.text": ("load_sequences", "load_tokens"),
 }
 

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from oats_vision.compression.methods.slicegpt import SlicedBlock
 from oats_vision.data.batches import Inputs
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.models.loading.load import rebuild, source_of
 from oats_vision.models.transforms import Transform
 from oats_vision.nn.sparse_low_rank import merge
-from oats_vision.slicing import SlicedBlock
 
 BEGINNING = 16  # tokens that generation starts from
 FEWEST = 3  # rounds of a measurement

@@ -13,7 +13,7 @@ from rich.table import Table
 from oats_vision import figures
 from oats_vision.benchmark import Timing
 from oats_vision.checkpoint import CompressionReport, layer_specs, read_config
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation import Difference
 from oats_vision.evaluations import Evaluation, read_report

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from oats_vision.calibration.capture import first_block_input
 from oats_vision.checkpoint import Sizes, measure
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.decompose import statistic_of
+from oats_vision.compression.methods.slicegpt import empty_sliced_blocks
+from oats_vision.compression.pipeline import CompressionReport, LayerReport
+from oats_vision.compression.plan import Plan, plan_model
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
-from oats_vision.methods import statistic_of
 from oats_vision.models.adapters import Adapter, remember_adapter
 from oats_vision.models.structure import floating, in_experts
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part, SparseLowRankLinear
-from oats_vision.pipeline import CompressionReport, LayerReport
-from oats_vision.plan import Plan, plan_model
 from oats_vision.progress import Unit, count
-from oats_vision.slicing import empty_sliced_blocks
 
 STARTED = 100 << 20  # bytes of the CPU's threads, compiled products and allocator, once they have worked
 

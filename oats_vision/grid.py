@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from oats_vision.config import METHOD_DEFAULTS, CompressionSettings, RunConfig, validated, with_flags
+from oats_vision.compression.settings import METHOD_DEFAULTS, CompressionSettings, RunConfig, validated, with_flags
 from oats_vision.core.budget import Pattern
 from oats_vision.errors import ConfigError
 

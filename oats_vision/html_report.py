@@ -15,11 +15,11 @@ from torch import Tensor
 from oats_vision import checkpoint, figures
 from oats_vision.benchmark import Timing
 from oats_vision.compare import block_of, errors_by_block, short
+from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.evaluation import Difference
 from oats_vision.evaluations import Evaluation, Measured, read_report
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 from oats_vision.page import render, write_page
-from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import EXAMPLES, Cost
 
 POINTS = 80  # of a spectrum that are drawn

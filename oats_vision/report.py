@@ -12,8 +12,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from oats_vision.benchmark import Timing
+    from oats_vision.compression.pipeline import CompressionReport
     from oats_vision.evaluation import Perplexity, Top1
-    from oats_vision.pipeline import CompressionReport
 
 CHANGES = ("dense", "compressed", "change [95% interval]")  # headings
 

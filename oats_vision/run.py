@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from oats_vision import checkpoint
 from oats_vision.benchmark import plain_picture
 from oats_vision.checkpoint_place import PAGE
-from oats_vision.compression import Result, describe, measure
-from oats_vision.config import CompressionSettings, RunConfig
+from oats_vision.compression.pipeline import compress
+from oats_vision.compression.settings import CompressionSettings, RunConfig
+from oats_vision.compression.trial import trial
 from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import ENOUGH, Batches, load_pictures
 from oats_vision.data.text import Sequences, load_sequences, load_tokens
@@ -37,9 +38,8 @@ from oats_vision.models.loading.load import ModelSource, load_model, load_tokeni
 from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
-from oats_vision.pipeline import compress
 from oats_vision.progress import Estimate
-from oats_vision.trial import trial
+from oats_vision.runs.compress import Result, describe, measure
 
 log = logging.getLogger(__name__)
 

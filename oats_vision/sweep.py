@@ -17,7 +17,7 @@ from torch import nn
 
 from oats_vision import checkpoint
 from oats_vision.compare import Run, comparison_page
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation import Perplexity, Top1

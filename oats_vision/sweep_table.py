@@ -14,14 +14,14 @@ from rich.table import Table
 
 from oats_vision.benchmark import Timing
 from oats_vision.compare import Run, short
-from oats_vision.config import METHOD_DEFAULTS
+from oats_vision.compression.settings import METHOD_DEFAULTS
 from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluations import Evaluation
 from oats_vision.grid import AXES
 from oats_vision.results import Metric
 
 if TYPE_CHECKING:
-    from oats_vision.config import CompressionSettings
+    from oats_vision.compression.settings import CompressionSettings
     from oats_vision.sweep import Sweep
     from oats_vision.sweep_rows import Row
 

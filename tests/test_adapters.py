@@ -15,10 +15,10 @@ from torch import nn
 import oats_vision as ov
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
+from oats_vision.compression.methods.slicegpt import plan_slicing, slice_blocks
+from oats_vision.compression.plan import plan_block
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.adapters import adapters, find_adapter, remember_adapter
-from oats_vision.plan import plan_block
-from oats_vision.slicing import plan_slicing, slice_blocks
 
 FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
 HF_ATTENTION = {f"attention.{name}_proj" for name in "qkvo"}

@@ -11,10 +11,10 @@ from torch import nn
 import oats_vision as ov
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
+from oats_vision.compression.methods.slicegpt import plan_slicing, slice_blocks
 from oats_vision.errors import DataError, ModelError
 from oats_vision.models.adapters import find_adapter
 from oats_vision.models.loading.load import save_plain, source_of
-from oats_vision.slicing import plan_slicing, slice_blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from oats_vision.cli.comparison import Models
-from oats_vision.config import RunConfig
+from oats_vision.compression.settings import RunConfig
 from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError

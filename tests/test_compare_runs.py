@@ -27,13 +27,13 @@ from oats_vision.compare import (
     read_runs,
     scatters,
 )
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.pipeline import CompressionReport, LayerReport
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation import Difference
 from oats_vision.evaluations import Evaluation, Score
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 from oats_vision.page import write_page
-from oats_vision.pipeline import CompressionReport, LayerReport
 from oats_vision.results import Cost, Metric
 
 

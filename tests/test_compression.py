@@ -13,7 +13,7 @@ from PIL import Image
 
 import oats_vision as ov
 from oats_vision.benchmark import Timing
-from oats_vision.config import CompressionSettings, RunConfig
+from oats_vision.compression.settings import CompressionSettings, RunConfig
 from oats_vision.data.pictures import shared_out
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError

@@ -1,6 +1,6 @@
 import pytest
 
-from oats_vision.config import CompressionSettings, load_run_config, validated
+from oats_vision.compression.settings import CompressionSettings, load_run_config, validated
 from oats_vision.errors import ConfigError
 
 

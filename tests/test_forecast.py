@@ -12,7 +12,7 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision import checkpoint
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
 from oats_vision.forecast import Forecast, Memory, forecast
 from oats_vision.models.adapters import find_adapter
@@ -146,7 +146,7 @@ def test_a_large_model_is_foretold_in_no_time():
 MEASURE = """
 import json, sys, torch, timm, oats_vision as ov
 from oats_vision.models.adapters import find_adapter
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.forecast import forecast
 from oats_vision.machine import peak_memory
 

@@ -11,7 +11,7 @@ from oats_vision.cli import ending
 from oats_vision.cli.commands import app
 from oats_vision.cli.help import PANELS
 from oats_vision.cli.options import SETTINGS
-from oats_vision.config import RunConfig, flag
+from oats_vision.compression.settings import RunConfig, flag
 from oats_vision.errors import did_you_mean
 
 

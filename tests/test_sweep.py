@@ -358,7 +358,7 @@ def test_the_command_prints_json_and_fails_with_a_cell(model_directory, tmp_path
 
 @pytest.mark.parametrize("problem", [ValueError("no positive matrix"), RuntimeError("no memory"), MemoryError()])
 def test_what_goes_wrong_in_one_cell_leaves_the_others(model_directory, tmp_path, monkeypatch, problem):
-    from oats_vision import pipeline
+    from oats_vision.compression import pipeline
 
     decompose = pipeline.decompose
 

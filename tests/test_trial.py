@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.trial import Trial, trial
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.progress import Step
-from oats_vision.trial import Trial, trial
 
 
 def test_a_trial_is_extrapolated_to_all_samples_blocks_and_weights():

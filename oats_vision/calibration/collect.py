@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.statistics import Statistic
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.budgets import Parts
+from oats_vision.compression.decompose import statistic_of
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import DataError, ModelError
-from oats_vision.methods import statistic_of
 from oats_vision.models.structure import in_experts
 from oats_vision.models.values import all_finite
-from oats_vision.splits import Parts
 
 log = logging.getLogger(__name__)
 

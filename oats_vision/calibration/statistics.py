@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from oats_vision.config import Scaling
+from oats_vision.compression.settings import Scaling
 from oats_vision.core.oats import column_scale
 from oats_vision.models.values import all_finite
 

@@ -56,10 +56,10 @@ def bench(
 
     from oats_vision import checkpoint, report
     from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
-    from oats_vision.compression import note_speed
     from oats_vision.evaluations import read_report
     from oats_vision.machine import choose_device, machine, machine_line
     from oats_vision.nn.semi_structured import to_semi_structured
+    from oats_vision.runs.compress import note_speed
 
     if threads:
         torch.set_num_threads(threads)

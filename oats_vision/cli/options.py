@@ -20,7 +20,7 @@ from oats_vision.cli.help import (
     WHAT,
     Facts,
 )
-from oats_vision.config import DEVICES, KNOWN_DATA, PATTERNS, RunConfig, allowed, choices, flag, validated
+from oats_vision.compression.settings import DEVICES, KNOWN_DATA, PATTERNS, RunConfig, allowed, choices, flag, validated
 from oats_vision.models.aliases import known_models
 
 Command = Callable[..., None]

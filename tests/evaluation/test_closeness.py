@@ -242,7 +242,7 @@ def test_a_failure_in_timing_loses_nothing(tiny_vit, many, monkeypatch):
     def full(model):
         raise torch.OutOfMemoryError("no memory for the twin")
 
-    monkeypatch.setattr("oats_vision.compression.dense_twin", full)
+    monkeypatch.setattr("oats_vision.runs.compress.dense_twin", full)
     result = ov.compress(tiny_vit, many, held_out=many, rate=0.5, iterations=3)
     assert result.cost is not None
     assert result.speed == []

@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from oats_vision import checkpoint, pipeline
+from oats_vision import checkpoint
 from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
-from oats_vision.config import CompressionSettings, validated
+from oats_vision.compression import pipeline
+from oats_vision.compression.pipeline import CompressionReport, Step
+from oats_vision.compression.settings import CompressionSettings, validated
 from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
@@ -22,7 +24,6 @@ from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, cl
 from oats_vision.evaluations import read_report
 from oats_vision.kernels import native
 from oats_vision.models.adapters import Adapter
-from oats_vision.pipeline import CompressionReport, Step
 from oats_vision.report import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.results import Cost, Example
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oats_vision.calibration.statistics import SCALES, Gram, MeanAndVariance, SecondMoment, Statistic
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.core.baselines import dsnot, magnitude, sparsegpt, svd, wanda
 from oats_vision.core.budget import Budget
 from oats_vision.core.oats import Factors, column_scale, oats

@@ -14,15 +14,15 @@ from torch import nn
 
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
-from oats_vision.config import CompressionSettings
+from oats_vision.compression.methods.slicegpt import slice_blocks
+from oats_vision.compression.pipeline import CompressionReport, apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
 from oats_vision.models.adapters import Adapter, refuse_wrappers
 from oats_vision.models.structure import check_device, floating
 from oats_vision.models.values import check_finite, check_storable
-from oats_vision.pipeline import CompressionReport, apply_block, compress_block, plain_arithmetic, prepare
 from oats_vision.progress import Clock, Estimate, Step, Unit
-from oats_vision.slicing import slice_blocks
 
 
 @dataclass(frozen=True)

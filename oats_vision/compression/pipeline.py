@@ -15,19 +15,19 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, capture_block_calls, check_finite_states
 from oats_vision.calibration.collect import check_tokens, collect_statistics
 from oats_vision.calibration.statistics import Statistic
-from oats_vision.config import CompressionSettings, validated
+from oats_vision.compression.budgets import Parts, candidates, fastest
+from oats_vision.compression.decompose import decompose
+from oats_vision.compression.methods.slicegpt import SlicedBlock, Slicing, slice_blocks
+from oats_vision.compression.plan import Plan, plan_model
+from oats_vision.compression.settings import CompressionSettings, validated
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.methods import decompose
 from oats_vision.models.adapters import Adapter, find_adapter, refuse_wrappers, remember_adapter
 from oats_vision.models.loading.load import note_weights
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
-from oats_vision.plan import Plan, plan_model
 from oats_vision.progress import Clock, Step, shares
-from oats_vision.slicing import SlicedBlock, Slicing, slice_blocks
-from oats_vision.splits import Parts, candidates, fastest
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Whole runs, as the commands and `oats_vision.compress` do them."""
