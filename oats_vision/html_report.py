@@ -12,8 +12,9 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from oats_vision import checkpoint, figures
+from oats_vision import figures
 from oats_vision.benchmark import Timing
+from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compare import block_of, errors_by_block, short
 from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.evaluation import Difference

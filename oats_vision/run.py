@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from oats_vision import checkpoint
 from oats_vision.benchmark import plain_picture
-from oats_vision.checkpoint_place import PAGE
+from oats_vision.checkpoint import store as checkpoint
+from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.settings import CompressionSettings, RunConfig
 from oats_vision.compression.trial import trial

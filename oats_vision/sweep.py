@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from oats_vision import checkpoint
+from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compare import Run, comparison_page
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display

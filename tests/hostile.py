@@ -31,7 +31,7 @@ from tiny import HF
 from torch import Tensor
 
 import oats_vision as ov
-from oats_vision.checkpoint_config import config_digest
+from oats_vision.checkpoint.config import config_digest
 from oats_vision.models.loading.load import ModelSource, remember_source
 from oats_vision.models.transforms import timm_transform_config
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
-from oats_vision import checkpoint_place
-from oats_vision.checkpoint import measure
-from oats_vision.checkpoint_config import config_digest
+from oats_vision.checkpoint import place as checkpoint_place
+from oats_vision.checkpoint.config import config_digest
+from oats_vision.checkpoint.store import measure
 from oats_vision.errors import CheckpointError, ModelError
 
 NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.benchmark import Timing
-from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, read_weights
+from oats_vision.checkpoint.store import add_evaluation, layer_specs, read_config, read_weights
 from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError

@@ -54,8 +54,9 @@ def bench(
     need_directory(directory)
     import torch
 
-    from oats_vision import checkpoint, report
+    from oats_vision import report
     from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
+    from oats_vision.checkpoint import store as checkpoint
     from oats_vision.evaluations import read_report
     from oats_vision.machine import choose_device, machine, machine_line
     from oats_vision.nn.semi_structured import to_semi_structured

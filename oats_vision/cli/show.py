@@ -51,7 +51,7 @@ def inspect(
         see_writable(html, [directory])
     import torch
 
-    from oats_vision import checkpoint
+    from oats_vision.checkpoint import store as checkpoint
     from oats_vision.html_report import spectra_of, write_html
 
     config = checkpoint.read_config(directory)
@@ -107,7 +107,7 @@ def rollout(
     for path in images:
         if not path.exists():
             raise DataError(f"--images {path} does not exist")
-    from oats_vision import checkpoint
+    from oats_vision.checkpoint import store as checkpoint
     from oats_vision.machine import choose_device
     from oats_vision.rollout import views
 

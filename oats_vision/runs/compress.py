@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from oats_vision import checkpoint
 from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
+from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression import pipeline
 from oats_vision.compression.pipeline import CompressionReport, Step
 from oats_vision.compression.settings import CompressionSettings, validated

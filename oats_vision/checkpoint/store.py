@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.checkpoint_config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest, read_config
-from oats_vision.checkpoint_place import MERGED, REPORT, check_target, is_checkpoint, locked, new_directory
+from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest, read_config
+from oats_vision.checkpoint.place import MERGED, REPORT, check_target, is_checkpoint, locked, new_directory
+from oats_vision.checkpoint.weights import WEIGHTS, WeightsFile, check_bitmask
 from oats_vision.compression.methods.slicegpt import SlicedBlock, empty_sliced_blocks
 from oats_vision.compression.pipeline import CompressionReport
 from oats_vision.errors import CheckpointError, OatsVisionError
@@ -27,7 +28,6 @@ from oats_vision.models.source import ModelSource, library, rebuild
 from oats_vision.models.transforms import Transform, build_transform, plain
 from oats_vision.models.values import broken
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, compressed_layers
-from oats_vision.weights import WEIGHTS, WeightsFile, check_bitmask
 
 __all__ = [
     "CONFIG",

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from oats_vision.checkpoint_config import CONFIG, FORMAT
+from oats_vision.checkpoint.config import CONFIG, FORMAT
+from oats_vision.checkpoint.weights import WEIGHTS
 from oats_vision.errors import CheckpointError
 from oats_vision.files import umask
 from oats_vision.models.loading.load import TOKENIZER
-from oats_vision.weights import WEIGHTS
 
 log = logging.getLogger(__name__)
 
