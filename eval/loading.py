@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys, time
 import timm, torch, transformers
 import oats_vision as ov
-from oats_vision.benchmark import weight_bytes
+from oats_vision.evaluation.speed import weight_bytes
 
 def status(name):
     with open("/proc/self/status") as lines:

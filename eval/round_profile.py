@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from oats_vision.benchmark import side_by_side
 from oats_vision.core.budget import layer_budget
 from oats_vision.core.lowrank import orthonormal
 from oats_vision.core.threshold import SparseTerm
+from oats_vision.evaluation.speed import side_by_side
 
 # name: call, floating-point operations, bytes read and written
 Parts = dict[str, tuple[Callable[[], object], int, int]]

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from packaging.requirements import Requirement
 
 from oats_vision import logs, network
-from oats_vision.benchmark import side_by_side
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError
+from oats_vision.evaluation.speed import side_by_side
 from oats_vision.kernels import native
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 

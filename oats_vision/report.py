@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from oats_vision.benchmark import Timing
     from oats_vision.compression.pipeline import CompressionReport
     from oats_vision.evaluation import Perplexity, Top1
+    from oats_vision.evaluation.speed import Timing
 
 CHANGES = ("dense", "compressed", "change [95% interval]")  # headings
 

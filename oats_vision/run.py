@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from oats_vision.benchmark import plain_picture
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
@@ -30,6 +29,7 @@ from oats_vision.evaluation import (
     perplexity,
 )
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
+from oats_vision.evaluation.speed import plain_picture
 from oats_vision.forecast import Forecast, forecast
 from oats_vision.html_report import spectra_of, write_html
 from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from oats_vision.benchmark import Timing
 from oats_vision.compare import Run, short
 from oats_vision.compression.settings import METHOD_DEFAULTS
 from oats_vision.evaluation import Difference, Ratio
-from oats_vision.evaluations import Evaluation
+from oats_vision.evaluation.results import Metric
+from oats_vision.evaluation.speed import Timing
+from oats_vision.evaluation.stored import Evaluation
 from oats_vision.grid import AXES
-from oats_vision.results import Metric
 
 if TYPE_CHECKING:
     from oats_vision.compression.settings import CompressionSettings

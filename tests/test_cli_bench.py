@@ -11,7 +11,7 @@ from tiny import HF
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.benchmark import dense_twin, side_by_side, weight_bytes
+from oats_vision.evaluation.speed import dense_twin, side_by_side, weight_bytes
 
 
 def _compress(model, data, out, *options) -> dict:

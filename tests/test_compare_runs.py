@@ -14,7 +14,6 @@ from selenium.webdriver.common.by import By
 from typer.testing import CliRunner
 
 import oats_vision as ov
-from oats_vision.benchmark import Timing
 from oats_vision.cli.commands import app
 from oats_vision.compare import (
     Run,
@@ -31,10 +30,11 @@ from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation import Difference
-from oats_vision.evaluations import Evaluation, Score
+from oats_vision.evaluation.results import Cost, Metric
+from oats_vision.evaluation.speed import Timing
+from oats_vision.evaluation.stored import Evaluation, Score
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 from oats_vision.page import write_page
-from oats_vision.results import Cost, Metric
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import oats_vision as ov
-from oats_vision.benchmark import Timing
 from oats_vision.compression.settings import CompressionSettings, RunConfig
 from oats_vision.data.pictures import shared_out
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError
+from oats_vision.evaluation.speed import Timing
 from oats_vision.run import run
 
 QUICK = {"rate": 0.5, "iterations": 3}

@@ -9,7 +9,7 @@ import pytest
 
 from oats_vision.checkpoint.store import add_evaluation
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluations import Measured, read_report
+from oats_vision.evaluation.stored import Measured, read_report
 
 GOOD = {
     "protocol": "top1",

@@ -55,9 +55,9 @@ def bench(
     import torch
 
     from oats_vision import report
-    from oats_vision.benchmark import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
     from oats_vision.checkpoint import store as checkpoint
-    from oats_vision.evaluations import read_report
+    from oats_vision.evaluation.speed import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
+    from oats_vision.evaluation.stored import read_report
     from oats_vision.machine import choose_device, machine, machine_line
     from oats_vision.nn.semi_structured import to_semi_structured
     from oats_vision.runs.compress import note_speed
@@ -102,7 +102,7 @@ def bench(
 
 def _see_positions(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> None:
     """Raises ConfigError if a language model has no positions for so much text."""
-    from oats_vision.benchmark import BEGINNING
+    from oats_vision.evaluation.speed import BEGINNING
 
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int):

@@ -22,13 +22,13 @@ from oats_vision.evaluation.compare import paired_ratio
 from oats_vision.evaluation.features import pooled
 from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.perplexity import Perplexity
+from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
+from oats_vision.evaluation.thumbnails import patch_maps, thumbnail
 from oats_vision.evaluation.top1 import class_logits, has_head
 from oats_vision.models.adapters import Adapter, find_adapter
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.transforms import Transform
 from oats_vision.nn.sparse_low_rank import other_parameter
-from oats_vision.results import EXAMPLES, Answer, Cost, Example, Metric
-from oats_vision.thumbnails import patch_maps, thumbnail
 
 MEMORY = 1e9  # bytes of features that are kept there; the rest on disk
 RESAMPLES, TOGETHER = 4000, 4_000_000  # draws, and how many inputs are drawn at a time

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from oats_vision.benchmark import BEGINNING, Timing, dense_twin, time_inputs, time_text
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression import pipeline
 from oats_vision.compression.pipeline import CompressionReport, Step
@@ -21,11 +20,12 @@ from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
-from oats_vision.evaluations import read_report
+from oats_vision.evaluation.results import Cost, Example
+from oats_vision.evaluation.speed import BEGINNING, Timing, dense_twin, time_inputs, time_text
+from oats_vision.evaluation.stored import read_report
 from oats_vision.kernels import native
 from oats_vision.models.adapters import Adapter
 from oats_vision.report import as_html, as_text, megabytes, ratio, run_table
-from oats_vision.results import Cost, Example
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
 PROMPT, NEW_TOKENS = 128, 32  # of text that is timed

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from oats_vision.benchmark import Timing
 from oats_vision.checkpoint.store import REPORT
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation import Difference, Ratio
-from oats_vision.results import Cost, Example
+from oats_vision.evaluation.results import Cost, Example
+from oats_vision.evaluation.speed import Timing
 
 log = logging.getLogger(__name__)
 
