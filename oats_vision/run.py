@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from oats_vision.analysis.html_report import spectra_of, write_html
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
@@ -31,7 +32,6 @@ from oats_vision.evaluation import (
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.speed import plain_picture
 from oats_vision.forecast import Forecast, forecast
-from oats_vision.html_report import spectra_of, write_html
 from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning
 from oats_vision.models.adapters import find_adapter
 from oats_vision.models.loading.load import ModelSource, load_model, load_tokenizer, save_plain, source_of

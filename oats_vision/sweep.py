@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import nn
 
+from oats_vision.analysis.compare import Run, comparison_page
+from oats_vision.analysis.page import write_page
+from oats_vision.analysis.tables import as_text
 from oats_vision.checkpoint import store as checkpoint
-from oats_vision.compare import Run, comparison_page
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation import Perplexity, Top1
 from oats_vision.grid import SweepConfig, cell_name, cell_words
-from oats_vision.page import write_page
 from oats_vision.progress import duration
-from oats_vision.report import as_text
 from oats_vision.run import Draw, Prepared, compress_and_write, measure_stored, prepare
 from oats_vision.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
 from oats_vision.sweep_rows import Failure, Row, in_order, row_name, write_csv

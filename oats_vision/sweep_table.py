@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from oats_vision.compare import Run, short
+from oats_vision.analysis.compare import Run, short
 from oats_vision.compression.settings import METHOD_DEFAULTS
 from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluation.results import Metric

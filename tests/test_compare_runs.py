@@ -14,8 +14,7 @@ from selenium.webdriver.common.by import By
 from typer.testing import CliRunner
 
 import oats_vision as ov
-from oats_vision.cli.commands import app
-from oats_vision.compare import (
+from oats_vision.analysis.compare import (
     Run,
     alike,
     columns,
@@ -26,6 +25,8 @@ from oats_vision.compare import (
     read_runs,
     scatters,
 )
+from oats_vision.analysis.page import write_page
+from oats_vision.cli.commands import app
 from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError, ConfigError
@@ -34,7 +35,6 @@ from oats_vision.evaluation.results import Cost, Metric
 from oats_vision.evaluation.speed import Timing
 from oats_vision.evaluation.stored import Evaluation, Score
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
-from oats_vision.page import write_page
 
 
 @pytest.fixture(scope="module")

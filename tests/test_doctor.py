@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from oats_vision import doctor, kernels
+from oats_vision import kernels
+from oats_vision.analysis import doctor
 from oats_vision.cli.commands import app
 from oats_vision.kernels import native
 

@@ -4,7 +4,8 @@ import re
 import pytest
 from rich.console import Console
 
-from oats_vision import display, report
+from oats_vision import display
+from oats_vision.analysis import tables as report
 from oats_vision.cli.common import plain_console
 from oats_vision.display import Display
 from oats_vision.progress import Step

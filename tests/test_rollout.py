@@ -8,10 +8,10 @@ from tiny import HF
 from torch import nn
 
 import oats_vision as ov
+from oats_vision.analysis.rollout import draw, record_attention, rollout, rollout_map, views
 from oats_vision.errors import ModelError
 from oats_vision.models.transforms import as_seen
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
-from oats_vision.rollout import draw, record_attention, rollout, rollout_map, views
 
 
 def test_rollout_is_the_papers_product():

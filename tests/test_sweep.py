@@ -14,10 +14,10 @@ from command import run
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
+from oats_vision.analysis.tables import as_text
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.grid import cell_name, cell_words, expand, load_sweep_config, sweep_config
-from oats_vision.report import as_text
 from oats_vision.sweep import Sweep, sweep
 from oats_vision.sweep_table import mean_runs, sweep_table
 

@@ -54,7 +54,7 @@ def bench(
     need_directory(directory)
     import torch
 
-    from oats_vision import report
+    from oats_vision.analysis import tables as report
     from oats_vision.checkpoint import store as checkpoint
     from oats_vision.evaluation.speed import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
     from oats_vision.evaluation.stored import read_report

@@ -123,7 +123,7 @@ def show(
     as_json: bool,
 ) -> None:
     """Print the scores and their differences, and add them to the checkpoint's report."""
-    from oats_vision import report
+    from oats_vision.analysis import tables as report
     from oats_vision.checkpoint import store as checkpoint
     from oats_vision.machine import machine
 

@@ -21,7 +21,7 @@ def doctor(as_json: Json = False) -> None:
 
     The exit status is 1 if something failed. Put the output into bug reports.
     """
-    from oats_vision.doctor import GROUPS, examine
+    from oats_vision.analysis.doctor import GROUPS, examine
 
     found = examine()
     if as_json:

@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from oats_vision import report
+from oats_vision.analysis import tables as report
 from oats_vision.checkpoint.place import MERGED, PAGE
 from oats_vision.cli.common import results
 from oats_vision.display import Display

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from oats_vision import report
+from oats_vision.analysis import tables as report
 from oats_vision.cli.common import need_directory, need_transform, notes, results
 from oats_vision.cli.help import DATA, OUTPUT
 from oats_vision.cli.options import Device, Directory, Json, Trust, option
@@ -51,8 +51,8 @@ def inspect(
         see_writable(html, [directory])
     import torch
 
+    from oats_vision.analysis.html_report import spectra_of, write_html
     from oats_vision.checkpoint import store as checkpoint
-    from oats_vision.html_report import spectra_of, write_html
 
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
@@ -107,9 +107,9 @@ def rollout(
     for path in images:
         if not path.exists():
             raise DataError(f"--images {path} does not exist")
+    from oats_vision.analysis.rollout import views
     from oats_vision.checkpoint import store as checkpoint
     from oats_vision.machine import choose_device
-    from oats_vision.rollout import views
 
     targets = _targets(_pictures(images, limit), out)
     transform = need_transform(checkpoint.load_transform(directory), str(directory))
@@ -131,9 +131,9 @@ def rollout(
 
 def _draw_rollout(path: Path, target: Path, seen: dict[str, nn.Module], transform: Transform) -> bool:
     """Draw one picture's rollouts; whether it could be read."""
+    from oats_vision.analysis.rollout import draw, rollout_map
     from oats_vision.data.pictures import UNREADABLE, open_picture
     from oats_vision.models.transforms import as_seen
-    from oats_vision.rollout import draw, rollout_map
 
     try:
         picture = open_picture(path)

@@ -78,7 +78,7 @@ def sweep(
 
 def _show(done: Sweep) -> None:
     """The table, what is missing and why, and where the files are."""
-    from oats_vision.compare import doubts
+    from oats_vision.analysis.compare import doubts
     from oats_vision.sweep_folder import CSV, PAGE
     from oats_vision.sweep_table import sweep_table
 

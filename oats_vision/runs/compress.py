@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression import pipeline
 from oats_vision.compression.pipeline import CompressionReport, Step
@@ -25,7 +26,6 @@ from oats_vision.evaluation.speed import BEGINNING, Timing, dense_twin, time_inp
 from oats_vision.evaluation.stored import read_report
 from oats_vision.kernels import native
 from oats_vision.models.adapters import Adapter
-from oats_vision.report import as_html, as_text, megabytes, ratio, run_table
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
 PROMPT, NEW_TOKENS = 128, 32  # of text that is timed

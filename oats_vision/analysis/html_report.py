@@ -12,16 +12,16 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from oats_vision import figures
+from oats_vision.analysis import figures
+from oats_vision.analysis.compare import block_of, errors_by_block, short
+from oats_vision.analysis.page import render, write_page
 from oats_vision.checkpoint import store as checkpoint
-from oats_vision.compare import block_of, errors_by_block, short
 from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.evaluation import Difference
 from oats_vision.evaluation.results import EXAMPLES, Cost
 from oats_vision.evaluation.speed import Timing
 from oats_vision.evaluation.stored import Evaluation, Measured, read_report
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
-from oats_vision.page import render, write_page
 
 POINTS = 80  # of a spectrum that are drawn
 WORKERS = 8  # at most, for the sake of memory

@@ -10,7 +10,9 @@ from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from oats_vision import figures
+from oats_vision.analysis import figures
+from oats_vision.analysis.figures import Point
+from oats_vision.analysis.page import render
 from oats_vision.checkpoint.store import CompressionReport, layer_specs, read_config
 from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.settings import CompressionSettings
@@ -19,8 +21,6 @@ from oats_vision.evaluation import Difference
 from oats_vision.evaluation.results import Cost, Metric
 from oats_vision.evaluation.speed import Timing
 from oats_vision.evaluation.stored import Evaluation, read_report
-from oats_vision.figures import Point
-from oats_vision.page import render
 
 MOST = 20  # runs that are read for one comparison
 ALWAYS = ("method", "rate", "rank_ratio", "pattern")  # settings that are said even if all runs share them

@@ -1,0 +1,1 @@
+"""What is drawn of compressed models: pages, tables, figures."""
