@@ -25,7 +25,7 @@ from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation import evaluate_top1
-from oats_vision.run import run as run_here
+from oats_vision.runs.run import run as run_here
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path
         if part != "_score" or args[2] != "dense":
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(f"oats_vision.run.{part}", full)
+    monkeypatch.setattr(f"oats_vision.runs.run.{part}", full)
     out = tmp_path / "out"
     options = {"data": "demo", "samples": 8, "eval_samples": 8, "iterations": 1, "merge": True}
     with pytest.raises(CheckpointError, match=r"is complete; what comes after it failed: .*No space left") as error:

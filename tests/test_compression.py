@@ -17,7 +17,7 @@ from oats_vision.data.pictures import shared_out
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation.speed import Timing
-from oats_vision.run import run
+from oats_vision.runs.run import run
 
 QUICK = {"rate": 0.5, "iterations": 3}
 

@@ -14,8 +14,8 @@ import oats_vision as ov
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
-from oats_vision.forecast import Forecast, Memory, forecast
 from oats_vision.models.adapters import find_adapter
+from oats_vision.runs.forecast import Forecast, Memory, forecast
 
 PICTURE = torch.zeros(1, 3, 32, 32)
 SETTINGS = [
@@ -147,7 +147,7 @@ MEASURE = """
 import json, sys, torch, timm, oats_vision as ov
 from oats_vision.models.adapters import find_adapter
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.forecast import forecast
+from oats_vision.runs.forecast import forecast
 from oats_vision.machine import peak_memory
 
 depth, batch, samples, settings = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])

@@ -17,9 +17,9 @@ import oats_vision as ov
 from oats_vision.analysis.tables import as_text
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.errors import CheckpointError, ConfigError, DataError
-from oats_vision.grid import cell_name, cell_words, expand, load_sweep_config, sweep_config
-from oats_vision.sweep import Sweep, sweep
-from oats_vision.sweep_table import mean_runs, sweep_table
+from oats_vision.runs.grid import cell_name, cell_words, expand, load_sweep_config, sweep_config
+from oats_vision.runs.sweep import Sweep, sweep
+from oats_vision.runs.sweep_table import mean_runs, sweep_table
 
 BYTES = {"data": "demo", "samples": 20, "batch_size": 20, "iterations": 2, "eval": False}
 QUICK = BYTES | {"eval": True, "eval_data": "demo", "eval_samples": 40}

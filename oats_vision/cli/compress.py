@@ -47,7 +47,7 @@ def compress(
     check_model(chosen.model)
     chosen.check_data()
     from oats_vision.cli.outcome import show_outcome, show_plan, show_time
-    from oats_vision.run import dry_run, run  # seconds: not before all that was given is seen to be right
+    from oats_vision.runs.run import dry_run, run  # seconds: not before all that was given is seen to be right
 
     if chosen.dry_run:
         planned, estimate = dry_run(chosen, Display(notes), (lambda planned: None) if as_json else show_plan)

@@ -8,9 +8,9 @@ from oats_vision.analysis import tables as report
 from oats_vision.checkpoint.place import MERGED, PAGE
 from oats_vision.cli.common import results
 from oats_vision.display import Display
-from oats_vision.forecast import Forecast
 from oats_vision.progress import Estimate, duration, shares
-from oats_vision.run import Outcome, how_to_evaluate
+from oats_vision.runs.forecast import Forecast
+from oats_vision.runs.run import Outcome, how_to_evaluate
 
 
 def show_plan(planned: Forecast) -> None:

@@ -13,11 +13,11 @@ from oats_vision.cli.common import notes, results
 from oats_vision.cli.help import GRID, OUTPUT, WHAT
 from oats_vision.cli.options import SWEEP, Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
-from oats_vision.grid import OUT, Extent, load_sweep_config
 from oats_vision.models.aliases import check_model
+from oats_vision.runs.grid import OUT, Extent, load_sweep_config
 
 if TYPE_CHECKING:
-    from oats_vision.sweep import Sweep
+    from oats_vision.runs.sweep import Sweep
 
 EXAMPLES = """\
 three rates by two rank ratios, on the demo
@@ -65,7 +65,7 @@ def sweep(
     chosen = load_sweep_config(config, settings | own)
     check_model(chosen.base.model)
     chosen.base.check_data()
-    from oats_vision.sweep import sweep as run  # seconds: not before all that was given is seen to be right
+    from oats_vision.runs.sweep import sweep as run  # seconds: not before all that was given is seen to be right
 
     done = run(chosen, Display(notes))
     if as_json:
@@ -79,8 +79,8 @@ def sweep(
 def _show(done: Sweep) -> None:
     """The table, what is missing and why, and where the files are."""
     from oats_vision.analysis.compare import doubts
-    from oats_vision.sweep_folder import CSV, PAGE
-    from oats_vision.sweep_table import sweep_table
+    from oats_vision.runs.sweep_folder import CSV, PAGE
+    from oats_vision.runs.sweep_table import sweep_table
 
     console, config = results(), done.config
     if done.rows:

@@ -18,12 +18,12 @@ from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluation.results import Metric
 from oats_vision.evaluation.speed import Timing
 from oats_vision.evaluation.stored import Evaluation
-from oats_vision.grid import AXES
+from oats_vision.runs.grid import AXES
 
 if TYPE_CHECKING:
     from oats_vision.compression.settings import CompressionSettings
-    from oats_vision.sweep import Sweep
-    from oats_vision.sweep_rows import Row
+    from oats_vision.runs.sweep import Sweep
+    from oats_vision.runs.sweep_rows import Row
 
 
 SPREAD = "Each run is the mean over its seeds, and ranges are one standard deviation to both sides."

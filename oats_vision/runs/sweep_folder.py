@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression.settings import RunConfig
 from oats_vision.errors import CheckpointError, ConfigError
-from oats_vision.grid import AXES, FOR_ONE_RUN, SweepConfig
 from oats_vision.machine import choose_device
-from oats_vision.sweep_rows import Row
+from oats_vision.runs.grid import AXES, FOR_ONE_RUN, SweepConfig
+from oats_vision.runs.sweep_rows import Row
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation import Perplexity, Top1
-from oats_vision.grid import SweepConfig, cell_name, cell_words
 from oats_vision.progress import duration
-from oats_vision.run import Draw, Prepared, compress_and_write, measure_stored, prepare
-from oats_vision.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
-from oats_vision.sweep_rows import Failure, Row, in_order, row_name, write_csv
-from oats_vision.sweep_table import SPREAD, mean_runs, sweep_table
+from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
+from oats_vision.runs.run import Draw, Prepared, compress_and_write, measure_stored, prepare
+from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
+from oats_vision.runs.sweep_rows import Failure, Row, in_order, row_name, write_csv
+from oats_vision.runs.sweep_table import SPREAD, mean_runs, sweep_table
 
 Job = tuple[CompressionSettings, int]  # and the seed
 

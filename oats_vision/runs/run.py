@@ -31,7 +31,6 @@ from oats_vision.evaluation import (
 )
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.speed import plain_picture
-from oats_vision.forecast import Forecast, forecast
 from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning
 from oats_vision.models.adapters import find_adapter
 from oats_vision.models.loading.load import ModelSource, load_model, load_tokenizer, save_plain, source_of
@@ -40,6 +39,7 @@ from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.progress import Estimate
 from oats_vision.runs.compress import Result, describe, measure
+from oats_vision.runs.forecast import Forecast, forecast
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from oats_vision.compression.settings import METHOD_DEFAULTS, CompressionSetting
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation import Difference
 from oats_vision.files import replacing
-from oats_vision.grid import AXES, cell_name
+from oats_vision.runs.grid import AXES, cell_name
 
 
 class Row(BaseModel):
