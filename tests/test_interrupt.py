@@ -33,7 +33,7 @@ def start(code: str, tmp_path: Path, **options: object) -> subprocess.Popen[str]
     """A process in a group of its own, as a shell starts one, that runs a command."""
     script = (
         "import pathlib, sys, time\n"
-        "from oats_vision.interrupt import guarded\n"
+        "from oats_vision.cli.interrupt import guarded\n"
         f"temporary = pathlib.Path({str(tmp_path / 'temporary')!r})\n"
         "def work():\n"
         f"    print('ready', flush=True)\n"

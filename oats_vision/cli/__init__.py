@@ -1,6 +1,6 @@
 """The command line: parse, call, print."""
 
-from oats_vision.interrupt import guarded
+from oats_vision.cli.interrupt import guarded
 
 
 def main() -> None:
