@@ -22,7 +22,7 @@ sanitized=$(mktemp -d)
 trap 'rm -rf "$sanitized"' EXIT
 "$venv/bin/pip" install -q --no-deps --target "$sanitized" -C cmake.define.OATS_VISION_SANITIZE=ON .
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  PYTHONPATH=$sanitized "$venv/bin/pytest" -q -p no:cacheprovider tests/test_kernels.py
+  PYTHONPATH=$sanitized "$venv/bin/pytest" -q -p no:cacheprovider tests/kernels/test_kernels.py
 # the installed package is what is tested: not the source folder, so that a file missing from the wheel fails
 workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which else answers with the threads of one worker
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

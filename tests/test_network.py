@@ -9,10 +9,10 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from hub import serve
 from huggingface_hub import constants, hf_api
 
 import oats_vision as ov
+from hub import serve
 from oats_vision import network
 from oats_vision.errors import DataError, ModelError
 

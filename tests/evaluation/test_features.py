@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from tiny import HF
 from torch import nn
 
 import oats_vision as ov
@@ -16,6 +15,7 @@ from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.features import cached_features, extract_features
 from oats_vision.evaluation.fingerprint import model_fingerprint
+from tiny import HF
 
 
 class _Fixed:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from harness_task import TASK
 
 import oats_vision as ov
+from harness_task import TASK
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.evaluation.harness import run_tasks
 

@@ -1,0 +1,25 @@
+"""Top-1 of all methods at several rates: the form of the OATS paper's table of vision transformers.
+
+    python eval/studies/method_table.py                                           # the demo
+    python eval/studies/method_table.py --config configs/paper/vit_base.yaml --data imagenet/train --eval-data imagenet/val
+
+Each method runs in its own paper's pattern (`oats-vision compress --help` names them). Writes method_table.csv,
+.png and .md; run it again to go on where it stopped.
+"""
+
+from benches import Pictures
+from study import collect, method_cells, method_line, parse_methods, picture_parser, run, show
+
+METHODS = ["magnitude", "svd", "slicegpt", "wanda", "dsnot", "sparsegpt", "oats-plain", "oats"]
+RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
+
+
+def main() -> None:
+    flags = picture_parser(__doc__, "results/method_table")
+    args = parse_methods(flags, METHODS, RATES)
+    rows = run(Pictures(args), args, "method_table", method_cells(args))
+    show(rows, collect(rows, method_line, "rate"), f"{rows[0]['model']}, methods", "rate", args.out / "method_table")
+
+
+if __name__ == "__main__":
+    main()

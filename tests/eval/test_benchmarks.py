@@ -1,0 +1,64 @@
+"""The benchmarks in `eval/` run as their help says, on the smallest shapes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command import run
+
+BENCHMARKS = Path(__file__).parents[2] / "eval" / "benchmarks"
+
+
+def _script(name: str, *arguments: object) -> str:
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model_directory, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("benchmarks") / "vit_50"
+    done = run(
+        "compress", "--model", model_directory, "--data", "demo", "--samples", 4, "--iterations", 2, "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_layers_against_dense(tmp_path):
+    file = tmp_path / "layers.csv"
+    options = ["--shapes", "96x64", "--tokens", 1, 20, "--rates", 0.5, "--layers", 3, "--repeats", 2, "--csv", file]
+    assert "medians of 2" in _script("layer_speed.py", *options)
+    with file.open() as rows:
+        found = list(csv.DictReader(rows))
+    assert len(found) == 2 * 2 * 2  # tokens, rank ratios, storage
+    for row in found:
+        assert float(row["speedup"]) == pytest.approx(float(row["dense_us"]) / float(row["compressed_us"]))
+
+
+def test_whole_models_with_what_torch_alone_offers(checkpoint, tmp_path):
+    file = tmp_path / "models.csv"
+    options = ["--batch-sizes", 2, "--others", "bfloat16", "rank ratio 0", "--repeats", 1, "--csv", file]
+    _script("model_speed.py", checkpoint, *options)
+    with file.open() as rows:
+        what = [row["what"] for row in csv.DictReader(rows)]
+    assert what == ["dense", "compressed", "rank ratio 0", "dense, bfloat16", "compressed, bfloat16"]
+
+
+def test_a_language_model_of_given_shapes_can_be_timed(tmp_path):
+    shapes = ["--hidden", 32, "--intermediate", 48, "--layers", 2, "--heads", 4, 2, "--vocabulary", 99]
+    _script("llama_shapes.py", tmp_path / "llama", *shapes)
+    timed = run("bench", tmp_path / "llama", "--prompt", 20, "--new-tokens", 2, "--repeats", 1, "--json")
+    assert timed.returncode == 0, timed.stderr
+    assert [one["units"] for one in json.loads(timed.stdout)["timings"]] == [20, 2]
+
+
+def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
+    output = _script("round_profile.py", "--shapes", "96x64", "--repeats", 1)
+    for words in ("sparse step", "orthonormal basis", "GFLOP/s"):
+        assert words in output
+    assert "MB" in _script("loading.py", checkpoint)
