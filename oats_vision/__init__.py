@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from oats_vision.checkpoint.store import load, load_transform, save
-    from oats_vision.compression.pipeline import CompressionReport
+    from oats_vision.compression.record import CompressionReport
     from oats_vision.data.pictures import load_pictures
     from oats_vision.data.text import load_sequences, load_tokens
     from oats_vision.errors import OatsVisionError

@@ -25,10 +25,10 @@ from torch import Tensor
 from oats_vision.core.budget import Pattern, layer_budget
 from oats_vision.core.oats import Factors
 from oats_vision.core.threshold import keep_largest
-from oats_vision.evaluation.speed import side_by_side
 from oats_vision.kernels import native
 from oats_vision.nn.semi_structured import SemiStructuredLinear
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
+from oats_vision.timing import side_by_side
 
 
 def random_layer(

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 import oats_vision as ov
 from oats_vision.checkpoint.store import load_transform
 from oats_vision.core.budget import Pattern
-from oats_vision.evaluation.speed import dense_twin, plain_picture, side_by_side
+from oats_vision.evaluation.speed import dense_twin, plain_picture
 from oats_vision.nn.sparse_low_rank import compressed_layers
+from oats_vision.timing import side_by_side
 
 OTHERS = ["bfloat16", "compile", "onnxruntime", "openvino", "rank ratio 0"]
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from oats_vision.core.budget import layer_budget
 from oats_vision.core.lowrank import orthonormal
-from oats_vision.core.threshold import SparseTerm
-from oats_vision.evaluation.speed import side_by_side
+from oats_vision.kernels.thresholding import sparse_term
+from oats_vision.timing import side_by_side
 
 # name: call, floating-point operations, bytes read and written
 Parts = dict[str, tuple[Callable[[], object], int, int]]
@@ -27,7 +27,7 @@ def round_parts(m: int, n: int, rate: float, rank_ratio: float) -> tuple[Parts, 
     budget = layer_budget(m, n, rate, rank_ratio)
     r, matrix = budget.rank, 4 * m * n
     A, L, V, Y = torch.randn(m, n), 0.1 * torch.randn(m, n), torch.randn(r, n), torch.randn(m, r)
-    U, sparse, buffer = orthonormal(Y), SparseTerm(A, budget), torch.empty(m, n)
+    U, sparse, buffer = orthonormal(Y), sparse_term(A, budget), torch.empty(m, n)
     parts: Parts = {
         "A V^T": (lambda: A @ V.T, 2 * m * n * r, matrix),
         "orthonormal basis": (lambda: orthonormal(Y), 8 * m * r * r, 16 * m * r),

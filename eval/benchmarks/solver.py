@@ -23,6 +23,7 @@ from oats_vision.calibration.statistics import SecondMoment
 from oats_vision.core.budget import Pattern, layer_budget
 from oats_vision.core.oats import Factors, oats
 from oats_vision.data.pictures import load_pictures
+from oats_vision.kernels.thresholding import sparse_term
 
 
 @torch.no_grad()
@@ -78,7 +79,13 @@ def main() -> None:
     for name in args.layer:
         weight, scale = layer_and_scale(args.model, args.data, name, args.samples)
         budget = layer_budget(*weight.shape, args.rate, args.rank_ratio, Pattern.parse(args.pattern))
-        problem = {"weight": weight, "scale": scale, "budget": budget, "iterations": args.iterations}
+        problem = {
+            "weight": weight,
+            "scale": scale,
+            "budget": budget,
+            "iterations": args.iterations,
+            "sparse_term": sparse_term,
+        }
         exact, exact_seconds = timed(1, **problem, solver="exact")
         solvers = {
             "exact": (exact, exact_seconds),

@@ -1,7 +1,8 @@
-"""Top-1 of all methods at several rates: the form of the OATS paper's table of vision transformers.
+r"""Top-1 of all methods at several rates: the form of the OATS paper's table of vision transformers.
 
     python eval/studies/method_table.py                                           # the demo
-    python eval/studies/method_table.py --config configs/paper/vit_base.yaml --data imagenet/train --eval-data imagenet/val
+    python eval/studies/method_table.py --config configs/paper/vit_base.yaml \
+        --data imagenet/train --eval-data imagenet/val
 
 Each method runs in its own paper's pattern (`oats-vision compress --help` names them). Writes method_table.csv,
 .png and .md; run it again to go on where it stopped.

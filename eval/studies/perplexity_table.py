@@ -1,7 +1,7 @@
 r"""Perplexity of a language model under several methods and rates, on one or more held-out texts.
 
-    python eval/studies/perplexity_table.py --model model.gguf --data calibration.txt --eval-data held_out.txt other.txt \
-        --samples 128 --sequence-length 512 --seeds 0
+    python eval/studies/perplexity_table.py --model model.gguf --data calibration.txt \
+        --eval-data held_out.txt other.txt --samples 128 --sequence-length 512 --seeds 0
 
 Writes perplexity_table.csv, and for each text a plot and a table; run it again to go on where it stopped.
 """

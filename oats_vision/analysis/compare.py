@@ -13,8 +13,9 @@ from rich.table import Table
 from oats_vision.analysis import figures
 from oats_vision.analysis.figures import Point
 from oats_vision.analysis.page import render
-from oats_vision.checkpoint.store import CompressionReport, layer_specs, read_config
+from oats_vision.checkpoint.store import layer_specs, read_config
 from oats_vision.checkpoint.weights import WeightsFile
+from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation import Difference

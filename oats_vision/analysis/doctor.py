@@ -22,9 +22,9 @@ from packaging.requirements import Requirement
 from oats_vision import logs, network
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError
-from oats_vision.evaluation.speed import side_by_side
 from oats_vision.kernels import native
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
+from oats_vision.timing import side_by_side
 
 GROUPS = ("versions", "machine", "kernels", "folders", "network")
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "datasets", "safetensors", "numpy")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from oats_vision.compression.pipeline import CompressionReport
+    from oats_vision.compression.record import CompressionReport
     from oats_vision.evaluation import Perplexity, Top1
     from oats_vision.evaluation.speed import Timing
 

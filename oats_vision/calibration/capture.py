@@ -14,6 +14,7 @@ from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite
+from oats_vision.nn.outputs import first_output
 
 Form = Callable[[Tensor], Any]  # hidden states -> what a block returns
 
@@ -306,11 +307,6 @@ def check_finite_states(hidden: Tensor, mask: Tensor | None, what: str, batch: i
         raise ModelError(
             f"{what} are not finite in calibration batch {batch}: the model overflows {hidden.dtype}, or is broken"
         )
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states among what a block (or its attention) returns."""
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,7 +1,7 @@
 """What the linears of a block see on the calibration batches."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.statistics import Statistic
-from oats_vision.compression.budgets import Parts
-from oats_vision.compression.decompose import statistic_of
-from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import DataError, ModelError
 from oats_vision.models.structure import in_experts
 from oats_vision.models.values import all_finite
@@ -24,8 +21,8 @@ FEW_TOKENS = 256  # a second moment of that many is known to about 10%
 
 def collect_statistics(
     block: nn.Module,
-    linears: Mapping[str, Parts],
-    settings: CompressionSettings,
+    linears: Iterable[str],
+    new_statistic: Callable[[int, torch.device], Statistic],
     hidden: ActivationStore,
     calls: BlockCalls,
     index: int,
@@ -35,6 +32,8 @@ def collect_statistics(
     """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
 
     Args:
+        linears: by name in the block.
+        new_statistic: an empty one for a number of input features, on a device.
         tell: called with the share of the batches that are done.
 
     Raises:
@@ -42,7 +41,7 @@ def collect_statistics(
         ModelError: a linear's inputs are not finite.
     """
     statistics: dict[str, Statistic] = {}
-    tokens: dict[str, int] = dict.fromkeys(linears, 0)
+    tokens: dict[str, int] = {}
     handles = []
     mask: Tensor | None = None  # of the batch that is running
     b = 0  # its number
@@ -50,8 +49,8 @@ def collect_statistics(
     for name in linears:
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        statistic = statistic_of(settings, linear.in_features, linear.weight.device)
-        statistics[name] = statistic
+        statistic = new_statistic(linear.in_features, linear.weight.device)
+        statistics[name], tokens[name] = statistic, 0
 
         def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:
             x: Tensor = args[0]

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from oats_vision.compression.settings import Scaling
 from oats_vision.core.oats import column_scale
 from oats_vision.models.values import all_finite
 
@@ -166,7 +165,7 @@ class NoScale:
 
 Scale = SecondMoment | MedianMagnitude | NoScale
 Statistic = Scale | Gram
-SCALES: dict[Scaling, type[Scale]] = {
+SCALES: dict[str, type[Scale]] = {
     "second_moment": SecondMoment,
     "median": MedianMagnitude,
     "none": NoScale,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from oats_vision.compression.pipeline import CompressionReport
+from oats_vision.compression.record import CompressionReport
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.nn.sparse_low_rank import LayerSpec
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest, read_config
 from oats_vision.checkpoint.place import MERGED, REPORT, check_target, is_checkpoint, locked, new_directory
 from oats_vision.checkpoint.weights import WEIGHTS, WeightsFile, check_bitmask
-from oats_vision.compression.methods.slicegpt import SlicedBlock, empty_sliced_blocks
-from oats_vision.compression.pipeline import CompressionReport
+from oats_vision.compression.methods.slicegpt import empty_sliced_blocks
+from oats_vision.compression.record import CompressionReport
 from oats_vision.errors import CheckpointError, OatsVisionError
 from oats_vision.files import replacing
 from oats_vision.models.adapters import Adapter, adapters, find_adapter, remember_adapter
@@ -27,6 +27,7 @@ from oats_vision.models.loading.load import TOKENIZER, remember_source, source_o
 from oats_vision.models.source import ModelSource, library, rebuild
 from oats_vision.models.transforms import Transform, build_transform, plain
 from oats_vision.models.values import broken
+from oats_vision.nn.sliced import SlicedBlock
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, compressed_layers
 
 __all__ = [

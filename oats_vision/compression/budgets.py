@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from oats_vision.core.budget import Budget, layer_budget
-from oats_vision.evaluation.speed import side_by_side
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
+from oats_vision.timing import side_by_side
 
 RANK_RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
 REPEATS = 9

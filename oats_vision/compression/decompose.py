@@ -11,6 +11,7 @@ from oats_vision.core.baselines import dsnot, magnitude, sparsegpt, svd, wanda
 from oats_vision.core.budget import Budget
 from oats_vision.core.oats import Factors, column_scale, oats
 from oats_vision.core.refit import refit
+from oats_vision.kernels.thresholding import sparse_term
 
 
 def statistic_of(settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
@@ -31,6 +32,7 @@ def decompose(weight: Tensor, statistic: Statistic, budget: Budget, settings: Co
         ValueError: the statistic has seen no token, or is not finite.
     """
     options: dict[str, Any] = {name: getattr(settings, name) for name in ("solver", "iterations", "tolerance")}
+    options["sparse_term"] = sparse_term
     if isinstance(statistic, Gram):
         gram = statistic.compute()
         if settings.method == "sparsegpt":

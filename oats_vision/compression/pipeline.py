@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +16,10 @@ from oats_vision.calibration.capture import BlockCalls, capture_block_calls, che
 from oats_vision.calibration.collect import check_tokens, collect_statistics
 from oats_vision.calibration.statistics import Statistic
 from oats_vision.compression.budgets import Parts, candidates, fastest
-from oats_vision.compression.decompose import decompose
-from oats_vision.compression.methods.slicegpt import SlicedBlock, Slicing, slice_blocks
+from oats_vision.compression.decompose import decompose, statistic_of
+from oats_vision.compression.methods.slicegpt import slice_blocks
 from oats_vision.compression.plan import Plan, plan_model
+from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings, validated
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
@@ -26,86 +27,11 @@ from oats_vision.models.adapters import Adapter, find_adapter, refuse_wrappers, 
 from oats_vision.models.loading.load import note_weights
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
-from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+from oats_vision.nn.sliced import SlicedBlock
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock, Step, shares
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one linear.
-
-    errors: of each part, |(W - S - U V) D| / |W D|. output_errors: of each part's output, |(W - S - U V) X| / |W X|, if
-    the method knows it. rounds: of each part. tokens: that the linear saw.
-    """
-
-    name: str
-    spec: LayerSpec
-    errors: dict[str, float]
-    output_errors: dict[str, float]
-    rounds: dict[str, int]
-    seconds: float
-    tokens: int
-
-    @property
-    def error(self) -> float:
-        """The largest relative error of a part: of its output if that is known, else weighted by D."""
-        return max((self.output_errors or self.errors).values())
-
-
-@dataclass
-class CompressionReport:
-    """What was done to a model, layer by layer."""
-
-    adapter: str
-    settings: CompressionSettings
-    samples: int = 0
-    unit: str = "pictures"  # that the samples are
-    layers: list[LayerReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, and the total
-    slicing: Slicing | None = None  # of method slicegpt, which has no compressed layers
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the compressed layers: non-zeros, U and V (or the linears of sliced blocks)."""
-        if self.slicing:
-            return self.slicing.parameters
-        return sum(layer.spec.parameters for layer in self.layers)
-
-    @property
-    def dense_parameters(self) -> int:
-        """Parameters that these layers had."""
-        if self.slicing:
-            return self.slicing.dense_parameters
-        return sum(layer.spec.dense_parameters for layer in self.layers)
-
-    @property
-    def error_name(self) -> str:
-        """What the layers' `error` is, in words."""
-        known = any(layer.output_errors for layer in self.layers)
-        return "relative error of a layer's output" if known else "relative error of a layer"
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = [{**asdict(layer), "error": layer.error} for layer in self.layers]
-        return {**asdict(self), "settings": self.settings.model_dump(), "layers": layers}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "CompressionReport":
-        """The inverse of `to_dict`; other fields are ignored. Raises KeyError, TypeError or ValueError."""
-        names = ("name", "errors", "output_errors", "rounds", "seconds", "tokens")
-        return cls(
-            adapter=fields["adapter"],
-            settings=CompressionSettings(**fields["settings"]),
-            samples=fields["samples"],
-            unit=fields["unit"],
-            layers=[
-                LayerReport(spec=LayerSpec.from_dict(layer["spec"]), **{name: layer[name] for name in names})
-                for layer in fields["layers"]
-            ],
-            seconds=dict(fields["seconds"]),
-            slicing=Slicing.from_dict(fields["slicing"]) if fields["slicing"] else None,
-        )
 
 
 @torch.no_grad()
@@ -269,7 +195,14 @@ def compress_block(
     clock.at("statistics", index, 0.0)
     round_to(block.state_dict().values(), storage)
     statistics, tokens = collect_statistics(
-        block, parts, report.settings, hidden, calls, index, name, lambda share: clock.at("statistics", index, share)
+        block,
+        parts,
+        partial(statistic_of, report.settings),
+        hidden,
+        calls,
+        index,
+        name,
+        lambda share: clock.at("statistics", index, share),
     )
     check_tokens(name, block, statistics, tokens)
     before = _shares_before(block, parts, report.layers[-len(parts) :] if parts else [])

@@ -7,12 +7,13 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from oats_vision.compression.budgets import Parts
-from oats_vision.compression.methods.slicegpt import SlicedBlock, Slicing, plan_slicing
+from oats_vision.compression.methods.slicegpt import plan_slicing
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.core.budget import layer_budget
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
 from oats_vision.models.adapters import Adapter
 from oats_vision.models.structure import check_replaceable
+from oats_vision.nn.sliced import SlicedBlock, Slicing
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression.methods.slicegpt import slice_blocks
-from oats_vision.compression.pipeline import CompressionReport, apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.compression.pipeline import apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError

@@ -3,6 +3,7 @@
 W ~ S + U V,   minimising |(W - S - U V) D|,   D = sqrt(second moment of the inputs)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ def oats(
     solver: Solver = "fast",
     extrapolation: float = 0.95,
     tolerance: float = 0.0,
+    sparse_term: Callable[[Tensor, Budget], SparseTerm] = SparseTerm,
 ) -> Factors:
     """Decompose a weight into sparse plus low-rank (OATS, Algorithm 2).
 
@@ -58,6 +60,7 @@ def oats(
         solver: `exact` is the paper's (a full SVD each round), `fast` a warm-started block power iteration.
         extrapolation: of the sparse term between rounds, for `fast` only.
         tolerance: `fast` stops when ten rounds lowered the error by less than this share of it; 0: never.
+        sparse_term: makes S of the `fast` rounds; `kernels.thresholding.sparse_term` is compiled.
 
     Returns:
         Factors in the dtype of the arithmetic: float64 for float64 weights, else float32.
@@ -68,7 +71,9 @@ def oats(
     if solver == "exact":
         S, U, V, rounds = alternating_thresholding(A, budget, iterations)
     else:
-        S, U, V, rounds = extrapolated_thresholding(A, budget, iterations, extrapolation, tolerance)
+        S, U, V, rounds = extrapolated_thresholding(
+            sparse_term(A, budget), budget.rank, iterations, extrapolation, tolerance
+        )
     S, V = S.div_(D), V / D
     return Factors(S, U, V, relative_error(W, S, U, V, D), rounds)
 
@@ -106,7 +111,7 @@ def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tupl
 
 
 def extrapolated_thresholding(
-    A: Tensor, budget: Budget, iterations: int, extrapolation: float, tolerance: float
+    sparse: SparseTerm, rank: int, iterations: int, extrapolation: float, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """The same rounds with the sparse term extrapolated: L ~ A - (S + beta (S - S_previous)).
 
@@ -114,12 +119,11 @@ def extrapolated_thresholding(
     step gets there in fewer rounds, and past the plain iteration's result. A round whose error rises
     restarts the extrapolation.
     """
-    low_rank = WarmLowRank()
-    sparse = SparseTerm(A, budget)
+    low_rank, A = WarmLowRank(), sparse.A
     errors: list[float] = []
     target = A.clone()  # what the low-rank term approximates
     for _ in range(iterations):
-        U, V = low_rank(target, budget.rank)
+        U, V = low_rank(target, rank)
         L = torch.mm(U, V, out=target)
         errors.append(sparse.update(L, extrapolation, target))
         if len(errors) > 1 and errors[-1] > errors[-2]:

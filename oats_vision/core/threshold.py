@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oats_vision.core.budget import Budget
-from oats_vision.kernels import native
 
 
 def keep_largest(x: Tensor, budget: Budget, out: Tensor | None = None) -> Tensor:
@@ -45,20 +44,12 @@ class SparseTerm:
         self.A = A
         self.budget = budget
         self.S = torch.zeros_like(A)
-        compiled = A.device.type == "cpu" and A.dtype == torch.float32 and budget.pattern.kind == "row"
-        self._thresholds = A.new_zeros(len(A)) if compiled and native.available() else None
 
     def update(self, L: Tensor, extrapolation: float, target: Tensor) -> float:
         """S becomes the largest entries of A - L, and `target` A - (S + extrapolation (S - S before)).
 
         `target` may be `L`. Returns |A - L - S|.
         """
-        if self._thresholds is not None:  # all in one pass over the matrices
-            keep = self.budget.nonzeros // max(len(self.A), 1)
-            squares = native.sparse_step(
-                self.A, L, self.S, target, self._thresholds, keep=keep, extrapolation=extrapolation
-            )
-            return squares**0.5
         residual = self.A - L
         S, before = keep_largest(residual, self.budget), self.S
         self.S = S

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from oats_vision import demo
 from oats_vision.data.decoding import picture_names
 from oats_vision.data.tables import read_labels, undecoded
 from oats_vision.errors import DataError, near
-from oats_vision.models.loading.load import demo_directory
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DemoExamples(Examples):
 
 
 def demo_examples(calibration: bool) -> tuple[Examples, list[str]]:
-    directory = demo_directory()
+    directory = demo.DIRECTORY
     names = json.loads((directory / "config.json").read_text())["label_names"]
     return DemoExamples(directory / ("calibration.npz" if calibration else "test.npz")), names
 

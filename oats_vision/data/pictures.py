@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -25,9 +26,10 @@ from oats_vision.data.tables import (
     undecoded,
 )
 from oats_vision.errors import DataError
-from oats_vision.models.transforms import Transform
 
 __all__ = ["UNREADABLE", "Batches", "load_pictures", "open_picture", "picture_files"]
+
+Transform = Callable[[Image.Image], Tensor]  # a model's preprocessing
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oats_vision import demo
 from oats_vision.data.documents import FIELDS, articles, read_documents, texts
 from oats_vision.data.pictures import shared_out
 from oats_vision.data.tables import described, open_dataset, rows
 from oats_vision.errors import DataError, did_you_mean, near
-from oats_vision.models.loading.load import demo_directory
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _documents(source: str, split: str, streaming: bool, seed: int | None) -> It
         DataError: missing, not text, or empty.
     """
     name, config, large = DATASETS.get(source, (None, "", False))
-    path = demo_directory() / "alice.txt" if source == "demo" else Path(source)
+    path = demo.DIRECTORY / "alice.txt" if source == "demo" else Path(source)
     if name is None and not source.startswith("hf:") and not path.is_dir():
         if not path.exists():
             close = near(path) or did_you_mean(source, DATASETS)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import first_output
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
@@ -28,6 +27,7 @@ from oats_vision.evaluation.top1 import class_logits, has_head
 from oats_vision.models.adapters import Adapter, find_adapter
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.transforms import Transform
+from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sparse_low_rank import other_parameter
 
 MEMORY = 1e9  # bytes of features that are kept there; the rest on disk

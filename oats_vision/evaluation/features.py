@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oats_vision.calibration.capture import first_output
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes
@@ -22,6 +21,7 @@ from oats_vision.evaluation.top1 import autocast
 from oats_vision.files import replacing
 from oats_vision.models.adapters import Adapter, find_adapter
 from oats_vision.models.loading.load import source_of
+from oats_vision.nn.outputs import first_output
 
 log = logging.getLogger(__name__)
 

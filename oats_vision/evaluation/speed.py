@@ -3,7 +3,6 @@
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,53 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from oats_vision.compression.methods.slicegpt import SlicedBlock
 from oats_vision.data.batches import Inputs
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.models.loading.load import rebuild, source_of
 from oats_vision.models.transforms import Transform
+from oats_vision.nn.sliced import SlicedBlock
 from oats_vision.nn.sparse_low_rank import merge
+from oats_vision.timing import in_turns
 
 BEGINNING = 16  # tokens that generation starts from
-FEWEST = 3  # rounds of a measurement
-
-
-def side_by_side(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, see `in_turns`."""
-    return {name: statistics.median(taken) for name, taken in in_turns(calls, repeats).items()}
-
-
-@torch.inference_mode()
-def in_turns(
-    calls: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    progress: Callable[[int], None] = lambda done: None,
-    limit: float = math.inf,
-) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the calls take turns, so that what else the machine does meets all alike.
-
-    Args:
-        repeats: rounds; after `limit` seconds no more than `FEWEST`.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + limit
-    for repeat in range(-1, repeats):  # the first round warms up
-        if repeat >= FEWEST and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            _synchronize()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-        progress(repeat + 1)
-    return seconds
-
-
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def weight_bytes(model: nn.Module) -> int:

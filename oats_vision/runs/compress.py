@@ -15,7 +15,8 @@ from torch import nn
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression import pipeline
-from oats_vision.compression.pipeline import CompressionReport, Step
+from oats_vision.compression.pipeline import Step
+from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings, validated
 from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display

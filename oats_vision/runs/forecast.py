@@ -11,8 +11,8 @@ from oats_vision.calibration.capture import first_block_input
 from oats_vision.checkpoint.store import Sizes, measure
 from oats_vision.compression.decompose import statistic_of
 from oats_vision.compression.methods.slicegpt import empty_sliced_blocks
-from oats_vision.compression.pipeline import CompressionReport, LayerReport
 from oats_vision.compression.plan import Plan, plan_model
+from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory

@@ -26,7 +26,7 @@ from oats_vision.analysis.compare import (
 )
 from oats_vision.analysis.page import write_page
 from oats_vision.cli.commands import app
-from oats_vision.compression.pipeline import CompressionReport, LayerReport
+from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation import Difference

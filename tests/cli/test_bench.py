@@ -10,7 +10,8 @@ from torch import nn
 
 import oats_vision as ov
 from command import run
-from oats_vision.evaluation.speed import dense_twin, side_by_side, weight_bytes
+from oats_vision.evaluation.speed import dense_twin, weight_bytes
+from oats_vision.timing import side_by_side
 from tiny import HF
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import oats_vision as ov
+from oats_vision import demo
 from oats_vision.data.text import DATASETS, load_sequences, load_tokens
 from oats_vision.errors import DataError, ModelError
 
@@ -30,7 +31,7 @@ def test_rows_are_packed_seeded_and_do_not_depend_on_the_batch_size(tokenizer):
 
 
 def load_text() -> str:
-    return (ov.models.demo_directory() / "alice.txt").read_text()
+    return (demo.DIRECTORY / "alice.txt").read_text()
 
 
 def test_documents_are_joined_by_the_end_of_text_token(tokenizer, tmp_path):

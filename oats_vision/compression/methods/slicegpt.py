@@ -8,9 +8,9 @@ so that embeddings, final norm and head stay as they are.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,84 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import BlockCalls, check_finite_states, first_output
+from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.statistics import Gram
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.adapters import Adapter, Residual
+from oats_vision.nn.outputs import first_output
+from oats_vision.nn.sliced import SlicedBlock, SlicedNorm, SlicedReader, Slicing
 from oats_vision.progress import Stage
-
-
-@dataclass(frozen=True)
-class Slicing:
-    """How a model was sliced.
-
-    width, sliced_width: of the residual stream, before and after.
-    parameters, dense_parameters: of the blocks' linears (the skip connections' matrices included) and what they were.
-    kept: share of the signal's second moment that is kept, for the attention and the MLP of each block.
-    """
-
-    width: int
-    sliced_width: int
-    parameters: int
-    dense_parameters: int
-    kept: tuple[float, ...] = ()
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Slicing":
-        """Raises TypeError or ValueError if a field is missing, unknown or impossible."""
-        slicing = cls(**{**fields, "kept": tuple(fields["kept"])})
-        if not (isinstance(slicing.width, int) and isinstance(slicing.sliced_width, int)):
-            raise ValueError("widths must be whole numbers")
-        if not 0 < slicing.sliced_width <= slicing.width:
-            raise ValueError(f"a stream {slicing.width} wide cannot be sliced to {slicing.sliced_width}")
-        return slicing
-
-
-class SlicedNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), the mean over the full width of the stream."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.width, self.eps = width, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., sliced width) -> the same shape; the mean is taken in float32 or better."""
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / self.width + self.eps)).to(x.dtype)
-
-
-class SlicedReader(nn.Linear):
-    """A linear of the attention: reads the first `in_features` of inputs that are padded to the full width."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., width) -> (..., out_features)."""
-        return F.linear(input[..., : self.in_features], self.weight, self.bias)
-
-
-class SlicedBlock(nn.Module):
-    """A block on a sliced stream x: y = P1 x + attention(norm(x)), z = P2 y + mlp(norm(y)).
-
-    The attention's own code may rely on inputs of the full width, so it gets them padded with zeros.
-    """
-
-    def __init__(
-        self, block: nn.Module, residual: Residual, entry: nn.Linear | None, shortcuts: Sequence[nn.Linear], width: int
-    ) -> None:
-        super().__init__()
-        self.entry = entry
-        self.norm1 = SlicedNorm(width, _eps(block.get_submodule(residual.norm1)))
-        self.attention = block.get_submodule(residual.attention)
-        self.norm2 = SlicedNorm(width, _eps(block.get_submodule(residual.norm2)))
-        self.mlp = block.get_submodule(residual.mlp)
-        self.shortcut1, self.shortcut2 = shortcuts
-        self.width = width
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, tokens, sliced width), of the full width into the first and out of the last block."""
-        x = hidden_states if self.entry is None else self.entry(hidden_states)
-        padded = F.pad(self.norm1(x), (0, self.width - x.shape[-1]))
-        y = self.shortcut1(x) + first_output(self.attention(padded, *args, **kwargs))
-        return self.shortcut2(y) + self.mlp(self.norm2(y))
 
 
 @torch.no_grad()
@@ -231,7 +160,7 @@ def _slice(
             centred = bases[0] - bases[0].mean(0) if centre else bases[0]  # P^T M
             entry = _matrix(centred.T, weight)
         shortcuts = [_matrix(bases[1].T @ bases[0], weight), _matrix(bases[1], weight)]
-        model.set_submodule(name, SlicedBlock(block, residual, entry, shortcuts, width))
+        model.set_submodule(name, _sliced(block, residual, entry, shortcuts, width))
         open_shortcut = shortcuts[1], last_of_mlp
     return replace(plan, kept=tuple(kept))
 
@@ -259,7 +188,7 @@ def empty_sliced_blocks(model: nn.Module, adapter: Adapter, slicing: Slicing) ->
             block.set_submodule(writer, new)
         entry = nn.Linear(full, cut, bias=False, device="meta") if i == 0 else None
         shortcuts = [nn.Linear(cut, rows, bias=False, device="meta") for rows in out]
-        model.set_submodule(name, SlicedBlock(block, residual, entry, shortcuts, full))
+        model.set_submodule(name, _sliced(block, residual, entry, shortcuts, full))
 
 
 def plan_slicing(blocks: Sequence[tuple[str, nn.Module]], adapter: Adapter, rate: float | None) -> Slicing:
@@ -377,6 +306,18 @@ def _subtracts_mean(norm: nn.Module) -> bool:
     if isinstance(norm, nn.RMSNorm) or type(norm).__name__.endswith("RMSNorm"):
         return False
     raise ModelError(f"slicegpt knows LayerNorm and RMSNorm, not {type(norm).__name__}")
+
+
+def _sliced(
+    block: nn.Module, residual: Residual, entry: nn.Linear | None, shortcuts: Sequence[nn.Linear], width: int
+) -> SlicedBlock:
+    """The block of a block's sliced attention and MLP."""
+    norms = (
+        SlicedNorm(width, _eps(block.get_submodule(residual.norm1))),
+        SlicedNorm(width, _eps(block.get_submodule(residual.norm2))),
+    )
+    attention, mlp = block.get_submodule(residual.attention), block.get_submodule(residual.mlp)
+    return SlicedBlock(norms, attention, mlp, entry, shortcuts, width)
 
 
 def _eps(norm: nn.Module) -> float:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from oats_vision import network
+from oats_vision import demo, network
 from oats_vision.errors import ModelError, did_you_mean, near
 from oats_vision.models.adapters import SHIPPED, adapters, find_adapter
 from oats_vision.models.aliases import ALIASES, unknown_model
@@ -40,11 +39,6 @@ __all__ = ["ModelSource", "load_model", "load_tokenizer", "rebuild", "remember_s
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # folder of a compressed language model's directory
-
-
-def demo_directory() -> Path:
-    """The trained demo ViT that ships with the package."""
-    return Path(str(resources.files("oats_vision") / "demo"))
 
 
 def load_model(
@@ -70,7 +64,7 @@ def load_model(
         ModelError: unknown name, a model that cannot be loaded, or one of no supported family.
     """
     name = os.fspath(name)
-    path = demo_directory() if name == "demo" else Path(name)
+    path = demo.DIRECTORY if name == "demo" else Path(name)
     with nullcontext() if pretrained else _same_random_weights():
         model, source = _from_anywhere(name, path, pretrained, image_size, trust_remote_code)
     if image_size is not None and source.kind != "timm":

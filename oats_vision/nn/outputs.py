@@ -1,0 +1,10 @@
+"""What blocks of transformers return."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states among what a block (or its attention) returns."""
+    return output[0] if isinstance(output, (tuple, list)) else output
