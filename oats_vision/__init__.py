@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from oats_vision.checkpoint.store import load, load_transform, save
+    from oats_vision.checkpoint import load, load_transform, save
     from oats_vision.compression.record import CompressionReport
     from oats_vision.data.pictures import load_pictures
     from oats_vision.data.text import load_sequences, load_tokens
@@ -39,7 +39,7 @@ __all__ = [
 # the modules of the public names; each is imported when one of its names is first used, since PyTorch takes seconds
 _HOMES = {
     "models.adapters": ("Adapter", "register_adapter"),
-    "checkpoint.store": ("load", "load_transform", "save"),
+    "checkpoint": ("load", "load_transform", "save"),
     "runs.compress": ("Result", "compress"),
     "data.pictures": ("load_pictures",),
     "errors": ("OatsVisionError",),

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.checkpoint.store import load_transform
+from oats_vision.checkpoint import load_transform
 from oats_vision.core.budget import Pattern
 from oats_vision.evaluation.speed import dense_twin, plain_picture
 from oats_vision.nn.sparse_low_rank import compressed_layers

@@ -13,7 +13,7 @@ from rich.table import Table
 from oats_vision.analysis import figures
 from oats_vision.analysis.figures import Point
 from oats_vision.analysis.page import render
-from oats_vision.checkpoint.store import layer_specs, read_config
+from oats_vision.checkpoint import layer_specs, read_config
 from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings

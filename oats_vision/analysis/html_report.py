@@ -12,10 +12,10 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from oats_vision import checkpoint
 from oats_vision.analysis import figures
 from oats_vision.analysis.compare import block_of, errors_by_block, short
 from oats_vision.analysis.page import render, write_page
-from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.evaluation import Difference
 from oats_vision.evaluation.results import EXAMPLES, Cost

@@ -1,1 +1,35 @@
-"""checkpoint"""
+"""Compressed models on disk: config.json and model.safetensors (see docs/format.md)."""
+
+from oats_vision.checkpoint.config import CONFIG, read_config
+from oats_vision.checkpoint.place import MERGED, PAGE, REPORT, check_target, is_checkpoint, locked, new_directory
+from oats_vision.checkpoint.read import layer_specs, load, load_transform, read_weights
+from oats_vision.checkpoint.reports import add_evaluation, change_report, write_json
+from oats_vision.checkpoint.sizes import Sizes, measure
+from oats_vision.checkpoint.weights import WEIGHTS
+from oats_vision.checkpoint.write import check_source, is_sliced, save, write
+
+__all__ = [
+    "CONFIG",
+    "MERGED",
+    "PAGE",
+    "REPORT",
+    "WEIGHTS",
+    "Sizes",
+    "add_evaluation",
+    "change_report",
+    "check_source",
+    "check_target",
+    "is_checkpoint",
+    "is_sliced",
+    "layer_specs",
+    "load",
+    "load_transform",
+    "locked",
+    "measure",
+    "new_directory",
+    "read_config",
+    "read_weights",
+    "save",
+    "write",
+    "write_json",
+]

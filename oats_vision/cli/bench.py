@@ -54,8 +54,8 @@ def bench(
     need_directory(directory)
     import torch
 
+    from oats_vision import checkpoint
     from oats_vision.analysis import tables as report
-    from oats_vision.checkpoint import store as checkpoint
     from oats_vision.evaluation.speed import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
     from oats_vision.evaluation.stored import read_report
     from oats_vision.machine import choose_device, machine, machine_line

@@ -54,7 +54,7 @@ class Models:
             raise ConfigError("give either --dense or --no-dense")
         for given in filter(None, (model, dense)):
             check_model(given)
-        from oats_vision.checkpoint import store as checkpoint
+        from oats_vision import checkpoint
         from oats_vision.machine import choose_device
         from oats_vision.models.loading.load import ModelSource, load_model
 
@@ -123,8 +123,8 @@ def show(
     as_json: bool,
 ) -> None:
     """Print the scores and their differences, and add them to the checkpoint's report."""
+    from oats_vision import checkpoint
     from oats_vision.analysis import tables as report
-    from oats_vision.checkpoint import store as checkpoint
     from oats_vision.machine import machine
 
     differences: dict[str, Difference | Ratio] = {}

@@ -286,7 +286,7 @@ def _extraction(
     mixed = dtype_of(mixed_precision) if mixed_precision else None
     warn_if_slow("--mixed-precision", mixed, device)
 
-    from oats_vision.checkpoint.store import is_sliced
+    from oats_vision.checkpoint import is_sliced
     from oats_vision.evaluation import cached_features
 
     def extract(module: nn.Module, what: str) -> tuple[Features, Features]:

@@ -51,12 +51,13 @@ def inspect(
         see_writable(html, [directory])
     import torch
 
+    from oats_vision import checkpoint
     from oats_vision.analysis.html_report import spectra_of, write_html
-    from oats_vision.checkpoint import store as checkpoint
+    from oats_vision.compression.record import CompressionReport
 
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
-    done = checkpoint.CompressionReport.from_dict(config)
+    done = CompressionReport.from_dict(config)
     sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
     if html:
         with Display(notes).counting("spectra", "layers", len(spectra_of(done))) as progress:
@@ -107,8 +108,8 @@ def rollout(
     for path in images:
         if not path.exists():
             raise DataError(f"--images {path} does not exist")
+    from oats_vision import checkpoint
     from oats_vision.analysis.rollout import views
-    from oats_vision.checkpoint import store as checkpoint
     from oats_vision.machine import choose_device
 
     targets = _targets(_pictures(images, limit), out)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from oats_vision.checkpoint.store import REPORT
+from oats_vision.checkpoint import REPORT
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluation.results import Cost, Example

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
-from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression import pipeline
 from oats_vision.compression.pipeline import Step
 from oats_vision.compression.record import CompressionReport

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.capture import first_block_input
-from oats_vision.checkpoint.store import Sizes, measure
+from oats_vision.checkpoint import Sizes, measure
 from oats_vision.compression.decompose import statistic_of
 from oats_vision.compression.methods.slicegpt import empty_sliced_blocks
 from oats_vision.compression.plan import Plan, plan_model

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from oats_vision import checkpoint
 from oats_vision.analysis.html_report import spectra_of, write_html
-from oats_vision.checkpoint import store as checkpoint
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.settings import CompressionSettings, RunConfig

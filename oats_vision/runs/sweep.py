@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from oats_vision import checkpoint
 from oats_vision.analysis.compare import Run, comparison_page
 from oats_vision.analysis.page import write_page
 from oats_vision.analysis.tables import as_text
-from oats_vision.checkpoint import store as checkpoint
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from oats_vision.checkpoint import store as checkpoint
+from oats_vision import checkpoint
 from oats_vision.compression.settings import RunConfig
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.machine import choose_device

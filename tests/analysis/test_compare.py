@@ -25,6 +25,7 @@ from oats_vision.analysis.compare import (
     scatters,
 )
 from oats_vision.analysis.page import write_page
+from oats_vision.checkpoint import measure, read_config, read_weights
 from oats_vision.cli.commands import app
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
@@ -95,9 +96,9 @@ def test_a_run_read_from_a_checkpoint_is_what_the_checkpoint_is(directories):
     runs = read_runs(directories)
     assert [run.name for run in runs] == ["a/out", "b/out", f"{directories[2].parent.name}/c"]
     for run, directory, rate in zip(runs, directories, (0.3, 0.5, 0.7), strict=True):
-        config = ov.checkpoint.read_config(directory)
+        config = read_config(directory)
         report = CompressionReport.from_dict(config)
-        sizes = ov.checkpoint.measure(ov.checkpoint.read_weights(directory, config).values(), report, torch.float16)
+        sizes = measure(read_weights(directory, config).values(), report, torch.float16)
         assert (run.bytes, run.dense_bytes) == (sizes.total, sizes.dense_total)
         assert run.settings.rate == rate
         first = [layer.error for layer in report.layers if layer.name.startswith("blocks.0.")]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.analysis.html_report import EXAMPLES, spectra_of, spectrum, write_html
-from oats_vision.checkpoint.store import add_evaluation, layer_specs, read_config, read_weights
+from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, read_weights
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError

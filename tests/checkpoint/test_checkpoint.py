@@ -10,17 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
+from oats_vision.checkpoint import locked, measure
 from oats_vision.checkpoint import place as checkpoint_place
 from oats_vision.checkpoint.config import config_digest
-from oats_vision.checkpoint.store import measure
+from oats_vision.checkpoint.weights import check_bitmask
+from oats_vision.checkpoint.write import _sha256
 from oats_vision.errors import CheckpointError, ModelError
+from oats_vision.models.loading.load import remember_source, source_of
+from oats_vision.models.source import ModelSource
+from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 
 NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
 
 @pytest.fixture
 def compressed(tiny_vit, pictures):
-    ov.models.remember_source(tiny_vit, ov.models.ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    remember_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
     ov.compress(tiny_vit, pictures, rate=0.5, rank_ratio=0.2, iterations=3, storage_dtype="float16")
     return tiny_vit
 
@@ -42,7 +47,7 @@ def _rewrite(saved: Path, change) -> None:
     tensors = load_file(saved / "model.safetensors")
     change(tensors)
     save_file(tensors, saved / "model.safetensors")
-    _edit(saved, weights_sha256=ov.checkpoint._sha256(saved / "model.safetensors"))
+    _edit(saved, weights_sha256=_sha256(saved / "model.safetensors"))
 
 
 @torch.no_grad()
@@ -82,7 +87,7 @@ def test_a_loaded_model_asks_for_no_gradients(saved, pictures):
 @torch.no_grad()
 def test_a_float64_model_stays_one(tiny_vit, pictures, tmp_path):
     tiny_vit.double()
-    ov.models.remember_source(tiny_vit, ov.models.ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    remember_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
     ov.compress(tiny_vit, [batch.double() for batch in pictures], rate=0.5, iterations=2)
     ov.save(tiny_vit, tmp_path / "out")
     loaded = ov.load(tmp_path / "out")
@@ -143,14 +148,14 @@ def test_what_could_not_be_loaded_is_not_saved(compressed, tmp_path, change, mes
 
 
 def test_a_head_that_the_model_tells_of_is_saved(tiny_vit, pictures, tmp_path):
-    source = ov.models.ModelSource("timm", NAME, {**ARGS, "num_classes": 10}, label_names=list("abcdefghij"))
-    ov.models.remember_source(tiny_vit, source)
+    source = ModelSource("timm", NAME, {**ARGS, "num_classes": 10}, label_names=list("abcdefghij"))
+    remember_source(tiny_vit, source)
     tiny_vit.reset_classifier(3)
     ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
     ov.save(tiny_vit, tmp_path / "out")
     loaded = ov.load(tmp_path / "out")
     assert loaded(pictures[0]).shape == (4, 3)
-    assert ov.models.source_of(loaded).label_names is None  # they were those of the old head
+    assert source_of(loaded).label_names is None  # they were those of the old head
 
 
 @pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
@@ -270,7 +275,7 @@ def test_a_link_is_followed(compressed, tmp_path, monkeypatch, can_swap, there):
 def test_one_writer_at_a_time_who_cleans_up_after_killed_ones(compressed, tmp_path):
     (tmp_path / ".out.writing-killed").mkdir()
     (tmp_path / ".out.lock").touch()  # of a killed run: the lock itself died with it
-    with ov.checkpoint.locked(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         assert [entry.name for entry in tmp_path.iterdir()] == [".out.lock"]
         with pytest.raises(CheckpointError, match="is being written by another run"):
             ov.save(compressed, tmp_path / "out")
@@ -370,10 +375,10 @@ def test_an_architecture_that_is_not_there_is_an_error(saved):
 
 
 def test_bitmask_beyond_the_last_column_is_an_error():
-    spec = ov.layers.LayerSpec(5, 2, False, (ov.layers.Part("w", 2, 0, 2),))
-    ov.checkpoint.check_bitmask(torch.tensor([[1], [16]], dtype=torch.uint8), spec, "x")
+    spec = LayerSpec(5, 2, False, (Part("w", 2, 0, 2),))
+    check_bitmask(torch.tensor([[1], [16]], dtype=torch.uint8), spec, "x")
     with pytest.raises(CheckpointError, match="beyond the last column"):
-        ov.checkpoint.check_bitmask(torch.tensor([[1], [32]], dtype=torch.uint8), spec, "x")
+        check_bitmask(torch.tensor([[1], [32]], dtype=torch.uint8), spec, "x")
 
 
 def test_files_are_as_readable_as_any_other_new_file(compressed, tmp_path):

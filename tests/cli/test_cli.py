@@ -25,6 +25,7 @@ from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation import evaluate_top1
+from oats_vision.models.loading.load import remember_source, source_of
 from oats_vision.runs.run import run as run_here
 
 
@@ -282,10 +283,10 @@ def test_a_comparison_is_with_the_weights_that_were_compressed(model_directory, 
 @pytest.mark.parametrize("where", ["folder", "checkpoint"])
 def test_a_checkpoint_does_not_name_code_as_its_dense_model(model_directory, tmp_path, where):
     model, _ = ov.load_model(model_directory)
-    source = ov.models.source_of(model)
+    source = source_of(model)
     ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
     name = f"hub:{tmp_path}:entry" if where == "folder" else str(tmp_path / "out")
-    ov.models.remember_source(model, dataclasses.replace(source, origin={"name": name}))
+    remember_source(model, dataclasses.replace(source, origin={"name": name}))
     ov.save(model, tmp_path / "out")
     models = Models(str(tmp_path / "out"), None, False, "cpu", "float32", True)
     with pytest.raises(OatsVisionError, match="names code in a folder" if where == "folder" else "compressed already"):

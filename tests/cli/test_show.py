@@ -115,7 +115,7 @@ def test_bench_of_what_is_not_finite_is_an_error(saved, monkeypatch):
             model.norm.weight[0] = float("inf")
         return model
 
-    monkeypatch.setattr("oats_vision.checkpoint.store.load", broken)
+    monkeypatch.setattr("oats_vision.checkpoint.load", broken)
     status, _, error = _run("bench", saved, "--repeats", 1)
     assert status == 1
     assert "outputs of the dense model are not finite in torch.float32" in error

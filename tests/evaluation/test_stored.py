@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oats_vision.checkpoint.store import add_evaluation
+from oats_vision.checkpoint import add_evaluation
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation.stored import Measured, read_report
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 import oats_vision as ov
 from oats_vision.checkpoint.config import config_digest
-from oats_vision.models.loading.load import ModelSource, remember_source
-from oats_vision.models.transforms import timm_transform_config
+from oats_vision.models.loading.load import ModelSource, remember_source, source_of
+from oats_vision.models.transforms import plain, timm_transform_config
 from tiny import HF
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
@@ -87,9 +87,9 @@ def _language() -> Any:
 
 def _vision() -> Any:
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=5)).eval()
-    source = ov.models.source_of(model)
+    source = source_of(model)
     transform = {"kind": "huggingface", **transformers.ViTImageProcessor(size={"height": 32, "width": 32}).to_dict()}
-    remember_source(model, ModelSource("huggingface", source.name, source.args, ov.transforms.plain(transform)))
+    remember_source(model, ModelSource("huggingface", source.name, source.args, plain(transform)))
     return model
 
 

@@ -16,8 +16,10 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression.methods.slicegpt import plan_slicing, slice_blocks
 from oats_vision.compression.plan import plan_block
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.adapters import adapters, find_adapter, remember_adapter
+from oats_vision.models.loading.load import source_of
 from tiny import HF
 
 FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
@@ -190,7 +192,7 @@ def test_all_linears_of_the_blocks_are_found_and_none_else(case, model):
     assert [name for name, _ in blocks] == [f"{case.blocks}.0", f"{case.blocks}.1"]
     for _, block in blocks:
         assert {name for name, _ in adapter.named_linears(block)} == case.linears
-        plan = plan_block(adapter, "", block, ov.pipeline.CompressionSettings())
+        plan = plan_block(adapter, "", block, CompressionSettings())
         assert {name for name, parts in plan.items() if len(parts) == 3} == case.fused
 
 
@@ -212,7 +214,7 @@ def test_loaded_model_is_bit_equal(case, model, pictures, tmp_path):
     assert all(torch.isfinite(torch.tensor(layer.error)) for layer in report.layers)
     expected = _outputs(model, pictures[0])
     ov.save(model, tmp_path / "out")
-    needs_class = ov.models.source_of(model).kind == "module"
+    needs_class = source_of(model).kind == "module"
     loaded = ov.load(tmp_path / "out", model=fresh if needs_class else None)
     stored = model.state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.state_dict().items())
@@ -270,7 +272,7 @@ def test_sliced_model_is_smaller_and_survives_a_round_trip(model, pictures, tmp_
     assert all(0.5 < share < 1 for share in report.slicing.kept)
     expected = _normalised(model, pictures[0])
     ov.save(model, tmp_path / "out")
-    loaded = ov.load(tmp_path / "out", model=fresh if ov.models.source_of(model).kind == "module" else None)
+    loaded = ov.load(tmp_path / "out", model=fresh if source_of(model).kind == "module" else None)
     assert torch.equal(_normalised(loaded, pictures[0]), expected)
     with pytest.raises(ModelError, match="sliced already"):
         ov.compress(loaded, pictures, rate=0.3)

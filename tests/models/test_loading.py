@@ -11,7 +11,7 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models.loading.load import rebuild, source_of
+from oats_vision.models.loading.load import rebuild, save_plain, source_of
 from tiny import HF
 
 
@@ -114,7 +114,7 @@ def test_merged_checkpoint_is_one_of_the_original_architecture(kind, hf_director
         model, _ = ov.load_model(str(hf_directory))
     ov.compress(model, pictures, rate=0.5, iterations=2)
     expected = model(pictures[0])
-    ov.models.save_plain(ov.merge(model), source_of(model), torch.float32, tmp_path / "merged")
+    save_plain(ov.merge(model), source_of(model), torch.float32, tmp_path / "merged")
     if kind == "timm":
         plain = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True).eval()
         torch.testing.assert_close(plain(pictures[0]), expected, rtol=1e-4, atol=1e-4)
@@ -267,7 +267,7 @@ def test_how_a_model_generates_belongs_to_it(rotary, tmp_path):
     ov.compress(dense, [torch.randint(3, 100, (4, 32))], rate=0.5, iterations=1)
     ov.save(dense, tmp_path / "out")
     loaded = ov.load(tmp_path / "out")
-    ov.models.save_plain(ov.merge(loaded), source_of(loaded), torch.float32, tmp_path / "merged")
+    save_plain(ov.merge(loaded), source_of(loaded), torch.float32, tmp_path / "merged")
     for model in (loaded, hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
         assert model.generation_config.eos_token_id == [2, 7]
         assert model.generation_config.max_new_tokens == 40
@@ -278,7 +278,7 @@ def test_a_merge_has_the_preprocessing_of_its_model(hf_directory, model_director
         model, transform = ov.load_model(kind, **options)
         size = transform(Image.new("RGB", (60, 50))).shape
         ov.compress(model, [torch.randn(4, *size)], rate=0.5, iterations=1)
-        ov.models.save_plain(ov.merge(model), source_of(model), torch.float32, tmp_path / kind.name)
+        save_plain(ov.merge(model), source_of(model), torch.float32, tmp_path / kind.name)
         again, same = ov.load_model(tmp_path / kind.name)
         picture = Image.radial_gradient("L").convert("RGB")
         assert torch.equal(same(picture), transform(picture))

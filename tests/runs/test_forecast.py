@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import oats_vision as ov
-from oats_vision.checkpoint import store as checkpoint
+from oats_vision import checkpoint
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
 from oats_vision.models.adapters import find_adapter

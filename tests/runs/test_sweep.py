@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from command import run
+from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_text
-from oats_vision.checkpoint import store as checkpoint
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.runs.grid import cell_name, cell_words, expand, load_sweep_config, sweep_config
 from oats_vision.runs.sweep import Sweep, sweep

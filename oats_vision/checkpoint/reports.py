@@ -1,0 +1,57 @@
+"""report.json of a checkpoint: what was measured when it was made and since."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from oats_vision.checkpoint.place import REPORT
+from oats_vision.errors import CheckpointError
+from oats_vision.files import replacing
+
+log = logging.getLogger(__name__)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file, all of it or nothing."""
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as problem:
+        raise CheckpointError(f"{file} cannot be written: {problem}") from problem
+
+
+def add_evaluation(path: Path, result: dict[str, Any]) -> None:
+    """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same protocol and data."""
+
+    def added(content: dict[str, Any]) -> dict[str, Any]:
+        kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
+        return {"evaluations": [*kept, result]}
+
+    change_report(path, added)
+
+
+def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Give fields of a checkpoint's report.json other values; where it cannot be written, that is said.
+
+    Args:
+        change: from what is there, the fields that change.
+
+    Raises:
+        CheckpointError: the report is damaged.
+    """
+    file = path / REPORT
+    try:
+        content = json.loads(file.read_text()) if file.exists() else {}
+        content |= change(content)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as problem:
+        raise CheckpointError(f"{file} is damaged: {problem}") from None
+    try:
+        write_json(file, content)
+    except CheckpointError as problem:  # a shared, read-only checkpoint can be evaluated too
+        log.warning("the result was not added to %s: %s", file, problem)
+
+
+def _what(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result.get(name) for name in ("protocol", "data", "train", "val"))

@@ -1,0 +1,170 @@
+"""Write a compressed model: config.json and model.safetensors, all of it or nothing (see docs/format.md)."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest
+from oats_vision.checkpoint.place import check_target, locked, new_directory
+from oats_vision.checkpoint.shapes import difference, make_room
+from oats_vision.checkpoint.weights import WEIGHTS
+from oats_vision.compression.record import CompressionReport
+from oats_vision.errors import CheckpointError, OatsVisionError
+from oats_vision.models.adapters import find_adapter
+from oats_vision.models.loading.load import TOKENIZER, source_of
+from oats_vision.models.source import rebuild
+from oats_vision.models.transforms import plain
+from oats_vision.models.values import broken
+from oats_vision.nn.sliced import SlicedBlock
+from oats_vision.nn.sparse_low_rank import compressed_layers
+
+
+def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, tokenizer: Any = None) -> None:
+    """Write a compressed model to a directory, all of it or nothing.
+
+    Args:
+        model: compressed by `compress` (or loaded by `load`).
+        path: directory to make; its parent must exist. Of a link, the directory that it points to.
+        overwrite: replace a checkpoint of ours that is there. Any other directory is left alone.
+        tokenizer: of a language model, written beside its weights for `load_tokenizer`.
+
+    Raises:
+        CheckpointError: not compressed, the path is taken, the model could not be loaded again, or the files cannot be
+            written.
+    """
+    with locked(Path(path)):
+        write(model, Path(path), overwrite, tokenizer)
+
+
+def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any = None) -> None:
+    """`save` for who holds the lock of the path."""
+    model = _unwrapped(model)
+    report = getattr(model, "_oats_vision_report", None)
+    if not isinstance(report, CompressionReport):
+        raise CheckpointError("the model is not compressed: call oats_vision.compress first")
+    check_target(path, overwrite)
+    source, state = source_of(model), model.state_dict()
+    _check_report(model, report)
+    _check_values(model, state)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    storage = getattr(torch, report.settings.storage_dtype) if report.settings.storage_dtype else dtype
+    if source.kind in ("timm", "huggingface"):
+        check_source(model, report)
+    tied = _tied(state)
+    generation = getattr(model, "generation_config", None)
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "written_by": f"oats_vision {version('oats_vision')}",
+        "source": source.to_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "storage_dtype": str(storage).removeprefix("torch."),
+        "tied": tied,
+        **report.to_dict(),
+        "generation_config": plain(generation.to_diff_dict()) if generation is not None else None,
+    }
+    buffers = {name for name, _ in model.named_buffers()}
+    tensors = {
+        name: (tensor.to(storage) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name not in tied
+    }
+    for name, tensor in tensors.items():
+        if bad := broken(tensor, name, is_parameter=name not in buffers):
+            raise CheckpointError(f"the model cannot be stored in {config['storage_dtype']}: {bad}")
+    with new_directory(path, overwrite) as target:
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        config["weights_sha256"] = _sha256(target / WEIGHTS)
+        config[DIGEST] = config_digest(config)
+        (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target / TOKENIZER)
+
+
+def check_source(model: nn.Module, report: CompressionReport | None = None) -> None:
+    """See that what is noted of a model's architecture makes a model of its tensors' names and shapes.
+
+    Args:
+        report: of its compression; None if it is dense.
+
+    Raises:
+        CheckpointError: it does not, and a checkpoint of the model could not be loaded.
+    """
+    source = source_of(model)
+    if source.kind not in ("timm", "huggingface"):  # hub code is not run again, other modules are given to `load`
+        return
+    try:
+        built = rebuild(source)
+        if report:
+            make_room(built, find_adapter(model), report, torch.float32)
+    except OatsVisionError as problem:
+        raise CheckpointError(f"the model could not be loaded again: {problem}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wrong := difference(shapes, {name: tuple(t.shape) for name, t in built.state_dict().items()}):
+        where = "model.num_classes" if source.kind == "timm" else "model.config (num_labels, ...)"
+        raise CheckpointError(
+            f"the model is no longer the {source.kind} model {source.name!r} that it was loaded as, and could not be "
+            f"loaded again: {wrong}. If its head was replaced, say so in {where}"
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that torch.compile or a wrapper for several devices holds."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _check_report(model: nn.Module, report: CompressionReport) -> None:
+    """Raises CheckpointError if the model's layers are not those of its report."""
+    layers = {name: layer.spec for name, layer in compressed_layers(model).items()}
+    noted = {layer.name: layer.spec for layer in report.layers}
+    sliced = any(isinstance(module, SlicedBlock) for module in model.modules())
+    if layers == noted and sliced == bool(report.slicing):
+        return
+    if not layers and not sliced:
+        raise CheckpointError("the model was merged since: save it before the merge, or as a dense model")
+    differ = sorted(name for name in layers.keys() | noted.keys() if layers.get(name) != noted.get(name))
+    raise CheckpointError(
+        f"the model's compressed layers are not those of its report (such as {differ[0] if differ else 'its blocks'}): "
+        "a run was stopped in the middle, or layers were changed by hand; load the dense model and compress it again"
+    )
+
+
+def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a tensor's values are not in memory."""
+    away = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if away is not None:
+        raise CheckpointError(
+            f"{away} is on the meta device and has no values (offloaded by accelerate?): "
+            "load the whole model into memory, without device_map, and compress it there"
+        )
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are another one's memory, and that one's name (an embedding that is also the head)."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    owners = {name: first.setdefault((t.data_ptr(), t.shape), name) for name, t in state.items() if t.numel()}
+    return {name: owner for name, owner in owners.items() if owner != name}
+
+
+def is_sliced(model: nn.Module) -> bool:
+    """Whether a model was compressed by slicegpt."""
+    report = getattr(model, "_oats_vision_report", None)
+    return isinstance(report, CompressionReport) and report.slicing is not None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for chunk in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
