@@ -15,9 +15,9 @@ from oats_vision.files import replacing
 def render(template: str, **values: Any) -> str:
     """A page of templates/, which may run templates/page.js and nothing else."""
     environment = Environment(
-        loader=PackageLoader("oats_vision"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("oats_vision.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    script = PackageLoader("oats_vision").get_source(environment, "page.js")[0]
+    script = PackageLoader("oats_vision.analysis").get_source(environment, "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(script=Markup(script), script_sha256=digest, **values)
 
