@@ -71,7 +71,7 @@ def test_the_console_shows_ours_alone_and_the_file_all(console, tmp_path, capsys
         "Retrying in 1s",
         "downloaded",
         "3 pictures",
-        "DEBUG oats_vision.data: details",
+        "DEBUG oats_vision.data.pictures: details",
         "UserWarning: xFormers",
     ):
         assert text.count(part) == 1
