@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from oats_vision.core.budget import Pattern, layer_budget
+from oats_vision.core.budget import Allocation, Pattern
 from oats_vision.core.oats import Factors
 from oats_vision.core.threshold import keep_largest
 from oats_vision.kernels import native
@@ -34,7 +34,7 @@ from oats_vision.timing import side_by_side
 def random_layer(
     rows: int, columns: int, rate: float, rank_ratio: float, pattern: Pattern, storage: torch.dtype
 ) -> SparseLowRankLinear:
-    budget = layer_budget(rows, columns, rate, rank_ratio, pattern)
+    budget = Allocation.of(rate, rank_ratio, pattern).budget(rows, columns)
     S = keep_largest(torch.randn(rows, columns), budget)
     factors = Factors(S, torch.randn(rows, budget.rank), torch.randn(budget.rank, columns), 0.0, 0)
     return SparseLowRankLinear.from_factors([("weight", factors)], torch.randn(rows), storage)

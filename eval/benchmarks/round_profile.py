@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from oats_vision.core.budget import layer_budget
+from oats_vision.core.budget import Allocation
 from oats_vision.core.lowrank import orthonormal
 from oats_vision.kernels.thresholding import sparse_term
 from oats_vision.timing import side_by_side
@@ -24,7 +24,7 @@ Parts = dict[str, tuple[Callable[[], object], int, int]]
 
 def round_parts(m: int, n: int, rate: float, rank_ratio: float) -> tuple[Parts, int]:
     """The parts of a round on random matrices, and the rank."""
-    budget = layer_budget(m, n, rate, rank_ratio)
+    budget = Allocation.of(rate, rank_ratio).budget(m, n)
     r, matrix = budget.rank, 4 * m * n
     A, L, V, Y = torch.randn(m, n), 0.1 * torch.randn(m, n), torch.randn(r, n), torch.randn(m, r)
     U, sparse, buffer = orthonormal(Y), sparse_term(A, budget), torch.empty(m, n)

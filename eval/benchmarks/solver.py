@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.calibration.statistics import SecondMoment
-from oats_vision.core.budget import Pattern, layer_budget
+from oats_vision.core.budget import Allocation, Pattern
 from oats_vision.core.oats import Factors, oats
 from oats_vision.data.pictures import load_pictures
 from oats_vision.kernels.thresholding import sparse_term
@@ -78,7 +78,7 @@ def main() -> None:
     rows = []
     for name in args.layer:
         weight, scale = layer_and_scale(args.model, args.data, name, args.samples)
-        budget = layer_budget(*weight.shape, args.rate, args.rank_ratio, Pattern.parse(args.pattern))
+        budget = Allocation.of(args.rate, args.rank_ratio, Pattern.parse(args.pattern)).budget(*weight.shape)
         problem = {
             "weight": weight,
             "scale": scale,

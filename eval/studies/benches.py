@@ -10,12 +10,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.compression.settings import RunConfig, load_run_config
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
 from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
 from oats_vision.evaluation.top1 import classify
 from oats_vision.machine import choose_device, machine_line
+from oats_vision.runs.config import RunConfig, load_run_config
 
 KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
 Row = dict[str, str]

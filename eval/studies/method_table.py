@@ -9,15 +9,15 @@ Each method runs in its own paper's pattern (`oats-vision compress --help` names
 """
 
 from benches import Pictures
+from oats_vision.compression import methods
 from study import collect, method_cells, method_line, parse_methods, picture_parser, run, show
 
-METHODS = ["magnitude", "svd", "slicegpt", "wanda", "dsnot", "sparsegpt", "oats-plain", "oats"]
 RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
 
 
 def main() -> None:
     flags = picture_parser(__doc__, "results/method_table")
-    args = parse_methods(flags, METHODS, RATES)
+    args = parse_methods(flags, ["oats-plain", *methods.names()], RATES)
     rows = run(Pictures(args), args, "method_table", method_cells(args))
     show(rows, collect(rows, method_line, "rate"), f"{rows[0]['model']}, methods", "rate", args.out / "method_table")
 

@@ -23,7 +23,8 @@ from rich.table import Table
 
 import oats_vision as ov
 from benches import Bench, Row, console
-from oats_vision.compression.settings import CompressionSettings, validated
+from oats_vision.compression.pipeline import compress
+from oats_vision.compression.settings import CompressionSettings, resolve
 from oats_vision.files import replacing
 
 matplotlib.use("Agg")
@@ -75,7 +76,7 @@ def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[
 
     Args:
         name: of the CSV file.
-        cells: compression settings, fields of CompressionSettings.
+        cells: compression settings, fields of CompressionOptions.
     """
     logging.basicConfig(format="%(message)s")
     config, keys = bench.config, bench.KEYS + SETTINGS
@@ -87,7 +88,7 @@ def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[
     done = {tuple(row[field] for field in keys): row for row in _read(file, keys + bench.RESULTS + LAYERS)}
     for seed in args.seeds:
         for cell in cells:
-            settings = validated(CompressionSettings, base | cell)
+            settings = resolve(**base | cell)
             for target in bench.targets:
                 about = bench.about | {"seed": seed, "eval_data": target}
                 row = {field: str(value) for field, value in (about | _described(settings)).items()}
@@ -110,12 +111,8 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
         for (settings, seed), rows in jobs.items():
             bar.update(task, description=f"{settings.method} {settings.rate:.3g} seed {seed}")
             model, start = copy.deepcopy(dense), time.perf_counter()
-            report = ov.compress(
-                model,
-                bench.calibration(seed),
-                settings=settings,
-                activation_memory=bench.config.activation_memory,
-            ).report
+            memory = bench.config.activation_memory
+            report = compress(model, bench.calibration(seed), settings, activation_memory=memory)
             layers = _layers(report, time.perf_counter() - start)
             ov.merge(model)
             for row in rows:

@@ -1,10 +1,25 @@
 """Streaming statistics of a linear layer's inputs: one pass, one vector per layer, any batch size."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from oats_vision.core.oats import column_scale
 from oats_vision.models.values import all_finite
+
+
+class Statistic(Protocol):
+    """What is gathered of a linear's inputs in one pass; the classes below are made from `in_features` and a device."""
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
+
+    def compute(self) -> Tensor:
+        """The statistic, float64. Raises ValueError if no token was seen."""
+
+    def scale(self) -> Tensor:
+        """What columns of the weight are scaled by, finite and positive, (in_features,)."""
 
 
 class SecondMoment:
@@ -148,6 +163,10 @@ class Gram:
             mean[last:, first:last] = mean[first:last, last:].T
         return mean
 
+    def scale(self) -> Tensor:
+        """D = sqrt(second moment), finite and positive, (in_features,)."""
+        return column_scale(self.compute().diagonal())
+
 
 class NoScale:
     """D = 1: the ablation without outlier information; keeps no statistics."""
@@ -158,14 +177,17 @@ class NoScale:
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Nothing is kept."""
 
+    def compute(self) -> Tensor:
+        """Ones, (in_features,)."""
+        return self.ones
+
     def scale(self) -> Tensor:
         """Ones, (in_features,)."""
         return self.ones
 
 
-Scale = SecondMoment | MedianMagnitude | NoScale
-Statistic = Scale | Gram
-SCALES: dict[str, type[Scale]] = {
+# by the name of the setting `scaling`
+SCALES: dict[str, type[SecondMoment | MedianMagnitude | NoScale]] = {
     "second_moment": SecondMoment,
     "median": MedianMagnitude,
     "none": NoScale,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from oats_vision.compression.methods.slicegpt import empty_sliced_blocks
 from oats_vision.compression.record import CompressionReport
+from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.errors import CheckpointError
 from oats_vision.models.adapters import Adapter, remember_adapter
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear

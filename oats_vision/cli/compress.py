@@ -12,9 +12,9 @@ from oats_vision import logs
 from oats_vision.cli.common import notes
 from oats_vision.cli.help import WHAT
 from oats_vision.cli.options import Json, LogFile, Verbose, option, with_settings
-from oats_vision.compression.settings import load_run_config
 from oats_vision.display import Display
 from oats_vision.models.aliases import check_model
+from oats_vision.runs.config import load_run_config
 
 EXAMPLES = """\
 a backbone, on a folder of pictures without labels

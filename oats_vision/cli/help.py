@@ -1,6 +1,7 @@
 """Help as people read it: options in named groups, names in one column and words in the other."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from textwrap import wrap
 from typing import Any
 
@@ -39,7 +40,17 @@ WIDEST = 120  # columns: longer lines are hard to read
 
 
 class Facts(str):
-    """What is said of an option's range and default, in place of typer's own words: its `show_default`."""
+    """What is said of an option's range and default, in place of typer's own words: its `show_default`.
+
+    It is put into words when the help is drawn, since registries may have grown.
+    """
+
+    words: Callable[[], str]
+
+    def __new__(cls, words: Callable[[], str]) -> "Facts":
+        facts = super().__new__(cls)
+        facts.words = words
+        return facts
 
 
 class Command(TyperCommand):
@@ -130,7 +141,7 @@ def _names(parameter: Any) -> str:
 def _facts(parameter: Any) -> str:
     """The range and the default of an option, and whether it must be given."""
     if isinstance(parameter.show_default, Facts):
-        return str(parameter.show_default)
+        return parameter.show_default.words()
     default = parameter.show_default if isinstance(parameter.show_default, str) else _default(parameter.default)
     of_type = getattr(parameter, "type", parameter)  # where typer keeps a number's range depends on its version
     facts = [

@@ -20,8 +20,10 @@ from oats_vision.cli.help import (
     WHAT,
     Facts,
 )
-from oats_vision.compression.settings import DEVICES, KNOWN_DATA, PATTERNS, RunConfig, allowed, choices, flag, validated
+from oats_vision.compression.settings import PATTERNS
+from oats_vision.fields import allowed, choices, validated
 from oats_vision.models.aliases import known_models
+from oats_vision.runs.config import DEVICES, KNOWN_DATA, RunConfig, flag
 
 Command = Callable[..., None]
 
@@ -87,12 +89,12 @@ def setting(name: str, panel: str, metavar: str) -> Any:
     words, default = _words_of(name)
     if not metavar:
         shown = flag(name) if field.default is False else flag(f"no_{name}") if field.default else flag(f"[no_]{name}")
-        facts = Facts(f"default: {default}" if field.default is None else "")
+        facts = Facts(lambda: f"default: {default}" if field.default is None else "")
         flags = f"{flag(name)}/{flag(f'no_{name}')}"
         return Annotated[
             bool | None, option(panel, flags, metavar=shown, help=WITHOUT.get(name, words), show_default=facts)
         ]
-    facts = Facts("; ".join(filter(None, [allowed(RunConfig, name), f"default: {default}" if default else ""])))
+    facts = Facts(lambda: "; ".join(filter(None, [allowed(RunConfig, name), f"default: {default}" * bool(default)])))
     details = {"metavar": metavar, "help": words, "show_default": facts, "autocompletion": suggest(name)}
     several = panel == GRID or field.annotation == tuple[str, ...]
     return Annotated[list[str] | None if several else str | None, option(panel, flag(name), **details)]

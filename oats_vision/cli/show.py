@@ -14,6 +14,7 @@ from oats_vision.cli.common import need_directory, need_transform, notes, result
 from oats_vision.cli.help import DATA, OUTPUT
 from oats_vision.cli.options import Device, Directory, Json, Trust, option
 from oats_vision.cli.pages import see_writable
+from oats_vision.compression import methods
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.models.aliases import ALIASES, SERVES, timm_models
@@ -194,14 +195,20 @@ def models(
     """List the supported model families and the aliases."""
     found = [name for name in timm_models() if search and search in name]
     if as_json:
-        typer.echo(json.dumps({"families": SERVES, "aliases": ALIASES, "found": found}))
+        typer.echo(json.dumps({"families": SERVES, "methods": _citations(), "aliases": ALIASES, "found": found}))
         return
     console = results()
     if search:
         console.print("\n".join(found) or f"no timm model with pretrained weights has {search!r} in its name")
         return
     console.print(report.key_values("families", SERVES))
+    console.print(report.key_values("methods", _citations()))
     console.print(report.key_values("aliases", ALIASES | {"demo": "a ViT for Fashion-MNIST, inside the package"}))
     console.print(
         "Any timm name of these families works too (--search NAME lists them), hf:org/name, hub:entry, a path."
     )
+
+
+def _citations() -> dict[str, str]:
+    """The methods, and the papers that they are from."""
+    return {method.name: method.citation for method in methods.known()}

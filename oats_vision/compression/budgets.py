@@ -5,10 +5,11 @@ lower rate. Which is faster depends on the machine, the shape, and how many toke
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from oats_vision.core.budget import Budget, layer_budget
+from oats_vision.core.budget import Allocation, Budget
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.timing import side_by_side
 
@@ -18,14 +19,13 @@ REPEATS = 9
 Parts = list[tuple[str, int, Budget]]  # name, out_features and budget
 
 
-def candidates(parts: Parts, in_features: int, rate: float) -> list[Parts]:
+def candidates(parts: Parts, in_features: int, allocation: Allocation) -> list[Parts]:
     """The same parts with the budgets of each rank ratio that leaves them a rank, or asks for none."""
     found = []
     for ratio in RANK_RATIOS:
         try:
-            found.append(
-                [(name, rows, layer_budget(rows, in_features, rate, ratio, old.pattern)) for name, rows, old in parts]
-            )
+            other = replace(allocation, rank_ratio=ratio)
+            found.append([(name, rows, other.budget(rows, in_features)) for name, rows, _ in parts])
         except ValueError:
             continue  # too small a weight for this ratio
     return found

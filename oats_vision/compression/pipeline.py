@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -15,12 +16,12 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, capture_block_calls, check_finite_states
 from oats_vision.calibration.collect import check_tokens, collect_statistics
 from oats_vision.calibration.statistics import Statistic
+from oats_vision.compression import methods
 from oats_vision.compression.budgets import Parts, candidates, fastest
-from oats_vision.compression.decompose import decompose, statistic_of
-from oats_vision.compression.methods.slicegpt import slice_blocks
+from oats_vision.compression.methods import BlockMethod, LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
-from oats_vision.compression.settings import CompressionSettings, validated
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.models.adapters import Adapter, find_adapter, refuse_wrappers, remember_adapter
@@ -34,17 +35,44 @@ from oats_vision.progress import Clock, Step, shares
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Job:
+    """What all blocks of a compression share.
+
+    storage: precision that weights are rounded to. hidden: what the next block is given, one tensor a batch. calls:
+    what blocks are called with besides. report: each layer is added to it.
+    """
+
+    settings: CompressionSettings
+    storage: torch.dtype
+    hidden: ActivationStore
+    calls: BlockCalls
+    clock: Clock
+    report: CompressionReport
+
+    @property
+    def method(self) -> LinearMethod:
+        method = methods.find(self.settings.method)
+        assert isinstance(method, LinearMethod)
+        return method
+
+    def tokens_at_once(self, tokens: int) -> int:
+        """How many tokens a layer is timed with: those of a picture, of all that the layer saw; one of text."""
+        if self.settings.latency_tokens:
+            return self.settings.latency_tokens
+        return max(tokens // self.report.samples, 1) if self.report.unit == "pictures" else 1
+
+
 @torch.no_grad()
 def compress(
     model: nn.Module,
     calibration: Any,
+    settings: CompressionSettings,
     *,
     adapter: Adapter | None = None,
-    settings: CompressionSettings | None = None,
     activation_memory: float = 8.0,
     progress: Callable[[Step], None] = lambda step: None,
     before: Callable[[nn.Module], None] = lambda model: None,
-    **options: Any,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -53,8 +81,8 @@ def compress(
             its first layer is replaced leaves it as it was.
         calibration: batches, iterated once: tensors or arrays, (tensor, ...) or mappings of keyword arguments, or
             single pictures (sequences), in an iterable or a Dataset; or one tensor of many.
+        settings: as `resolve` makes them.
         adapter: of the model's family; found by itself if not given.
-        settings: or its fields as `options`: `rate`, `rank_ratio`, `pattern`, `iterations`, `method`, ...
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: called with each step.
         before: called with the dense model once it is seen to be fit, and before anything of it is changed.
@@ -70,10 +98,6 @@ def compress(
     """
     if not activation_memory > 0:
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
-    if settings is None:
-        settings = validated(CompressionSettings, options)
-    elif options:
-        raise ConfigError(f"give either settings or single options, got settings and {', '.join(options)}")
     start = time.perf_counter()
     check_finite(model)
     check_device(model)
@@ -100,18 +124,18 @@ def compress(
                 )
             plan.linears.clear()  # so that the memory of those that are replaced is free
             report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
+            job = Job(settings, storage, hidden, calls, clock, report)
             if plan.slicing:
-                report.slicing = slice_blocks(model, adapter, plan.slicing, hidden, calls, clock.at)
+                method = methods.find(settings.method)
+                assert isinstance(method, BlockMethod)
+                report.slicing = method.compress(model, adapter, plan.slicing, hidden, calls, clock)
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
-            else:
-                for i, (name, block) in enumerate(plan.blocks):
-                    compress_block(
-                        block, name, plan.parts[name], report, storage, hidden, calls, clock, i, begun=undo.pop_all
-                    )
-                    if i + 1 < len(plan.blocks):
-                        apply_block(block, name, hidden, calls, clock, i)
-                    log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
+            for i, (name, block) in enumerate(plan.blocks if not plan.slicing else []):
+                compress_block(job, i, name, block, plan.parts[name], begun=undo.pop_all)
+                if i + 1 < len(plan.blocks):
+                    apply_block(job, i, name, block)
+                log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
     model._oats_vision_report = report  # type: ignore[assignment]  # travels with the model to `save`
@@ -174,32 +198,23 @@ def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[
 
 
 def compress_block(
-    block: nn.Module,
-    name: str,
-    parts: Mapping[str, Parts],
-    report: CompressionReport,
-    storage: torch.dtype,
-    hidden: ActivationStore,
-    calls: BlockCalls,
-    clock: Clock,
-    index: int,
-    begun: Callable[[], object],
+    job: Job, index: int, name: str, block: nn.Module, parts: Mapping[str, Parts], begun: Callable[[], object]
 ) -> None:
-    """Replace a block's linears by what they are decomposed into; `hidden` holds its inputs.
+    """Replace a block's linears by what they are decomposed into.
 
     Args:
         parts: of each linear to compress.
-        report: the layers are added to it.
         begun: called once a linear is replaced, and what would undo earlier steps is of no use any more.
     """
+    clock, report = job.clock, job.report
     clock.at("statistics", index, 0.0)
-    round_to(block.state_dict().values(), storage)
+    round_to(block.state_dict().values(), job.storage)
     statistics, tokens = collect_statistics(
         block,
         parts,
-        partial(statistic_of, report.settings),
-        hidden,
-        calls,
+        partial(job.method.statistic, job.settings),
+        job.hidden,
+        job.calls,
         index,
         name,
         lambda share: clock.at("statistics", index, share),
@@ -208,19 +223,8 @@ def compress_block(
     before = _shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
     for linear_name, share in zip(parts, before, strict=True):
         clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
-        at_once = report.settings.latency_tokens or (
-            max(tokens[linear_name] // report.samples, 1) if report.unit == "pictures" else 1
-        )
         layer = _compress_linear(
-            block,
-            name,
-            linear_name,
-            parts[linear_name],
-            statistics[linear_name],
-            tokens[linear_name],
-            report.settings,
-            storage,
-            at_once,
+            job, block, name, linear_name, parts[linear_name], statistics[linear_name], tokens[linear_name]
         )
         report.layers.append(layer)
         begun()
@@ -240,54 +244,49 @@ def _shares_before(block: nn.Module, parts: Mapping[str, Parts], before: Sequenc
     return [cost / max(done[-1], 1e-9) for cost in done[:-1]]
 
 
-def apply_block(
-    block: nn.Module, name: str, hidden: ActivationStore, calls: BlockCalls, clock: Clock, index: int
-) -> None:
+def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
     """What the compressed block makes of its inputs takes their place: it is what the next block gets."""
-    clock.at("applying", index, 0.0)
+    hidden, calls = job.hidden, job.calls
+    job.clock.at("applying", index, 0.0)
     for b in range(len(hidden)):
         hidden[b] = calls.run(block, index, b, hidden[b])
         check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
-        clock.at("applying", index, (b + 1) / len(hidden))
+        job.clock.at("applying", index, (b + 1) / len(hidden))
 
 
 def _compress_linear(
-    block: nn.Module,
-    block_name: str,
-    name: str,
-    parts: Parts,
-    statistic: Statistic,
-    tokens: int,
-    settings: CompressionSettings,
-    storage: torch.dtype,
-    tokens_at_once: int,
+    job: Job, block: nn.Module, block_name: str, name: str, parts: Parts, statistic: Statistic, tokens: int
 ) -> LayerReport:
-    """Decompose one linear of the block and put the compressed layer in its place."""
-    start = time.perf_counter()
+    """Decompose one linear of the block and put the compressed layer in its place.
+
+    Args:
+        tokens: that the statistic has seen.
+    """
+    start, settings = time.perf_counter(), job.settings
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
+    full = f"{block_name}.{name}"
     rows = linear.weight.split([out_features for _, out_features, _ in parts])
     choices = [parts]
     if settings.rank_ratio == "auto":
-        choices = candidates(parts, linear.in_features, settings.terms[0])
+        choices = candidates(parts, linear.in_features, settings.allocation)
     layers, factors_of = [], []
     for choice in choices:
         try:
             factors = [
-                (part, decompose(weight, statistic, budget, settings))
+                (part, job.method.decompose(weight, statistic, budget, settings))
                 for weight, (part, _, budget) in zip(rows, choice, strict=True)
             ]
         except ValueError as unusable:
-            raise DataError(f"{block_name}.{name}: {unusable}") from None
+            raise DataError(f"{full}: {unusable}") from None
         factors_of.append(factors)
-        layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, storage))
+        layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, job.storage))
     best = 0
     if len(layers) > 1:
         errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
-        best = fastest(layers, errors, settings.error_tolerance, tokens_at_once, linear.weight.dtype)
+        best = fastest(layers, errors, settings.error_tolerance, job.tokens_at_once(tokens), linear.weight.dtype)
     layer, factors = layers[best], factors_of[best]
-    full = f"{block_name}.{name}"
-    check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), storage)
+    check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), job.storage)
     block.set_submodule(name, layer.to(linear.weight.dtype))
     return LayerReport(
         name=full,

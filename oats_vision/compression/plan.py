@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from oats_vision.compression import methods
 from oats_vision.compression.budgets import Parts
-from oats_vision.compression.methods.slicegpt import plan_slicing
+from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.core.budget import layer_budget
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
 from oats_vision.models.adapters import Adapter
 from oats_vision.models.structure import check_replaceable
@@ -50,8 +50,9 @@ def plan_model(model: nn.Module, adapter: Adapter, settings: CompressionSettings
         raise ModelError("the model is sliced already")
     linears = chosen_linears(adapter, blocks, settings)
     check_replaceable(linears, blocks)
-    if settings.method == "slicegpt":
-        return Plan(blocks, linears, {}, plan_slicing(blocks, adapter, settings.rate))
+    method = methods.find(settings.method)
+    if isinstance(method, BlockMethod):
+        return Plan(blocks, linears, {}, method.plan(blocks, adapter, settings))
     return Plan(blocks, linears, {name: plan_block(adapter, name, block, settings) for name, block in blocks}, None)
 
 
@@ -96,7 +97,7 @@ def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: Co
         if settings.fused_qkv == "joint":
             parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
         try:
-            plan[name] = [(part, rows, layer_budget(rows, linear.in_features, *settings.terms)) for part, rows in parts]
+            plan[name] = [(part, rows, settings.allocation.budget(rows, linear.in_features)) for part, rows in parts]
         except ValueError as impossible:
             raise ConfigError(f"{block_name}.{name}: {impossible}") from None
     return plan

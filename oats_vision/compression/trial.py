@@ -14,8 +14,9 @@ from torch import nn
 
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
-from oats_vision.compression.methods.slicegpt import slice_blocks
-from oats_vision.compression.pipeline import apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.compression import methods
+from oats_vision.compression.methods import BlockMethod
+from oats_vision.compression.pipeline import Job, apply_block, compress_block, plain_arithmetic, prepare
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
@@ -101,13 +102,14 @@ def trial(
         read = clock.seconds["reading"]
         if plan.slicing:
             alone = nn.ModuleList([block])
-            slice_blocks(alone, replace(adapter, blocks=lambda module: ""), plan.slicing, hidden, calls, clock.at)
+            whole = replace(adapter, blocks=lambda module: "")
+            method = methods.find(settings.method)
+            assert isinstance(method, BlockMethod)
+            method.compress(alone, whole, plan.slicing, hidden, calls, clock)
         else:
-            report = CompressionReport(adapter.name, settings, tried, unit)
-            compress_block(
-                block, name, plan.parts[name], report, storage, hidden, calls, clock, index, begun=lambda: None
-            )
-            apply_block(block, name, hidden, calls, clock, index)
+            job = Job(settings, storage, hidden, calls, clock, CompressionReport(adapter.name, settings, tried, unit))
+            compress_block(job, index, name, block, plan.parts[name], begun=lambda: None)
+            apply_block(job, index, name, block)
         taken = clock.seconds
     done = Trial(
         tried,

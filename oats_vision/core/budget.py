@@ -52,77 +52,88 @@ class Budget:
         return self.nonzeros + self.rank * (out_features + in_features)
 
 
-def split_rate(rate: float | None, rank_ratio: float | None, pattern: Pattern) -> tuple[float, float]:
-    """Complete (rate, rank_ratio): N:M fixes the density of S, so that either gives the other.
+@dataclass(frozen=True)
+class Allocation:
+    """How the parameters of each layer are shared out.
 
-    Defaults are rate 0.5 and rank_ratio 0.2. For N:M, `1 - rate = (N/M) / (1 - rank_ratio)`.
-
-    Raises:
-        ValueError: out of range, or a rate and a rank ratio that N:M cannot both meet.
+    rate: share removed, in (0, 1). rank_ratio: share of those kept that goes to the low-rank term, in [0, 1].
+    pattern: where S may keep its non-zeros. `of` makes one from what a user gives; its values are trusted.
     """
-    if rate is not None and not 0 < rate < 1:
-        raise ValueError(f"rate must be in (0, 1), got {rate:g}")
-    if rank_ratio is not None and not 0 <= rank_ratio <= 1:
-        raise ValueError(f"rank_ratio must be in [0, 1], got {rank_ratio:g}")
-    if pattern.kind != "n:m":
-        return 0.5 if rate is None else rate, 0.2 if rank_ratio is None else rank_ratio
 
-    density = pattern.n / pattern.m
-    if rate is None:
-        rank_ratio = 0.2 if rank_ratio is None else rank_ratio
-        if rank_ratio >= 1 - density:
-            raise ValueError(f"rank_ratio must be below {1 - density:g} with pattern {pattern}, got {rank_ratio:g}")
-        return 1 - density / (1 - rank_ratio), rank_ratio
-    if density > 1 - rate + 1e-9:
-        raise ValueError(f"rate must be at most {1 - density:g} with pattern {pattern}, got {rate:g}")
-    implied = max(0.0, round(1 - density / (1 - rate), 12))
-    if rank_ratio is not None and abs(rank_ratio - implied) > 1e-3:
-        raise ValueError(
-            f"rank_ratio must be {implied:.4g} with pattern {pattern} and rate {rate:g} (or leave one out), "
-            f"got {rank_ratio:g}"
-        )
-    return rate, implied
+    rate: float
+    rank_ratio: float
+    pattern: Pattern = Pattern()
 
+    @classmethod
+    def of(
+        cls, rate: float | None = None, rank_ratio: float | None = None, pattern: Pattern = Pattern()
+    ) -> "Allocation":
+        """Complete and check what is given: N:M fixes the density of S, so that rate and rank ratio give each other.
 
-def layer_budget(
-    out_features: int, in_features: int, rate: float, rank_ratio: float, pattern: Pattern = Pattern()
-) -> Budget:
-    """Rank and non-zeros of a layer from the compression rate and the rank ratio (OATS, section 3.1).
+        Defaults are rate 0.5 and rank_ratio 0.2. For N:M, `1 - rate = (N/M) / (1 - rank_ratio)`.
 
-    Args:
-        out_features, in_features: shape of the weight, `m` and `n` in the paper.
-        rate: share of the parameters removed, in (0, 1).
-        rank_ratio: share of the parameters kept that goes to the low-rank term, in [0, 1].
-        pattern: where S may keep its non-zeros; row-wise budgets are rounded down to whole rows.
+        Raises:
+            ValueError: out of range, or a rate and a rank ratio that N:M cannot both meet.
 
-    Raises:
-        ValueError: out of range; or a rank ratio above 0 (below 1) that leaves rank 0 (no non-zeros).
+        >>> Allocation.of(rank_ratio=0.2, pattern=Pattern.parse("2:4")).rate
+        0.375
+        """
+        if rate is not None and not 0 < rate < 1:
+            raise ValueError(f"rate must be in (0, 1), got {rate:g}")
+        if rank_ratio is not None and not 0 <= rank_ratio <= 1:
+            raise ValueError(f"rank_ratio must be in [0, 1], got {rank_ratio:g}")
+        if pattern.kind != "n:m":
+            return cls(0.5 if rate is None else rate, 0.2 if rank_ratio is None else rank_ratio, pattern)
 
-    >>> layer_budget(1024, 1024, rate=0.5, rank_ratio=0.25)
-    Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0))
-    """
-    rate, rank_ratio = split_rate(rate, rank_ratio, pattern)
-    m, n = out_features, in_features
-    kept = (1 - rate) * m * n
-    rank = _floor(rank_ratio * kept / (m + n))
-    if pattern.kind == "row":
-        nonzeros = m * _floor((1 - rank_ratio) * kept / m)
-    elif pattern.kind == "layer":
-        nonzeros = _floor((1 - rank_ratio) * kept)
-    else:
-        groups, rest = divmod(n, pattern.m)
-        nonzeros = m * (groups * pattern.n + min(rest, pattern.n))
-    if rank == 0 and rank_ratio > 0:
-        raise ValueError(
-            f"rank_ratio {rank_ratio:g} at rate {rate:g} leaves rank 0 for a {m} x {n} weight: "
-            f"use rank_ratio 0 (no low-rank term) or at least {(m + n) / kept:.3g}"
-        )
-    if nonzeros == 0 and rank_ratio < 1:
-        raise ValueError(
-            f"rank_ratio {rank_ratio:g} at rate {rate:g} leaves no non-zeros for a {m} x {n} weight: "
-            "use rank_ratio 1 (no sparse term) or a smaller one"
-        )
-    return Budget(rank, nonzeros, pattern)
+        density = pattern.n / pattern.m
+        if rate is None:
+            rank_ratio = 0.2 if rank_ratio is None else rank_ratio
+            if rank_ratio >= 1 - density:
+                raise ValueError(f"rank_ratio must be below {1 - density:g} with pattern {pattern}, got {rank_ratio:g}")
+            return cls(1 - density / (1 - rank_ratio), rank_ratio, pattern)
+        if density > 1 - rate + 1e-9:
+            raise ValueError(f"rate must be at most {1 - density:g} with pattern {pattern}, got {rate:g}")
+        implied = max(0.0, round(1 - density / (1 - rate), 12))
+        if rank_ratio is not None and abs(rank_ratio - implied) > 1e-3:
+            raise ValueError(
+                f"rank_ratio must be {implied:.4g} with pattern {pattern} and rate {rate:g} (or leave one out), "
+                f"got {rank_ratio:g}"
+            )
+        return cls(rate, implied, pattern)
+
+    def budget(self, out_features: int, in_features: int) -> Budget:
+        """Rank and non-zeros of one layer (OATS, section 3.1); row-wise budgets are rounded down to whole rows.
+
+        Args:
+            out_features, in_features: shape of the weight, `m` and `n` in the paper.
+
+        Raises:
+            ValueError: a rank ratio above 0 (below 1) leaves rank 0 (no non-zeros).
+
+        >>> Allocation(rate=0.5, rank_ratio=0.25).budget(1024, 1024)
+        Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0))
+        """
+        m, n, rank_ratio, pattern = out_features, in_features, self.rank_ratio, self.pattern
+        kept = (1 - self.rate) * m * n
+        rank = _floor(rank_ratio * kept / (m + n))
+        if pattern.kind == "row":
+            nonzeros = m * _floor((1 - rank_ratio) * kept / m)
+        elif pattern.kind == "layer":
+            nonzeros = _floor((1 - rank_ratio) * kept)
+        else:
+            groups, rest = divmod(n, pattern.m)
+            nonzeros = m * (groups * pattern.n + min(rest, pattern.n))
+        if rank == 0 and rank_ratio > 0:
+            raise ValueError(
+                f"rank_ratio {rank_ratio:g} at rate {self.rate:g} leaves rank 0 for a {m} x {n} weight: "
+                f"use rank_ratio 0 (no low-rank term) or at least {(m + n) / kept:.3g}"
+            )
+        if nonzeros == 0 and rank_ratio < 1:
+            raise ValueError(
+                f"rank_ratio {rank_ratio:g} at rate {self.rate:g} leaves no non-zeros for a {m} x {n} weight: "
+                "use rank_ratio 1 (no sparse term) or a smaller one"
+            )
+        return Budget(rank, nonzeros, pattern)
 
 
 def _floor(x: float) -> int:

@@ -5,14 +5,16 @@ W ~ S + U V,   minimising |(W - S - U V) D|,   D = sqrt(second moment of the inp
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from oats_vision.core import Solver
 from oats_vision.core.budget import Budget
 from oats_vision.core.lowrank import WarmLowRank, exact_low_rank
 from oats_vision.core.threshold import SparseTerm, keep_largest
+
+Solver = Literal["fast", "exact"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Factors:
     error: float
     rounds: int
     output_error: float | None = None
+
+    @classmethod
+    def sparse(cls, W: Tensor, S: Tensor, D: Tensor) -> "Factors":
+        """Of a method that keeps a sparse matrix S of the weight W alone; D weighs the error's columns."""
+        U, V = W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1])
+        return cls(S, U, V, relative_error(W, S, U, V, D), rounds=1)
 
     def dense(self) -> Tensor:
         """S + U V, (out_features, in_features)."""

@@ -17,10 +17,10 @@ from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_
 from oats_vision.compression import pipeline
 from oats_vision.compression.pipeline import Step
 from oats_vision.compression.record import CompressionReport
-from oats_vision.compression.settings import CompressionSettings, validated
+from oats_vision.compression.settings import CompressionOptions, CompressionSettings, resolve
 from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, ModelError
+from oats_vision.errors import ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import BEGINNING, Timing, dense_twin, time_inputs, time_text
@@ -135,7 +135,7 @@ def compress(
     calibration: Any,
     *,
     held_out: Any = None,
-    method: Literal["oats", "magnitude", "wanda", "sparsegpt", "dsnot", "svd", "slicegpt"] = "oats",
+    method: str = "oats",
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
@@ -149,7 +149,6 @@ def compress(
     fused_qkv: Literal["split", "joint"] = "split",
     error_tolerance: float = 0.05,
     latency_tokens: int | None = None,
-    settings: CompressionSettings | None = None,
     adapter: Adapter | None = None,
     activation_memory: float = 8.0,
     progress: bool | Callable[[Step], None] = False,
@@ -163,7 +162,7 @@ def compress(
             single pictures (sequences), in an iterable or a Dataset; or one tensor of many.
         held_out: more of the same that calibration does not hold; what compression cost is measured on it. By default
             what `load_pictures(held_out=)` or `load_sequences(held_out=)` kept apart.
-        method: `oats`, or a baseline to compare with.
+        method: `oats`, or a baseline to compare with: `oats-vision models` lists them.
         rate: share of the parameters removed, in (0, 1); 0.5 if not given.
         rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the split
             that is fastest here; 0.2 for `oats` if not given.
@@ -178,7 +177,6 @@ def compress(
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the best split's.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
-        settings: all of these at once, in place of single ones.
         adapter: of the model's family; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: True for a bar (in notebooks too), or a function that is called with each step.
@@ -194,11 +192,7 @@ def compress(
         DataError: no calibration batch, or one that the model cannot take.
     """
     given = locals()
-    options = {name: given[name] for name in CompressionSettings.model_fields}
-    if settings is None:
-        settings = validated(CompressionSettings, options)
-    elif changed := [name for name, value in options.items() if value != _DEFAULTS[name]]:
-        raise ConfigError(f"give either settings or single options, got settings and {', '.join(changed)}")
+    settings = resolve(**{name: given[name] for name in CompressionOptions.model_fields})
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out
@@ -212,8 +206,8 @@ def compress(
         report = pipeline.compress(
             model,
             calibration,
+            settings,
             adapter=adapter,
-            settings=settings,
             activation_memory=activation_memory,
             progress=step,
             before=note,
@@ -223,9 +217,6 @@ def compress(
         with pipeline.plain_arithmetic(model):
             measure(result, model, close, display)
     return result
-
-
-_DEFAULTS = {name: value for name, value in (compress.__kwdefaults__ or {}).items()}
 
 
 def describe(model: nn.Module, report: CompressionReport, parameters: int) -> Result:
@@ -300,7 +291,7 @@ def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -
     what = f"{SLOW}: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
     if not native.available():
         return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
-    auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.terms[2].kind != "n:m"
+    auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.allocation.pattern.kind != "n:m"
     ways = ["rank ratio auto (for each layer the split that is fastest here)"] * auto + ["a higher rate"]
     return [f"{what} Try {' or '.join(ways)}; what is saved for certain is memory."]
 

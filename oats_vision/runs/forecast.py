@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from oats_vision.calibration.capture import first_block_input
 from oats_vision.checkpoint import Sizes, measure
-from oats_vision.compression.decompose import statistic_of
-from oats_vision.compression.methods.slicegpt import empty_sliced_blocks
+from oats_vision.compression import methods
+from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
 from oats_vision.models.adapters import Adapter, remember_adapter
@@ -229,11 +230,14 @@ def _memory(
     inputs = batch * example.numel() * example.element_size()
     head = getattr(model, "lm_head", None)
     logits = batch * tokens * head.out_features * hidden.element_size() if isinstance(head, nn.Linear) else 0
-    statistics = sum(_statistic_bytes(settings, linear.in_features) for linear in own)
-    if plan.slicing:
-        statistics, solver = _statistic_bytes(settings, width), 4 * 8 * width**2  # eigenvectors in float64
-    else:
-        solver = max(_solver_bytes(settings, linear.out_features, linear.in_features) for linear in own)
+    method = methods.find(settings.method)
+    if isinstance(method, LinearMethod):
+        empty = [method.statistic(settings, linear.in_features, torch.device("meta")) for linear in own]
+        statistics = sum(map(_bytes_of, empty))
+        matrices, pairs = method.working_set(settings)
+        solver = max(4 * matrices * linear.weight.numel() + pairs * linear.in_features**2 for linear in own)
+    else:  # of the stream: its second moments and their eigenvectors, in float64
+        statistics, solver = 8 * width**2, 4 * 8 * width**2
     activations = samples * hidden.nbytes
     kept = min(activations, int(activation_memory * 1e9))
     weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
@@ -249,24 +253,10 @@ def _memory(
     )
 
 
-def _statistic_bytes(settings: CompressionSettings, in_features: int) -> int:
-    """Of what one linear's inputs are summed up in."""
-    if settings.method == "slicegpt":
-        return 8 * in_features**2
-    statistic = statistic_of(settings, in_features, torch.device("meta"))
+def _bytes_of(statistic: Any) -> int:
+    """Of the tensors that a statistic holds."""
     held = [value for owned in vars(statistic).values() for value in (owned if isinstance(owned, list) else [owned])]
     return sum(value.nbytes for value in held if isinstance(value, Tensor))
-
-
-def _solver_bytes(settings: CompressionSettings, out_features: int, in_features: int) -> int:
-    """Of the matrices of a weight's size, and of the second moments' size, that its decomposition works with."""
-    matrices, moments = 6, 0
-    if settings.method == "sparsegpt":
-        moments = 5 * 8 + 4  # H, with damping, its factors and its inverse in float64; the last factor in float32
-    elif settings.method == "oats":
-        matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)
-        matrices += 8 * (settings.rank_ratio == "auto")  # the other splits' results
-    return 4 * matrices * out_features * in_features + moments * in_features**2
 
 
 def _change(dense: int, ours: int) -> str:

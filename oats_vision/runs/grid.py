@@ -8,9 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from oats_vision.compression.settings import METHOD_DEFAULTS, CompressionSettings, RunConfig, validated, with_flags
+from oats_vision.compression import methods
+from oats_vision.compression.settings import CompressionOptions, CompressionSettings, resolve
 from oats_vision.core.budget import Pattern
 from oats_vision.errors import ConfigError
+from oats_vision.fields import validated
+from oats_vision.runs.config import RunConfig, with_flags
 
 OUT = Path("oats_sweep")
 AXES = ("method", "rate", "rank_ratio", "pattern")
@@ -78,7 +81,7 @@ def _build(fields: dict[str, Any], called: Callable[[str], str]) -> SweepConfig:
     extent = validated(Extent, own, called)
     shared = {name: value for name, value in ({"out": OUT} | fields).items() if name not in {*own, *AXES}}
     base = validated(RunConfig, shared, called)
-    settings = base.model_fields_set & CompressionSettings.model_fields.keys()
+    settings = base.model_fields_set & CompressionOptions.model_fields.keys()
     axes = {name: _values(name, fields.get(name), called) for name in AXES}
     grid = expand({name: getattr(base, name) for name in settings}, **axes)
     seeds = tuple(range(base.seed, base.seed + extent.seeds))
@@ -88,8 +91,7 @@ def _build(fields: dict[str, Any], called: Callable[[str], str]) -> SweepConfig:
 def _values(name: str, given: Any, called: Callable[[str], str]) -> list[Any]:
     """What is given of an axis, one value or several. Raises ConfigError for one that is wrong by itself."""
     values = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    alone: dict[str, Any] = {"method": "magnitude"} if name == "pattern" else {}  # any N:M is possible without a rank
-    return [getattr(validated(CompressionSettings, alone | {name: value}, called), name) for value in values]
+    return [getattr(validated(CompressionOptions, {name: value}, called), name) for value in values]
 
 
 def expand(
@@ -120,7 +122,7 @@ def expand(
         notes |= dict.fromkeys(_fit(cell))
         others = {name: value for name, value in shared.items() if name != "refit" or cell["method"] == "oats"}
         try:
-            settings = validated(CompressionSettings, others | cell)
+            settings = resolve(**others | cell)
         except ConfigError as wrong:
             given = [f"{name.replace('_', ' ')} {value}" for name, value in cell.items() if value is not None]
             skipped[f"{', '.join(given).removeprefix('method ')}: {wrong}"] = None
@@ -139,35 +141,36 @@ def _fit(cell: dict[str, Any]) -> list[str]:
     Returns:
         What is to be said of it.
     """
-    method, notes = cell["method"], list[str]()
-    own_pattern, own_ratio = METHOD_DEFAULTS[method]
-    if own_ratio is not None:
-        if cell["rank_ratio"] not in (None, own_ratio):
-            notes.append(f"{method} has its own rank ratio, {own_ratio:g}: it runs once for all of the grid's")
+    method, notes = methods.find(cell["method"]), list[str]()
+    if method.rank_ratio is not None:
+        if cell["rank_ratio"] not in (None, method.rank_ratio):
+            notes.append(
+                f"{method.name} has its own rank ratio, {method.rank_ratio:g}: it runs once for all of the grid's"
+            )
         cell["rank_ratio"] = None
-    if method in ("svd", "slicegpt"):
-        if cell["pattern"] not in (None, own_pattern):
-            notes.append(f"{method} keeps no sparse matrix: it runs once for all patterns of the grid")
+    if not method.keeps_sparse:
+        if cell["pattern"] not in (None, method.pattern):
+            notes.append(f"{method.name} keeps no sparse matrix: it runs once for all patterns of the grid")
         cell["pattern"] = None
     fixed = cell["pattern"] and Pattern.parse(cell["pattern"]).kind == "n:m"
-    if fixed and cell["rate"] is not None and (own_ratio is not None or isinstance(cell["rank_ratio"], float)):
+    if fixed and cell["rate"] is not None and (method.rank_ratio is not None or isinstance(cell["rank_ratio"], float)):
         cell["rate"] = None
     return notes
 
 
 def cell_name(settings: CompressionSettings) -> str:
     """What tells a cell from the others of its sweep, fit for the name of a file."""
-    own_ratio = METHOD_DEFAULTS[settings.method][1]
-    ratio = [] if own_ratio is not None else [_short(settings.rank_ratio)]
-    pattern = [] if settings.method in ("svd", "slicegpt") else [str(settings.pattern).replace(":", "of")]
+    method = methods.find(settings.method)
+    ratio = [] if method.rank_ratio is not None else [_short(settings.rank_ratio)]
+    pattern = [settings.pattern.replace(":", "of")] if method.keeps_sparse else []
     return "-".join([settings.method, _short(settings.rate), *ratio, *pattern])
 
 
 def cell_words(settings: CompressionSettings) -> str:
     """The same for people."""
-    own_pattern, own_ratio = METHOD_DEFAULTS[settings.method]
-    ratio = "" if own_ratio is not None else f", rank ratio {_short(settings.rank_ratio)}"
-    pattern = "" if settings.pattern == own_pattern else f", {settings.pattern}"
+    method = methods.find(settings.method)
+    ratio = "" if method.rank_ratio is not None else f", rank ratio {_short(settings.rank_ratio)}"
+    pattern = "" if settings.pattern == method.pattern else f", {settings.pattern}"
     return f"{settings.method}, rate {_short(settings.rate)}{ratio}{pattern}"
 
 

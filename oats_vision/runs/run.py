@@ -14,7 +14,7 @@ from oats_vision import checkpoint
 from oats_vision.analysis.html_report import spectra_of, write_html
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
-from oats_vision.compression.settings import CompressionSettings, RunConfig
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.trial import trial
 from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import ENOUGH, Batches, load_pictures
@@ -39,6 +39,7 @@ from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.progress import Estimate
 from oats_vision.runs.compress import Result, describe, measure
+from oats_vision.runs.config import RunConfig
 from oats_vision.runs.forecast import Forecast, forecast
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Prepared:
 
     def settings(self, run: RunConfig) -> CompressionSettings:
         """Those of a run, with the precision that weights are stored in."""
-        return run.settings().model_copy(update={"storage_dtype": run.storage_dtype or self.source.dtype})
+        return run.settings(self.source.dtype)
 
     def open(self, seed: int) -> Batches | Sequences:
         """The calibration data that a seed chooses."""
@@ -259,9 +260,7 @@ def compress_and_write(model: nn.Module, run: RunConfig, prepared: Prepared, dra
     """Compress the model, in place, and write it to `run.out`, both as the run's settings say."""
     settings = prepared.settings(run)
     with display.compression() as progress:
-        report = compress(
-            model, draw.calibration, settings=settings, activation_memory=run.activation_memory, progress=progress
-        )
+        report = compress(model, draw.calibration, settings, activation_memory=run.activation_memory, progress=progress)
     with display.status(f"writing {run.out}"):
         checkpoint.write(model, run.out, run.overwrite, prepared.tokenizer)
     return Outcome(

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from oats_vision import checkpoint
-from oats_vision.compression.settings import RunConfig
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.machine import choose_device
+from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import AXES, FOR_ONE_RUN, SweepConfig
 from oats_vision.runs.sweep_rows import Row
 

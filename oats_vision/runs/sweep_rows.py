@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from oats_vision.analysis.compare import Run
-from oats_vision.compression.settings import METHOD_DEFAULTS, CompressionSettings
+from oats_vision.compression import methods
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation import Difference
 from oats_vision.files import replacing
@@ -60,12 +61,13 @@ def row_name(settings: CompressionSettings, seed: int) -> str:
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """Rows by method, pattern, rate, rank ratio and seed."""
-    methods = list(METHOD_DEFAULTS)
+    names = methods.names()
 
     def place(row: Row) -> tuple[Any, ...]:
-        rate, ratio, pattern = row.settings.terms
-        kind = ("row", "layer", "n:m").index(pattern.kind)
-        return methods.index(row.settings.method), kind, str(pattern), rate, ratio, cell_name(row.settings), row.seed
+        how = row.settings.allocation
+        kind = ("row", "layer", "n:m").index(how.pattern.kind)
+        own = names.index(row.settings.method), kind, str(how.pattern), how.rate, how.rank_ratio
+        return *own, cell_name(row.settings), row.seed
 
     return sorted(rows, key=place)
 

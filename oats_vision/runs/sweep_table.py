@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from oats_vision.analysis.compare import Run, short
-from oats_vision.compression.settings import METHOD_DEFAULTS
+from oats_vision.compression import methods
 from oats_vision.evaluation import Difference, Ratio
 from oats_vision.evaluation.results import Metric
 from oats_vision.evaluation.speed import Timing
@@ -86,9 +86,10 @@ def _settings(settings: CompressionSettings) -> tuple[str, ...]:
 
 
 def _setting(settings: CompressionSettings, name: str) -> str:
-    if name == "pattern" and settings.method in ("svd", "slicegpt"):
+    method = methods.find(settings.method)
+    if name == "pattern" and not method.keeps_sparse:
         return ""
-    if name == "rank_ratio" and METHOD_DEFAULTS[settings.method][1] is not None:
+    if name == "rank_ratio" and method.rank_ratio is not None:
         return ""
     value = getattr(settings, name)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

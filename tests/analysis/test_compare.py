@@ -28,7 +28,7 @@ from oats_vision.analysis.page import write_page
 from oats_vision.checkpoint import measure, read_config, read_weights
 from oats_vision.cli.commands import app
 from oats_vision.compression.record import CompressionReport, LayerReport
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation import Difference
 from oats_vision.evaluation.results import Cost, Metric
@@ -75,7 +75,7 @@ def _run(number: int, **more) -> Run:
     values = {
         "name": f"run{number}",
         "model": "vit",
-        "settings": CompressionSettings(rate=0.1 * number),
+        "settings": resolve(rate=0.1 * number),
         "bytes": 10_000_000 - 1_000_000 * number,
         "dense_bytes": 10_000_000,
         "speed": [Timing("forward, batch 1", 1, "pictures", 0.01, 0.01 / (1 + 0.1 * number))],
@@ -122,7 +122,7 @@ def test_the_best_of_each_column_is_marked():
 
 
 def test_settings_that_differ_are_columns_and_others_are_said_once():
-    rows = [_run(1), _run(2, settings=CompressionSettings(rate=0.2, iterations=7), seed=3)]
+    rows = [_run(1), _run(2, settings=resolve(rate=0.2, iterations=7), seed=3)]
     headings = [column.heading for column in columns(rows)]
     assert headings[:4] == ["run", "rate", "iterations", "seed"]
     assert alike(rows) == "Alike in all: model vit, method oats, rank ratio 0.2, pattern row. Dense: 10.00 MB."
@@ -170,7 +170,7 @@ def test_errors_of_experts_are_one_line():
     spec = LayerSpec(8, 8, False, (Part("w", 8, 1, 1),))
     names = ["model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.experts.1.w1", "model.layers.2.mlp.experts.0.w1"]
     layers = [LayerReport(name, spec, {"w": 0.1 * i}, {}, {"w": 1}, 0.0, 1) for i, name in enumerate(names, 1)]
-    found = errors_by_block(CompressionReport("x", CompressionSettings(), layers=layers))
+    found = errors_by_block(CompressionReport("x", resolve(), layers=layers))
     assert found == {"mlp.experts.*.w1": {0: pytest.approx(0.15), 2: pytest.approx(0.3)}}
 
 

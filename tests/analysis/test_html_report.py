@@ -17,7 +17,7 @@ import oats_vision as ov
 from oats_vision.analysis.html_report import EXAMPLES, spectra_of, spectrum, write_html
 from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, read_weights
 from oats_vision.compression.record import CompressionReport, LayerReport
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation.results import Answer, Cost, Example, Metric
 from oats_vision.evaluation.speed import Timing
@@ -272,7 +272,7 @@ def test_spectra_of_large_models_are_of_some_blocks():
         names = [f"blocks.{i}.{kind}" for i in range(blocks) for kind in ("fc1", "fc2")]
         spec = LayerSpec(width, 4 * width, False, (Part("fc", 4 * width, 1, 1),))
         layers = [LayerReport(name, spec, {"fc": 0.1}, {}, {"fc": 1}, 0.0, 1) for name in names]
-        return [names[i] for i in spectra_of(CompressionReport("x", CompressionSettings(), layers=layers))]
+        return [names[i] for i in spectra_of(CompressionReport("x", resolve(), layers=layers))]
 
     assert chosen(384, 12) == [f"blocks.{i}.{kind}" for i in range(12) for kind in ("fc1", "fc2")]
     some = chosen(1280, 32)

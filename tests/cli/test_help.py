@@ -11,8 +11,8 @@ from oats_vision.cli import ending
 from oats_vision.cli.commands import app
 from oats_vision.cli.help import PANELS
 from oats_vision.cli.options import SETTINGS
-from oats_vision.compression.settings import RunConfig, flag
 from oats_vision.errors import did_you_mean
+from oats_vision.runs.config import RunConfig, flag
 
 
 def _commands() -> list[list[str]]:
@@ -53,7 +53,7 @@ def test_every_setting_is_in_one_panel_with_its_flag_and_its_default():
     for words in (
         "share of parameters removed [in (0, 1); default: 0.5]",
         "[in [0, 1] or auto; default: 0.2; baselines: their own]",
-        "[oats, magnitude, wanda, sparsegpt, dsnot, svd or slicegpt; default: oats]",
+        "[oats, dsnot, magnitude, slicegpt, sparsegpt, svd or wanda; default: oats]",
         "[at least 1; default: 2048; 128 for text]",
         "[in [0, 1); default: 0.001]",
     ):
@@ -99,7 +99,7 @@ def test_shells_complete_commands_options_values_and_models(words, completed):
         ("eval top1", "missing argument 'MODEL'. See oats-vision eval top1 --help"),
         (
             "compress --method wnda",
-            "--method must be oats, magnitude, wanda, sparsegpt, dsnot, svd or slicegpt, got 'wnda'.",
+            "--method must be oats, dsnot, magnitude, slicegpt, sparsegpt, svd or wanda, got 'wnda'.",
         ),
         ("compress --method wnda", "Did you mean 'wanda'?"),
         ("compress --pattern rwo", "got 'rwo'. Did you mean 'row'?"),

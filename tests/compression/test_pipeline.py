@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.cli.commands import app
-from oats_vision.core.budget import layer_budget
+from oats_vision.core.budget import Allocation
 from oats_vision.core.oats import oats
 from oats_vision.core.refit import refit
 from oats_vision.errors import ConfigError, DataError, ModelError
@@ -70,7 +70,7 @@ def test_each_block_is_calibrated_on_the_outputs_of_the_compressed_blocks_before
             linear = getattr(block, name)
             D = x.square().mean((0, 1)).sqrt().clamp_min(1e-12)
             factors = oats(
-                linear.weight, D, layer_budget(*linear.weight.shape, 0.4, 0.2), iterations=15, solver="exact"
+                linear.weight, D, Allocation.of(0.4, 0.2).budget(*linear.weight.shape), iterations=15, solver="exact"
             )
             if refitted:
                 tokens = x.flatten(0, 1)

@@ -1,7 +1,9 @@
 import pytest
 
-from oats_vision.compression.settings import CompressionSettings, load_run_config, validated
+from oats_vision.compression import methods
+from oats_vision.compression.settings import CompressionSettings, resolve
 from oats_vision.errors import ConfigError
+from oats_vision.runs.config import load_run_config
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_plain_values_of_yaml_are_what_they_look_like(read, text, field, value):
     [
         ("pattern: 24", r"pattern must be text \(in YAML in quotes\), got 24"),
         ("model: 1.5", r"model must be text .* got 1\.5"),
-        ("1: 2", "1 is no setting; known: method"),
+        ("1: 2", "1 is no setting; known: "),
         ("skip: 3", "skip must be a name or a list of names, got 3"),
         ("skip: [3]", r"skip must be text .* got 3"),
         ("rate: !!python/name:os.system", "could not determine a constructor"),
@@ -53,14 +55,43 @@ def test_wrong_values_of_yaml_are_one_clear_line(read, text, message):
 
 
 def test_skip_is_one_name_or_several_and_not_for_slicegpt():
-    assert CompressionSettings(skip="a.b").skip == ("a.b",)
-    assert CompressionSettings(skip=["a", "b"]).skip == ("a", "b")
-    assert "without a.b" in CompressionSettings(skip="a.b").summary
+    assert resolve(skip="a.b").skip == ("a.b",)
+    assert resolve(skip=["a", "b"]).skip == ("a", "b")
+    assert "without a.b" in resolve(skip="a.b").summary
     with pytest.raises(ConfigError, match="skip must be left out with method slicegpt"):
-        validated(CompressionSettings, {"skip": "a", "method": "slicegpt"})
+        resolve(skip="a", method="slicegpt")
 
 
 def test_settings_of_checkpoints_from_before_skip_are_read():
-    fields = CompressionSettings().model_dump()
+    fields = resolve().model_dump()
     del fields["skip"]
-    assert CompressionSettings(**fields) == CompressionSettings()
+    assert CompressionSettings(**fields) == resolve()
+
+
+@pytest.mark.parametrize("method", methods.known(), ids=lambda method: method.name)
+def test_each_method_has_its_papers_defaults_and_resolved_settings_stay_as_they_are(method):
+    settings = resolve(method=method.name)
+    assert settings.pattern == method.pattern
+    assert settings.rank_ratio == (0.2 if method.rank_ratio is None else method.rank_ratio)
+    assert settings.refit == (method.name == "oats")
+    assert CompressionSettings(**settings.model_dump()) == settings
+    assert method.citation
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "wnda"}, r"method must be oats, .* or wanda, got 'wnda'\. Did you mean 'wanda'"),
+        ({"method": "wanda", "rank_ratio": 0.3}, r"rank_ratio must be 0 \(or left out\) with method wanda"),
+        ({"method": "svd", "pattern": "2:4"}, "pattern must be left out with method svd"),
+        ({"method": "wanda", "refit": True}, "refit is for method oats"),
+        ({"scaling": "none", "refit": True}, "refit is for method oats"),
+        ({"rank_ratio": "auto", "pattern": "2:4"}, "rank_ratio auto is for method oats"),
+        ({"pattern": "2:4", "rate": 0.7}, r"rate must be at most 0\.5"),
+        ({"rate": 1.5, "iterations": 0}, r"iterations must be at least 1, got 0; rate must be in \(0, 1\), got 1.5"),
+        ({"rte": 0.5}, "rte is no setting. Did you mean 'rate'"),
+    ],
+)
+def test_options_that_are_wrong_or_do_not_fit_together_are_one_line(options, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(**options)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import resolve
 from oats_vision.compression.trial import Trial, trial
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.progress import Step
@@ -28,7 +28,7 @@ def test_a_trial_leaves_the_model_as_it_was_and_reads_two_batches(tiny_vit, pict
             yield batch
 
     steps: list[Step] = []
-    estimate = trial(tiny_vit, batches(), CompressionSettings(**settings), samples=24, progress=steps.append)
+    estimate = trial(tiny_vit, batches(), resolve(**settings), samples=24, progress=steps.append)
     assert len(read) == 2
     assert estimate.total > estimate.reading > 0
     assert estimate.blocks == 3
@@ -42,12 +42,12 @@ def test_a_trial_leaves_the_model_as_it_was_and_reads_two_batches(tiny_vit, pict
 
 def test_a_trial_needs_to_know_how_many_samples_there_are(tiny_vit, pictures):
     with pytest.raises(ConfigError, match="samples must be given"):
-        trial(tiny_vit, (batch for batch in pictures), CompressionSettings())
-    assert trial(tiny_vit, pictures, CompressionSettings(iterations=2)).total > 0
+        trial(tiny_vit, (batch for batch in pictures), resolve())
+    assert trial(tiny_vit, pictures, resolve(iterations=2)).total > 0
 
 
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "norm.weight"), (1e6, "float16")])
 def test_a_trial_refuses_what_a_compression_would(tiny_vit, pictures, value, message):
     tiny_vit.norm.weight.data[0] = value
     with pytest.raises((ConfigError, ModelError), match=message):
-        trial(tiny_vit, pictures, CompressionSettings(storage_dtype="float16", iterations=2))
+        trial(tiny_vit, pictures, resolve(storage_dtype="float16", iterations=2))

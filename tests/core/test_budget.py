@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oats_vision.core.budget import Pattern, layer_budget, split_rate
+from oats_vision.core.budget import Allocation, Pattern
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from oats_vision.core.budget import Pattern, layer_budget, split_rate
     ],
 )
 def test_row_budget_is_the_papers(shape, rate, rank_ratio, rank, nonzeros_per_row):
-    budget = layer_budget(*shape, rate, rank_ratio)
+    budget = Allocation.of(rate, rank_ratio).budget(*shape)
     assert budget.rank == rank
     assert budget.nonzeros == nonzeros_per_row * shape[0]
 
@@ -32,7 +32,7 @@ def test_row_budget_is_the_papers(shape, rate, rank_ratio, rank, nonzeros_per_ro
 )
 def test_kept_parameters_never_exceed_the_rate_and_come_close(m, n, rate, rank_ratio, pattern):
     try:
-        budget = layer_budget(m, n, rate, rank_ratio, Pattern.parse(pattern))
+        budget = Allocation.of(rate, rank_ratio, Pattern.parse(pattern)).budget(m, n)
     except ValueError:
         return  # a small layer with no room for one rank: its own test below
     kept = (1 - rate) * m * n
@@ -42,40 +42,40 @@ def test_kept_parameters_never_exceed_the_rate_and_come_close(m, n, rate, rank_r
 
 
 def test_n_m_budget_counts_the_short_last_group():
-    budget = layer_budget(20, 18, *split_rate(None, 0.2, Pattern.parse("2:4")), Pattern.parse("2:4"))
+    budget = Allocation.of(None, 0.2, Pattern.parse("2:4")).budget(20, 18)
     assert budget.nonzeros == 20 * (4 * 2 + 2)
 
 
 def test_n_m_ties_rate_to_rank_ratio():
     pattern = Pattern.parse("2:4")
-    rate, rank_ratio = split_rate(None, 0.2, pattern)
-    assert rate == pytest.approx(1 - 0.5 / 0.8)
-    assert split_rate(rate, None, pattern)[1] == pytest.approx(rank_ratio)
+    known = Allocation.of(None, 0.2, pattern)
+    assert known.rate == pytest.approx(1 - 0.5 / 0.8)
+    assert Allocation.of(known.rate, None, pattern).rank_ratio == pytest.approx(known.rank_ratio)
     with pytest.raises(ValueError, match=r"rank_ratio must be 0\.3"):
-        split_rate(1 - 0.5 / 0.7, 0.1, pattern)
+        Allocation.of(1 - 0.5 / 0.7, 0.1, pattern)
     with pytest.raises(ValueError, match=r"rate must be at most 0\.5"):
-        split_rate(0.7, None, pattern)
+        Allocation.of(0.7, None, pattern)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, 1.5, -0.1, math.nan])
 def test_rate_outside_is_an_error(rate):
     with pytest.raises(ValueError, match=r"rate must be in \(0, 1\), got"):
-        layer_budget(64, 64, rate, 0.2)
+        Allocation.of(rate, 0.2).budget(64, 64)
 
 
 @pytest.mark.parametrize("rank_ratio", [-0.1, 1.1, math.nan])
 def test_rank_ratio_outside_is_an_error(rank_ratio):
     with pytest.raises(ValueError, match=r"rank_ratio must be in \[0, 1\], got"):
-        layer_budget(64, 64, 0.5, rank_ratio)
+        Allocation.of(0.5, rank_ratio).budget(64, 64)
 
 
 def test_rank_ratio_that_leaves_nothing_is_an_error_but_0_and_1_are_not():
     with pytest.raises(ValueError, match="leaves rank 0"):
-        layer_budget(64, 64, 0.5, 0.01)
+        Allocation.of(0.5, 0.01).budget(64, 64)
     with pytest.raises(ValueError, match="leaves no non-zeros"):
-        layer_budget(64, 64, 0.5, 0.99)
-    assert layer_budget(64, 64, 0.5, 0.0).rank == 0
-    assert layer_budget(64, 64, 0.5, 1.0).nonzeros == 0
+        Allocation.of(0.5, 0.99).budget(64, 64)
+    assert Allocation.of(0.5, 0.0).budget(64, 64).rank == 0
+    assert Allocation.of(0.5, 1.0).budget(64, 64).nonzeros == 0
 
 
 @pytest.mark.parametrize("text", ["", "4:2", "4:4", "0:4", "rows", "2:4:8"])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from oats_vision.core.budget import Budget, Pattern, layer_budget, split_rate
+from oats_vision.core.budget import Allocation, Budget, Pattern
 from oats_vision.core.oats import column_scale, oats
 
 
@@ -37,7 +37,7 @@ def _paper(W: np.ndarray, D: np.ndarray, rank: int, keep: int, pattern: str, rou
 def test_exact_agrees_with_the_papers_steps_in_float64(pattern, dtype):
     W, D = _weight(48, 64)
     parsed = Pattern.parse(pattern)
-    budget = layer_budget(48, 64, *split_rate(None, 0.2, parsed), parsed)
+    budget = Allocation.of(None, 0.2, parsed).budget(48, 64)
     keep = {"row": budget.nonzeros // 48, "layer": budget.nonzeros, "2:4": 2}[pattern]
     S, L = _paper(W.numpy(), D.numpy(), budget.rank, keep, pattern, rounds=20)
 
@@ -54,7 +54,7 @@ def test_exact_agrees_with_the_papers_steps_in_float64(pattern, dtype):
 def test_fast_is_at_least_as_close_as_exact(pattern, shape):
     W, D = _weight(*shape)
     parsed = Pattern.parse(pattern)
-    budget = layer_budget(*shape, *split_rate(None, 0.2, parsed), parsed)
+    budget = Allocation.of(None, 0.2, parsed).budget(*shape)
     exact = oats(W, D, budget, iterations=80, solver="exact")
     fast = oats(W.float(), D, budget, iterations=80)
     # margin: both are local optima of a non-convex problem on a small matrix
@@ -93,7 +93,7 @@ def test_half_precision_weights_are_decomposed_in_float32(dtype):
 def test_never_active_and_overflowing_features_give_finite_weights_and_no_loss_elsewhere():
     W, D = _weight(64, 64)
     moment = D.square()
-    budget = layer_budget(64, 64, 0.5, 0.2)
+    budget = Allocation.of(0.5, 0.2).budget(64, 64)
     moment[7] = 0
     factors = oats(W, column_scale(moment), budget)
     dense = factors.dense()
@@ -101,7 +101,7 @@ def test_never_active_and_overflowing_features_give_finite_weights_and_no_loss_e
     alive = moment > 0
     A = (W * moment.sqrt())[:, alive]
     loss = torch.linalg.norm(A - dense.double()[:, alive] * moment.sqrt()[alive]) / torch.linalg.norm(A)
-    without = oats(W[:, alive], moment[alive].sqrt(), layer_budget(64, 63, 0.5, 0.2))
+    without = oats(W[:, alive], moment[alive].sqrt(), Allocation.of(0.5, 0.2).budget(64, 63))
     assert loss <= 1.01 * without.error  # the dead feature took no budget from the others
 
     moment[3], moment[4] = torch.inf, torch.nan
@@ -119,7 +119,7 @@ def test_a_common_factor_of_the_scale_changes_nothing():
 
 def test_tolerance_stops_early_at_about_the_same_error():
     W, D = _weight(96, 64)
-    budget = layer_budget(96, 64, 0.5, 0.2)
+    budget = Allocation.of(0.5, 0.2).budget(96, 64)
     full = oats(W, D, budget, iterations=200)
     early = oats(W, D, budget, iterations=200, tolerance=1e-3)
     assert early.rounds < full.rounds

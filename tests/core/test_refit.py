@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from oats_vision.core.baselines import sparsegpt
-from oats_vision.core.budget import Budget, Pattern, layer_budget
+from oats_vision.compression.methods.sparsegpt import sparsegpt
+from oats_vision.core.budget import Allocation, Budget, Pattern
 from oats_vision.core.oats import Factors, column_scale, oats
 from oats_vision.core.refit import fit_values, refit
 
@@ -36,7 +36,7 @@ def test_values_are_the_least_squares_solution_of_each_row(problem):
 def test_the_output_error_falls_and_positions_and_rank_stay(problem, pattern, rank_ratio, dtype):
     W, H = problem
     rate = None if pattern == "2:4" else 0.6
-    budget = layer_budget(M, N, rate, rank_ratio, Pattern.parse(pattern))
+    budget = Allocation.of(rate, rank_ratio, Pattern.parse(pattern)).budget(M, N)
     before = oats(W.to(dtype), column_scale(H.diagonal()), budget)
     after = refit(W.to(dtype), before, H)
 
@@ -55,9 +55,9 @@ def test_the_output_error_falls_and_positions_and_rank_stay(problem, pattern, ra
 def test_a_full_budget_is_left_alone_and_dead_inputs_do_no_harm(problem):
     W, H = problem
     H[3], H[:, 3] = 0.0, 0.0
-    full = oats(W, column_scale(H.diagonal()), layer_budget(M, N, 1e-6, 0.0, Pattern("layer")))
+    full = oats(W, column_scale(H.diagonal()), Allocation.of(1e-6, 0.0, Pattern("layer")).budget(M, N))
     torch.testing.assert_close(refit(W, full, H).dense(), full.dense())
-    half = refit(W, oats(W, column_scale(H.diagonal()), layer_budget(M, N, 0.5, 0.2)), H)
+    half = refit(W, oats(W, column_scale(H.diagonal()), Allocation.of(0.5, 0.2).budget(M, N)), H)
     assert half.dense().isfinite().all()
     H[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -98,7 +98,7 @@ def test_a_change_of_the_features_units_changes_nothing():
     """W x is (W / c) (c x): what is kept, and what it becomes, must not depend on the units of the inputs."""
     W, X = _outliers(dead=False)
     H, c = X.T @ X / len(X), torch.logspace(-3, 3, N, dtype=W.dtype)
-    factors = oats(W, column_scale(H.diagonal()), layer_budget(M, N, 0.5, 0.2), iterations=10)
+    factors = oats(W, column_scale(H.diagonal()), Allocation.of(0.5, 0.2).budget(M, N), iterations=10)
     scaled = Factors(factors.S / c, factors.U, factors.V / c, 0.0, 1)
     plain, other = refit(W, factors, H), refit(W / c, scaled, H * c * c[:, None])
     np.testing.assert_allclose(other.dense() * c, plain.dense(), rtol=1e-4, atol=1e-6)
@@ -111,7 +111,7 @@ def test_a_change_of_the_features_units_changes_nothing():
 def test_second_moments_beyond_float32_are_fitted():
     W, X = _outliers(dead=False)
     H = X.T @ X / len(X)
-    factors = oats(W.float(), column_scale(H.diagonal()), layer_budget(M, N, 0.5, 0.2), iterations=5)
+    factors = oats(W.float(), column_scale(H.diagonal()), Allocation.of(0.5, 0.2).budget(M, N), iterations=5)
     expected, huge = refit(W.float(), factors, H), refit(W.float(), factors, H * 1e40)
     assert huge.output_error == pytest.approx(expected.output_error, rel=1e-3)
 
@@ -120,7 +120,7 @@ def test_second_moments_beyond_float32_are_fitted():
 def test_a_weight_that_is_stored_by_columns_is_decomposed_as_any(pattern):
     W, X = _outliers(dead=True)
     H = X.T @ X / len(X)
-    budget = layer_budget(M, N, 0.5, 0.2, Pattern(pattern))
+    budget = Allocation.of(0.5, 0.2, Pattern(pattern)).budget(M, N)
     results = [
         refit(weight, oats(weight, column_scale(H.diagonal()), budget, iterations=5), H).dense()
         for weight in (W.float(), W.float().T.contiguous().T)

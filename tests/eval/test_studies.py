@@ -103,7 +103,7 @@ def test_a_file_of_another_study_is_left_alone(model_directory, tmp_path):
     "config", sorted((STUDIES_FOLDER.parents[1] / "configs").rglob("*.yaml")), ids=lambda path: path.stem
 )
 def test_configs_are_valid(config):
-    from oats_vision.compression.settings import load_run_config
+    from oats_vision.runs.config import load_run_config
 
     run = load_run_config(config, {})
     assert run.settings().rate

@@ -14,9 +14,9 @@ import oats_vision as ov
 from hub_dinov3 import DinoVisionTransformer
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
-from oats_vision.compression.methods.slicegpt import plan_slicing, slice_blocks
 from oats_vision.compression.plan import plan_block
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import resolve
+from oats_vision.compression.slicing import plan_slicing, slice_blocks
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.adapters import adapters, find_adapter, remember_adapter
 from oats_vision.models.loading.load import source_of
@@ -192,7 +192,7 @@ def test_all_linears_of_the_blocks_are_found_and_none_else(case, model):
     assert [name for name, _ in blocks] == [f"{case.blocks}.0", f"{case.blocks}.1"]
     for _, block in blocks:
         assert {name for name, _ in adapter.named_linears(block)} == case.linears
-        plan = plan_block(adapter, "", block, CompressionSettings())
+        plan = plan_block(adapter, "", block, resolve())
         assert {name for name, parts in plan.items() if len(parts) == 3} == case.fused
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import oats_vision as ov
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
-from oats_vision.compression.methods.slicegpt import plan_slicing, slice_blocks
+from oats_vision.compression.slicing import plan_slicing, slice_blocks
 from oats_vision.errors import DataError, ModelError
 from oats_vision.models.adapters import find_adapter
 from oats_vision.models.loading.load import save_plain, source_of

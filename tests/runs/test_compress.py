@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import oats_vision as ov
-from oats_vision.compression.settings import CompressionSettings, RunConfig
+from oats_vision.compression.settings import CompressionOptions
 from oats_vision.data.pictures import shared_out
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError
 from oats_vision.evaluation.speed import Timing
+from oats_vision.runs.config import RunConfig
 from oats_vision.runs.run import run
 
 QUICK = {"rate": 0.5, "iterations": 3}
@@ -71,16 +71,9 @@ def test_markup_of_strangers_is_text_in_notebooks(result):
 
 def test_an_editor_sees_every_setting_with_its_default():
     parameters = inspect.signature(ov.compress).parameters
-    for name, field in CompressionSettings.model_fields.items():
+    for name, field in CompressionOptions.model_fields.items():
         assert parameters[name].default == field.default, name
         assert re.search(rf"^    +{name}: ", ov.compress.__doc__, re.M), name
-
-
-def test_settings_and_single_options_contradict(tiny_vit, pictures):
-    settings = CompressionSettings(rate=0.4)
-    with pytest.raises(ConfigError, match="either settings or single options, got settings and rate, skip"):
-        ov.compress(tiny_vit, pictures, settings=settings, rate=0.5, skip="*.fc2")
-    assert ov.compress(tiny_vit, pictures, settings=settings).report.settings == settings
 
 
 def test_advice_names_what_came_out_slower_or_worse(result):

@@ -12,7 +12,7 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision import checkpoint
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import resolve
 from oats_vision.errors import ConfigError
 from oats_vision.models.adapters import find_adapter
 from oats_vision.runs.forecast import Forecast, Memory, forecast
@@ -35,7 +35,7 @@ SETTINGS = [
 
 
 def of(model: nn.Module, example: torch.Tensor = PICTURE, **settings) -> Forecast:
-    return forecast(model, find_adapter(model), CompressionSettings(**settings), example, samples=8, batch_size=4)
+    return forecast(model, find_adapter(model), resolve(**settings), example, samples=8, batch_size=4)
 
 
 def measured(model: nn.Module, report: ov.CompressionReport) -> checkpoint.Sizes:
@@ -98,7 +98,7 @@ def test_language_models_are_foretold_as_their_adapters_prepare_them_and_stay_as
 
 
 def test_what_the_plan_says(tiny_vit):
-    settings = CompressionSettings(rate=0.5, skip=("blocks.0",))
+    settings = resolve(rate=0.5, skip=("blocks.0",))
     told = forecast(
         tiny_vit,
         find_adapter(tiny_vit),
@@ -146,13 +146,13 @@ def test_a_large_model_is_foretold_in_no_time():
 MEASURE = """
 import json, sys, torch, timm, oats_vision as ov
 from oats_vision.models.adapters import find_adapter
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import resolve
 from oats_vision.runs.forecast import forecast
 from oats_vision.machine import peak_memory
 
 depth, batch, samples, settings = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 model = timm.create_model("vit_small_patch16_224", depth=depth, num_classes=0).eval()
-settings = CompressionSettings(**settings)
+settings = resolve(**settings)
 told = forecast(model, find_adapter(model), settings, torch.zeros(1, 3, 224, 224), samples=samples, batch_size=batch)
 ov.compress(model, (torch.randn(batch, 3, 224, 224) for _ in range(samples // batch)), settings=settings)
 print(told.memory.peak, peak_memory(torch.device("cpu")))

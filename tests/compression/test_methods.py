@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from oats_vision.core.baselines import dsnot, magnitude, sparsegpt, svd, wanda
+from oats_vision.compression.methods.dsnot import dsnot
+from oats_vision.compression.methods.magnitude import magnitude
+from oats_vision.compression.methods.sparsegpt import sparsegpt
+from oats_vision.compression.methods.svd import svd
+from oats_vision.compression.methods.wanda import wanda
 from oats_vision.core.budget import Budget, Pattern
 
 OUT, IN = 12, 32

@@ -1,0 +1,95 @@
+"""What a method says of itself. Modules of methods load no PyTorch until they are used: help and errors name them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from oats_vision.calibration.activations import ActivationStore
+    from oats_vision.calibration.capture import BlockCalls
+    from oats_vision.calibration.statistics import Statistic
+    from oats_vision.compression.settings import CompressionOptions, CompressionSettings
+    from oats_vision.core.budget import Budget
+    from oats_vision.core.oats import Factors
+    from oats_vision.models.adapters import Adapter
+    from oats_vision.nn.sliced import Slicing
+    from oats_vision.progress import Clock
+
+
+class Method(ABC):
+    """A way to compress a model: its name, where it comes from, and what it does where the user says nothing.
+
+    name: as `method` is given. citation: the paper, in a line. pattern: of the non-zeros. rank_ratio: the only one that
+    it has; None: the user's choice. keeps_sparse: whether it has a sparse term, of which the pattern may be chosen.
+    keeps_shapes: whether each layer keeps its inputs and outputs, so that it can be left dense or merged.
+    """
+
+    name: ClassVar[str]
+    citation: ClassVar[str]
+    pattern: ClassVar[str] = "row"
+    rank_ratio: ClassVar[float | None] = 0.0
+    keeps_sparse: ClassVar[bool] = True
+    keeps_shapes: ClassVar[bool] = True
+
+    def check(self, options: CompressionOptions) -> None:
+        """See that options fit the method.
+
+        Raises:
+            ValueError: they do not; begins with the name of the option.
+        """
+        if options.skip and not self.keeps_shapes:
+            raise ValueError(f"skip must be left out with method {self.name}: all blocks share the stream that it cuts")
+        if self.rank_ratio is not None and options.rank_ratio not in (None, self.rank_ratio):
+            raise ValueError(f"rank_ratio must be {self.rank_ratio:g} (or left out) with method {self.name}")
+        if not self.keeps_sparse and options.pattern not in (None, self.pattern):
+            raise ValueError(f"pattern must be left out with method {self.name}: it keeps no sparse matrix")
+        if options.refit and not self.refits(options):
+            raise ValueError("refit is for method oats with scaling second_moment")
+
+    def refits(self, options: CompressionOptions) -> bool:
+        """Whether it fits the factors to the outputs after the decomposition."""
+        return False
+
+
+class LinearMethod(Method):
+    """A method that decomposes each linear's weight by itself."""
+
+    @abstractmethod
+    def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
+        """An empty statistic of a linear's inputs, of the kind that `decompose` needs."""
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
+        """Decompose a weight (out_features, in_features).
+
+        Raises:
+            ValueError: the statistic has seen no token, or is not finite.
+        """
+
+    def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
+        """What a decomposition works with: float32 matrices of the weight's size, bytes for each pair of inputs."""
+        return 6, 0
+
+
+class BlockMethod(Method):
+    """A method that changes blocks as wholes, and the stream between them."""
+
+    @abstractmethod
+    def plan(self, blocks: list[tuple[str, nn.Module]], adapter: Adapter, settings: CompressionSettings) -> Slicing:
+        """What it will do. Raises ConfigError or ModelError if it cannot."""
+
+    @abstractmethod
+    def compress(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        plan: Slicing,
+        hidden: ActivationStore,
+        calls: BlockCalls,
+        clock: Clock,
+    ) -> Slicing:
+        """Change the blocks, in place; `hidden` holds the first one's inputs, and is overwritten."""

@@ -1,0 +1,61 @@
+"""OATS: sparse plus low-rank, found after the columns are scaled by the second moment of their inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oats_vision.compression.methods import LinearMethod, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from oats_vision.calibration.statistics import Statistic
+    from oats_vision.compression.settings import CompressionOptions, CompressionSettings
+    from oats_vision.core.budget import Budget
+    from oats_vision.core.oats import Factors
+
+
+@register
+class OATS(LinearMethod):
+    """W ~ S + U V; see `core/oats.py`, and `core/refit.py` for what is done with the inputs' correlations."""
+
+    name = "oats"
+    citation = "Zhang & Papyan, OATS: Outlier-Aware Pruning Through Sparse and Low Rank Decomposition, ICLR 2025"
+    rank_ratio = None
+
+    def check(self, options: CompressionOptions) -> None:
+        """Raises ValueError if rank ratio auto is asked for with N:M, which fixes it."""
+        super().check(options)
+        if options.rank_ratio == "auto" and options.pattern not in (None, "row", "layer"):
+            raise ValueError("rank_ratio auto is for method oats with pattern row or layer")
+
+    def refits(self, options: CompressionOptions) -> bool:
+        return options.scaling == "second_moment" and options.refit is not False
+
+    def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
+        from oats_vision.calibration.statistics import SCALES, Gram
+
+        return Gram(in_features, device) if settings.refit else SCALES[settings.scaling](in_features, device)
+
+    def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
+        from oats_vision.calibration.statistics import Gram
+        from oats_vision.core.oats import column_scale, oats
+        from oats_vision.core.refit import refit
+        from oats_vision.kernels.thresholding import sparse_term
+
+        gram = statistic.compute() if isinstance(statistic, Gram) else None
+        factors = oats(
+            weight,
+            statistic.scale() if gram is None else column_scale(gram.diagonal()),
+            budget,
+            solver=settings.solver,
+            iterations=settings.iterations,
+            tolerance=settings.tolerance,
+            sparse_term=sparse_term,
+        )
+        return factors if gram is None else refit(weight, factors, gram)
+
+    def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
+        matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)
+        return matrices + 8 * (settings.rank_ratio == "auto"), moments  # the results for the other rank ratios

@@ -1,0 +1,119 @@
+"""SparseGPT: pruning column by column, with each loss made up for by the columns still to come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oats_vision.compression.methods import LinearMethod, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from oats_vision.calibration.statistics import Statistic
+    from oats_vision.compression.settings import CompressionSettings
+    from oats_vision.core.budget import Budget
+    from oats_vision.core.oats import Factors
+
+
+@register
+class SparseGPT(LinearMethod):
+    """Pruning with the inputs' full second moments."""
+
+    name = "sparsegpt"
+    citation = "Frantar & Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, ICML 2023"
+    pattern = "layer"
+
+    def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
+        from oats_vision.calibration.statistics import Gram
+
+        return Gram(in_features, device)
+
+    def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
+        return sparsegpt(weight, statistic.compute(), budget)
+
+    def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
+        return 6, 5 * 8 + 4  # H, with damping, its factors and its inverse in float64; the last factor in float32
+
+
+def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int = 128, damping: float = 0.01) -> Factors:
+    """Prune column by column, and let the columns to the right make up for each loss.
+
+    Frantar & Alistarh, "SparseGPT" (ICML 2023), Algorithm 1: with H the damped second moments of the inputs
+    and C the upper Cholesky factor of its inverse, the mask of a block of columns keeps the largest
+    W_ij^2 / C_jj^2, and a pruned w_j moves the rest of its row by -w_j / C_jj times row j of C.
+
+    Args:
+        weight: (out_features, in_features).
+        gram: mean of x x^T over the inputs, (in_features, in_features).
+        budget: with pattern `layer` the mask is chosen over all rows of a block of columns, as in the paper.
+        damping: added to the diagonal of H, as a share of each entry (of its mean in the paper, which a few outlier
+            features set far above all others).
+
+    Raises:
+        ValueError: `gram` is not finite.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from oats_vision.core.budget import Budget
+    from oats_vision.core.oats import Factors, arithmetic, output_error
+    from oats_vision.core.threshold import keep_largest
+
+    W = arithmetic(weight).clone()
+    original, columns, pattern = W.clone(), W.shape[1], budget.pattern
+    if not gram.isfinite().all():
+        raise ValueError("the inputs' second moments are not finite")
+    H = gram.double().clone()
+    dead = H.diagonal() <= 0
+    D = H.diagonal().clamp_min(0).sqrt().to(W)
+    H.diagonal()[dead] = 1.0
+    W[:, dead] = 0.0
+    C = _inverse_cholesky(H, damping).to(W)  # (in, in), upper
+    if pattern.kind == "n:m":
+        block_size = max(pattern.m, block_size - block_size % pattern.m)
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        block, C_block = W[:, start:end], C[start:end, start:end]
+        diagonal = C_block.diagonal()
+        errors = torch.empty_like(block)
+        if pattern.kind != "n:m":
+            scores = block / diagonal
+            mask = keep_largest(scores, _share(budget, len(W), columns, start, end)) != 0
+        else:
+            mask = torch.zeros_like(block, dtype=torch.bool)
+        for j in range(end - start):
+            if pattern.kind == "n:m" and j % pattern.m == 0:  # with the weights as updated so far
+                group = slice(j, j + pattern.m)
+                mask[:, group] = keep_largest(block[:, group] / diagonal[group], Budget(0, 0, pattern)) != 0
+            errors[:, j] = block[:, j].masked_fill(mask[:, j], 0.0) / diagonal[j]
+            block[:, j:] -= errors[:, j, None] * C_block[j, j:]
+            block[:, j].masked_fill_(~mask[:, j], 0.0)
+        W[:, end:] -= errors @ C[start:end, end:]
+    factors = Factors.sparse(original, W, D)
+    return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram))
+
+
+def _share(budget: Budget, rows: int, columns: int, start: int, end: int) -> Budget:
+    """The budget of a block of columns; the blocks' budgets add up to the whole."""
+    from oats_vision.core.budget import Budget
+
+    unit = rows if budget.pattern.kind == "row" else 1
+    kept = budget.nonzeros // unit
+    return Budget(0, unit * (kept * end // columns - kept * start // columns), budget.pattern)
+
+
+def _inverse_cholesky(H: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of H, with more damping if need be."""
+    import torch
+
+    for attempt in range(8):
+        damped = H.clone()
+        damped.diagonal().mul_(1 + damping * 10**attempt)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return upper
+    raise ValueError("the inputs' second moments are no positive matrix")

@@ -1,0 +1,178 @@
+"""The settings of a whole run: from Python, from flags and from YAML files, each checked once."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from oats_vision.compression import methods
+from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype, resolve
+from oats_vision.errors import ConfigError, DataError, did_you_mean, near
+from oats_vision.fields import validated
+
+KNOWN_DATA = ("demo", "c4", "wikitext", "fineweb")
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+# all that PyTorch may have, or a plug-in bring
+TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "privateuseone", "ve", "vulkan", "xla")
+T = TypeVar("T")
+
+
+class RunConfig(CompressionOptions):
+    """One run of `oats-vision compress`: what to compress, with what, where to."""
+
+    model: str = Field("demo", description="alias, timm name, hf:org/name, hub:entry, a folder or a .gguf file")
+    pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")
+    image_size: int | None = Field(None, ge=1, description="input size (timm models) [default: its own]")
+    trust_remote_code: bool = Field(False, description="run model code from a hub (hub:, some hf: models)")
+    data: str | None = Field(
+        None,
+        description="folder of pictures, .txt, .jsonl, hf:name[:config], c4, wikitext, fineweb, demo "
+        "[default: demo for the model demo]",
+    )
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    eval: bool = Field(True, description="measure what it cost")
+    eval_data: str | None = Field(
+        None, description="labelled pictures for top-1, or text for perplexity, before and after"
+    )
+    eval_split: str | None = Field(
+        None, description="split of a Hugging Face dataset [default: validation; test for text]"
+    )
+    eval_samples: int | None = Field(None, ge=1, description="pictures, or windows of text [default: all]")
+    streaming: bool = Field(False, description="stream Hugging Face datasets: no download")
+    samples: int | None = Field(None, ge=1, description="pictures, or sequences of text [default: 2048; 128 for text]")
+    batch_size: int | None = Field(None, ge=1, description="pictures or sequences at a time [default: 64; 4 for text]")
+    sequence_length: int = Field(2048, ge=2, description="tokens in a sequence (text)")
+    workers: int = Field(0, ge=0, description="processes that read pictures")
+    seed: int = Field(42, description="of the choice of calibration data")
+    device: str = Field("auto", description="auto (CUDA if there), cpu, cuda:1, ...")
+    dtype: Dtype = Field("float32", description="precision of the arithmetic")
+    activation_memory: float = Field(8.0, gt=0, description="for activations, the rest on disk")
+    out: Path = Field(Path("oats_compressed"), description="folder to write")
+    overwrite: bool = Field(False, description="replace the checkpoint in --out")
+    merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
+    report: bool = Field(True, description="write OUT/report.html")
+    dry_run: bool = Field(False, description="say what would be done, and stop")
+
+    @field_validator("device")
+    @classmethod
+    def _spelt_device(cls, device: str) -> str:
+        kind = device.partition(":")[0]
+        if kind not in TORCH_DEVICES and (hint := did_you_mean(kind, DEVICES)):
+            raise ValueError(f"device {device!r} is not known.{hint}")
+        return device
+
+    @model_validator(mode="after")
+    def _possible(self) -> "RunConfig":
+        self.resolved()
+        if self.merge and not methods.find(self.method).keeps_shapes:
+            raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
+        if self.eval_data and not self.eval:
+            raise ValueError("eval_data is given, and nothing is to be evaluated (--no-eval): leave one of them out")
+        return self
+
+    def check_data(self) -> None:
+        """See that there are calibration data, and that what is no dataset's name is there: it takes no time.
+
+        Raises:
+            ConfigError: no data are given; a file of settings may leave that to a flag.
+            DataError: a path does not exist.
+        """
+        if self.data is None and self.model != "demo":
+            raise ConfigError(
+                "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
+            )
+        for name, given in (("data", self.data), ("eval_data", self.eval_data)):
+            if given and given not in KNOWN_DATA and not given.startswith("hf:") and not Path(given).exists():
+                close = near(given) or did_you_mean(given, KNOWN_DATA)
+                raise DataError(
+                    f"{flag(name)} {given} does not exist: give a folder of pictures, a text, hf:name or "
+                    f"{', '.join(KNOWN_DATA)}.{close}"
+                )
+
+    def completed(self, unit: Literal["pictures", "sequences"]) -> "RunConfig":
+        """With the defaults that depend on what the model reads."""
+        samples, batch_size, split = (2048, 64, "validation") if unit == "pictures" else (128, 4, "test")
+        changes = {
+            "samples": self.samples or samples,
+            "batch_size": self.batch_size or batch_size,
+            "eval_split": self.eval_split or split,
+        }
+        return self.model_copy(update=changes)
+
+    def settings(self, storage_dtype: str | None = None) -> CompressionSettings:
+        """The settings that decide the result.
+
+        Args:
+            storage_dtype: where none was given.
+        """
+        given = {name: getattr(self, name) for name in CompressionOptions.model_fields}
+        return resolve(**given | {"storage_dtype": self.storage_dtype or storage_dtype})
+
+
+def flag(name: str) -> str:
+    """The flag that sets a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: 1.1 takes 2:4 for a number of base 60, `no` for a boolean, 2024-01-01 for a date."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _first, _pattern in (
+    ("null", ["~", "n", "N", ""], r"~|null|Null|NULL|"),
+    ("bool", list("tTfF"), r"true|True|TRUE|false|False|FALSE"),
+    ("int", list("-+0123456789"), r"[-+]?(0|[1-9][0-9]*)"),
+    ("float", list("-+.0123456789"), r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})$"), _first)
+
+
+def read_fields(path: Path | None) -> dict[str, Any]:
+    """The settings that a YAML file gives, by name and not checked yet; none without a file.
+
+    Raises:
+        ConfigError: the file is missing, or no YAML mapping.
+    """
+    if path is None:
+        return {}
+    try:
+        fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+    odd = [name for name in fields if not isinstance(name, str)]
+    if odd:
+        raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+    return fields
+
+
+def with_flags(
+    path: Path | None, flags: dict[str, Any], build: Callable[[dict[str, Any], Callable[[str], str]], T]
+) -> T:
+    """Build a configuration from a YAML file, if given, and the flags that are not None, which override it.
+
+    Args:
+        build: from the fields, and what an error calls each of them.
+
+    Raises:
+        ConfigError: the file is missing, no YAML mapping, or a field is wrong.
+    """
+    fields, given = read_fields(path), {name: value for name, value in flags.items() if value is not None}
+    try:
+        return build(fields | given, lambda name: name if name in fields.keys() - given else flag(name))
+    except ConfigError as wrong:
+        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None
+
+
+def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
+    """Read a YAML file of RunConfig's fields, if given, and let the flags that are not None override it.
+
+    Raises:
+        ConfigError: the file is missing, no YAML mapping, or a field is wrong.
+    """
+    return with_flags(path, flags, lambda fields, called: validated(RunConfig, fields, called))
