@@ -18,10 +18,15 @@ FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
 
 class _Shared(BaseModel):
-    """What is the same whether it was given or follows."""
+    """Both kinds' fields in their order; the first few are narrower in one kind than in the other."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    method: str
+    rate: float | None
+    rank_ratio: Ratio | Literal["auto"] | None
+    pattern: str | None
+    refit: bool | None
     error_tolerance: float = Field(0.05, ge=0, description="of rank ratio auto: error above the best one's")
     latency_tokens: int | None = Field(
         None, ge=1, description="of rank ratio auto: tokens to time a layer with [default: of a picture; 1 for text]"
@@ -113,12 +118,13 @@ class CompressionOptions(_Shared):
         ratio = self.rank_ratio if isinstance(self.rank_ratio, float) else method.rank_ratio
         allocation = Allocation.of(self.rate, ratio, pattern)
         return CompressionSettings(
-            **{name: getattr(self, name) for name in _Shared.model_fields},
-            method=method.name,
-            rate=allocation.rate,
-            rank_ratio="auto" if self.rank_ratio == "auto" else allocation.rank_ratio,
-            pattern=str(pattern),
-            refit=method.refits(self),
+            **{name: getattr(self, name) for name in CompressionOptions.model_fields}
+            | {
+                "rate": allocation.rate,
+                "rank_ratio": "auto" if self.rank_ratio == "auto" else allocation.rank_ratio,
+                "pattern": str(pattern),
+                "refit": method.refits(self),
+            }
         )
 
 

@@ -16,6 +16,7 @@ import oats_vision as ov
 from command import run
 from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_text
+from oats_vision.compression import methods
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.runs.grid import cell_name, cell_words, expand, load_sweep_config, sweep_config
 from oats_vision.runs.sweep import Sweep, sweep
@@ -358,16 +359,10 @@ def test_the_command_prints_json_and_fails_with_a_cell(model_directory, tmp_path
 
 @pytest.mark.parametrize("problem", [ValueError("no positive matrix"), RuntimeError("no memory"), MemoryError()])
 def test_what_goes_wrong_in_one_cell_leaves_the_others(model_directory, tmp_path, monkeypatch, problem):
-    from oats_vision.compression import pipeline
+    def broken(*given):
+        raise problem
 
-    decompose = pipeline.decompose
-
-    def some(weight, statistic, budget, settings):
-        if settings.method == "magnitude":
-            raise problem
-        return decompose(weight, statistic, budget, settings)
-
-    monkeypatch.setattr(pipeline, "decompose", some)
+    monkeypatch.setattr(methods.find("magnitude"), "decompose", broken)
     done = sweep(
         sweep_config(
             model=str(model_directory), out=tmp_path / "out", **BYTES, rate=[0.5], method=["magnitude", "wanda"]
