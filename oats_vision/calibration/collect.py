@@ -16,7 +16,7 @@ from oats_vision.models.values import all_finite
 
 log = logging.getLogger(__name__)
 
-FEW_TOKENS = 256  # a second moment of that many is known to about 10%
+ENOUGH_TOKENS = 256  # a second moment of that many is known to about 10%
 
 
 def collect_statistics(
@@ -85,7 +85,7 @@ def check_tokens(
     """Say which linears (experts) saw few tokens; one that saw none counts every input feature alike."""
     if not any(tokens.values()):
         return  # decomposing says so
-    few = {name: count for name, count in tokens.items() if count < min(FEW_TOKENS, max(tokens.values()))}
+    few = {name: count for name, count in tokens.items() if count < min(ENOUGH_TOKENS, max(tokens.values()))}
     for name, count in few.items():
         if not count:
             if not in_experts(f"{block_name}.{name}"):
@@ -101,7 +101,7 @@ def check_tokens(
             block_name,
             len(few),
             len(tokens),
-            FEW_TOKENS,
+            ENOUGH_TOKENS,
             least,
             few[least],
         )

@@ -152,7 +152,8 @@ from oats_vision.machine import peak_memory
 
 depth, batch, samples, settings = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 model = timm.create_model("vit_small_patch16_224", depth=depth, num_classes=0).eval()
-told = forecast(model, find_adapter(model), resolve(**settings), torch.zeros(1, 3, 224, 224), samples=samples, batch_size=batch)
+picture = torch.zeros(1, 3, 224, 224)
+told = forecast(model, find_adapter(model), resolve(**settings), picture, samples=samples, batch_size=batch)
 ov.compress(model, (torch.randn(batch, 3, 224, 224) for _ in range(samples // batch)), **settings)
 print(told.memory.peak, peak_memory(torch.device("cpu")))
 """
