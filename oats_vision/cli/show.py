@@ -16,7 +16,8 @@ from oats_vision.cli.options import Device, Directory, Json, Trust, option
 from oats_vision.cli.pages import see_writable
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.models.aliases import ALIASES, SERVES, timm_models
+from oats_vision.models.adapters import families_served
+from oats_vision.models.aliases import ALIASES, timm_models
 from oats_vision.progress import shares
 
 if TYPE_CHECKING:
@@ -194,13 +195,13 @@ def models(
     """List the supported model families and the aliases."""
     found = [name for name in timm_models() if search and search in name]
     if as_json:
-        typer.echo(json.dumps({"families": SERVES, "aliases": ALIASES, "found": found}))
+        typer.echo(json.dumps({"families": families_served(), "aliases": ALIASES, "found": found}))
         return
     console = results()
     if search:
         console.print("\n".join(found) or f"no timm model with pretrained weights has {search!r} in its name")
         return
-    console.print(report.key_values("families", SERVES))
+    console.print(report.key_values("families", families_served()))
     console.print(report.key_values("aliases", ALIASES | {"demo": "a ViT for Fashion-MNIST, inside the package"}))
     console.print(
         "Any timm name of these families works too (--search NAME lists them), hf:org/name, hub:entry, a path."
