@@ -98,6 +98,12 @@ class Family(ABC):
         """The inverse of `replacement`, in a merged model whose checkpoint is to be of the original architecture."""
         return replacement
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)  # copies and what was unpickled
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def structure(self, model: nn.Module) -> Structure:
         """What the family finds in one model."""
         return Structure(
