@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from oats_vision.checkpoint import load, load_transform, save
-    from oats_vision.compression.record import CompressionReport
+    from oats_vision.compression.record import CompressionReport, record
     from oats_vision.data.pictures import load_pictures
     from oats_vision.data.text import load_sequences, load_tokens
     from oats_vision.errors import OatsVisionError
-    from oats_vision.models.adapters import Adapter, register_adapter
+    from oats_vision.models.adapters import Family, register_family
     from oats_vision.models.loading.load import load_model, load_tokenizer
     from oats_vision.nn.semi_structured import to_semi_structured
     from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, merge
     from oats_vision.runs.compress import Result, compress
 
 __all__ = [
-    "Adapter",
     "CompressionReport",
+    "Family",
     "OatsVisionError",
     "Result",
     "SparseLowRankLinear",
@@ -31,14 +31,15 @@ __all__ = [
     "load_tokens",
     "load_transform",
     "merge",
-    "register_adapter",
+    "record",
+    "register_family",
     "save",
     "to_semi_structured",
 ]
 
 # the modules of the public names; each is imported when one of its names is first used, since PyTorch takes seconds
 _HOMES = {
-    "models.adapters": ("Adapter", "register_adapter"),
+    "models.adapters": ("Family", "register_family"),
     "checkpoint": ("load", "load_transform", "save"),
     "runs.compress": ("Result", "compress"),
     "data.pictures": ("load_pictures",),
@@ -46,7 +47,7 @@ _HOMES = {
     "nn.semi_structured": ("to_semi_structured",),
     "nn.sparse_low_rank": ("SparseLowRankLinear", "merge"),
     "models.loading.load": ("load_model", "load_tokenizer"),
-    "compression.pipeline": ("CompressionReport",),
+    "compression.record": ("CompressionReport", "record"),
     "data.text": ("load_sequences", "load_tokens"),
 }
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.models.adapters import find_adapter
+from oats_vision.models.record import structure_of
 
 
 def peak() -> int:
@@ -67,7 +67,7 @@ def run(name: str, image_size: int | None, batch_size: int, batches: int, refit:
         equal = torch.equal(ov.load(Path(directory) / "out")(batch), expected)
     # measured last, on the first block of a dense copy: it must not raise the peak
     dense_model, _ = ov.load_model(name, pretrained=False, image_size=image_size)
-    _, block = find_adapter(dense_model).named_blocks(dense_model)[0]
+    _, block = structure_of(dense_model).named_blocks(dense_model)[0]
     activations = block_activations(dense_model, block, batch, batches)
     print(
         json.dumps(

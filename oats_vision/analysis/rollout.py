@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.files import replacing
-from oats_vision.models.adapters import Adapter, find_adapter
+from oats_vision.models.adapters import Family
 from oats_vision.models.loading.load import source_of
+from oats_vision.models.record import structure_of
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 DISCARDED = 0.4  # share of the smallest attentions that are dropped (OATS, section 5)
@@ -73,9 +74,9 @@ def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
             "or its dtype is too narrow"
         )
     joint = rollout(attentions)
-    adapter = find_adapter(model)
-    prefix = adapter.prefix_tokens(model)
-    patches = (joint[:, 0] if adapter.class_token(model) else joint[:, prefix:].mean(1))[:, prefix:]
+    structure = structure_of(model)
+    prefix = structure.prefix_tokens
+    patches = (joint[:, 0] if structure.class_token else joint[:, prefix:].mean(1))[:, prefix:]
     height, width = images.shape[-2:]
     rows = max(round(math.sqrt(patches.shape[1] * height / width)), 1)
     if patches.shape[1] % rows:
@@ -113,10 +114,10 @@ def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
     """The attention probabilities of each block in the forward pass within, (pictures, heads, tokens, tokens).
 
     Raises:
-        ModelError: the family's adapter does not say where its attention is, or the attention cannot be seen.
+        ModelError: the family does not say where its attention is, or the attention cannot be seen.
     """
-    adapter = find_adapter(model)
-    attentions = [_attention_of(block, adapter) for _, block in adapter.named_blocks(model)]
+    structure = structure_of(model)
+    attentions = [_attention_of(block, structure.family) for _, block in structure.named_blocks(model)]
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     seen: list[Tensor] = []
     with ExitStack() as stack:
@@ -141,13 +142,13 @@ def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
             _check(attention, probabilities)
 
 
-def _attention_of(block: nn.Module, adapter: Adapter) -> Any:
+def _attention_of(block: nn.Module, family: Family) -> Any:
     """The block's attention."""
-    if adapter.residual is None:
-        raise ModelError(f"adapter {adapter.name} does not say where the blocks' attention is")
-    attention: Any = dict(block.named_modules()).get(adapter.residual.attention)
+    if family.residual is None:
+        raise ModelError(f"model family {family.name} does not say where the blocks' attention is")
+    attention: Any = dict(block.named_modules()).get(family.residual.attention)
     if attention is None:  # several side by side, or one that is fused with the MLP
-        raise ModelError(f"{type(block).__name__} has no {adapter.residual.attention}: its attention cannot be seen")
+        raise ModelError(f"{type(block).__name__} has no {family.residual.attention}: its attention cannot be seen")
     return attention
 
 

@@ -21,7 +21,7 @@ from oats_vision.checkpoint.config import CONFIG, FORMAT
 from oats_vision.checkpoint.weights import WEIGHTS
 from oats_vision.errors import CheckpointError
 from oats_vision.files import umask
-from oats_vision.models.loading.load import TOKENIZER
+from oats_vision.models.loading.directory import TOKENIZER
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         handle = _lock(file)
     except BlockingIOError:
-        raise CheckpointError(f"{path} is being written by another run: give another --out") from None
+        raise CheckpointError(f"{path} is being written by another run: give another path") from None
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be written: {problem}") from problem
     try:
@@ -87,13 +87,13 @@ def check_target(path: Path, overwrite: bool) -> None:
     place = _resolved(path)
     if place.exists():
         if not overwrite:
-            raise CheckpointError(f"{path} exists: give another --out, or --overwrite")
+            raise CheckpointError(f"{path} exists: give another path, or overwrite=True")
         if not place.is_dir() or (any(place.iterdir()) and not is_checkpoint(place)):
-            raise CheckpointError(f"{path} is not a checkpoint of ours, and is not overwritten: give another --out")
+            raise CheckpointError(f"{path} is not a checkpoint of ours, and is not overwritten: give another path")
         if (foreign := _foreign(place)) is not None:
             raise CheckpointError(
                 f"{path} holds {foreign.relative_to(place)}, which is not ours and would be lost: move it, "
-                "or give another --out"
+                "or give another path"
             )
     _check_parent(place)
 
@@ -196,9 +196,9 @@ def _resolved(path: Path) -> Path:
 
 def _check_parent(place: Path) -> None:
     if not place.parent.is_dir():
-        raise CheckpointError(f"{place.parent} does not exist: make it first, or give another --out")
+        raise CheckpointError(f"{place.parent} does not exist: make it first, or give another path")
     if not os.access(place.parent, os.W_OK):
-        raise CheckpointError(f"{place.parent} is not writable: give another --out")
+        raise CheckpointError(f"{place.parent} is not writable: give another path")
 
 
 def _escaped(name: str) -> str:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from oats_vision.checkpoint.config import read_config
 from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.weights import WeightsFile, check_bitmask
-from oats_vision.compression.record import CompressionReport
+from oats_vision.compression.record import CompressionRecord, CompressionReport
 from oats_vision.errors import CheckpointError
-from oats_vision.models.adapters import adapters, find_adapter
+from oats_vision.models.adapters.registry import family_named
 from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
-from oats_vision.models.loading.load import remember_source
-from oats_vision.models.source import ModelSource, library, rebuild
+from oats_vision.models.library import library
+from oats_vision.models.loading.load import rebuild
+from oats_vision.models.record import note, structure_of
+from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform, build_transform
 from oats_vision.nn.sparse_low_rank import LayerSpec
 
@@ -46,9 +48,7 @@ def load(
     config = read_config(path)
     source = ModelSource(**config["source"])
     report = CompressionReport.from_dict(config)
-    adapter = next((adapter for adapter in adapters() if adapter.name == config["adapter"]), None)
-    if adapter is None:
-        raise CheckpointError(f"{path} needs the adapter {config['adapter']!r}: register it first")
+    family = family_named(report.family, str(path))
     dtype = dtype or getattr(torch, config["dtype"])
     storage = getattr(torch, config["storage_dtype"])
     layers_dtype = storage if storage.itemsize < dtype.itemsize else dtype
@@ -65,10 +65,11 @@ def load(
         limits = _limits(file, config)
         if model is None:
             model = rebuild(source, trust_remote_code, limits)
-            if not adapter.matches(model) and find_adapter(model).name != adapter.name:
-                raise CheckpointError(f"{path} is damaged: {source.name} is no model of adapter {adapter.name}")
+            if not family.matches(model) and structure_of(model).family.name != family.name:
+                raise CheckpointError(f"{path} is damaged: {source.name} is no model of family {family.name}")
+        structure = structure_of(model, family)
         with bounded(limits):
-            make_room(model, adapter, report, layers_dtype)
+            make_room(model, structure, report, layers_dtype)
         _check_tensors(path, model, file, config, storage)
         buffers = {name for name, _ in model.named_buffers()}
         tensors = file.read(config["weights_sha256"], convert, lambda name: name not in buffers)
@@ -81,8 +82,7 @@ def load(
             model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
     _check_computed(path, model, tensors)
     _set_generation(path, model, config.get("generation_config"))
-    remember_source(model, source)
-    model._oats_vision_report = report  # type: ignore[assignment]
+    note(model, CompressionRecord(source, structure, report=report))
     return model.requires_grad_(False).to(device=device).eval()
 
 

@@ -8,21 +8,20 @@ from torch import nn
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.errors import CheckpointError
-from oats_vision.models.adapters import Adapter, remember_adapter
+from oats_vision.models.adapters import Structure
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 
-def make_room(model: nn.Module, adapter: Adapter, report: CompressionReport, dtype: torch.dtype) -> None:
+def make_room(model: nn.Module, structure: Structure, report: CompressionReport, dtype: torch.dtype) -> None:
     """Give a rebuilt model the empty compressed layers, or sliced blocks, of a report.
 
     Raises:
         CheckpointError: the model has no such linear.
     """
-    adapter = remember_adapter(model, adapter)
-    adapter.prepare(model)
+    structure.prepare(model)
     if report.slicing:
         try:
-            empty_sliced_blocks(model, adapter, report.slicing)
+            empty_sliced_blocks(model, structure, report.slicing)
         except (AttributeError, RuntimeError) as problem:
             raise CheckpointError(f"the blocks cannot be sliced as config.json says: {problem}") from None
     modules = dict(model.named_modules())

@@ -15,11 +15,12 @@ from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION
 from oats_vision.checkpoint.place import check_target, locked, new_directory
 from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.weights import WEIGHTS
-from oats_vision.compression.record import CompressionReport
-from oats_vision.errors import CheckpointError, OatsVisionError
-from oats_vision.models.adapters import find_adapter
-from oats_vision.models.loading.load import TOKENIZER, source_of
-from oats_vision.models.source import rebuild
+from oats_vision.compression.record import CompressionReport, record
+from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
+from oats_vision.models.loading.directory import TOKENIZER
+from oats_vision.models.loading.load import rebuild, source_of
+from oats_vision.models.loading.registry import provider_for
+from oats_vision.models.record import structure_of
 from oats_vision.models.transforms import plain
 from oats_vision.models.values import broken
 from oats_vision.nn.sliced import SlicedBlock
@@ -46,17 +47,17 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, tokeniz
 def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any = None) -> None:
     """`save` for who holds the lock of the path."""
     model = _unwrapped(model)
-    report = getattr(model, "_oats_vision_report", None)
-    if not isinstance(report, CompressionReport):
-        raise CheckpointError("the model is not compressed: call oats_vision.compress first")
+    try:
+        report = record(model).report
+    except ModelError as missing:
+        raise CheckpointError(str(missing)) from None
     check_target(path, overwrite)
     source, state = source_of(model), model.state_dict()
     _check_report(model, report)
     _check_values(model, state)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     storage = getattr(torch, report.settings.storage_dtype) if report.settings.storage_dtype else dtype
-    if source.kind in ("timm", "huggingface"):
-        check_source(model, report)
+    check_source(model, report)
     tied = _tied(state)
     generation = getattr(model, "generation_config", None)
     config: dict[str, Any] = {
@@ -98,20 +99,20 @@ def check_source(model: nn.Module, report: CompressionReport | None = None) -> N
         CheckpointError: it does not, and a checkpoint of the model could not be loaded.
     """
     source = source_of(model)
-    if source.kind not in ("timm", "huggingface"):  # hub code is not run again, other modules are given to `load`
+    provider = provider_for(source.kind)
+    if not provider.closed:  # hub code is not run again, other modules are given to `load`
         return
     try:
         built = rebuild(source)
         if report:
-            make_room(built, find_adapter(model), report, torch.float32)
+            make_room(built, structure_of(built, structure_of(model).family), report, torch.float32)
     except OatsVisionError as problem:
         raise CheckpointError(f"the model could not be loaded again: {problem}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wrong := difference(shapes, {name: tuple(t.shape) for name, t in built.state_dict().items()}):
-        where = "model.num_classes" if source.kind == "timm" else "model.config (num_labels, ...)"
         raise CheckpointError(
             f"the model is no longer the {source.kind} model {source.name!r} that it was loaded as, and could not be "
-            f"loaded again: {wrong}. If its head was replaced, say so in {where}"
+            f"loaded again: {wrong}. If its head was replaced, say so in {provider.told_in}"
         )
 
 
@@ -127,11 +128,11 @@ def _check_report(model: nn.Module, report: CompressionReport) -> None:
     """Raises CheckpointError if the model's layers are not those of its report."""
     layers = {name: layer.spec for name, layer in compressed_layers(model).items()}
     noted = {layer.name: layer.spec for layer in report.layers}
-    sliced = any(isinstance(module, SlicedBlock) for module in model.modules())
+    sliced = is_sliced(model)
     if layers == noted and sliced == bool(report.slicing):
         return
     if not layers and not sliced:
-        raise CheckpointError("the model was merged since: save it before the merge, or as a dense model")
+        raise CheckpointError("the model was merged and is dense again: save it before the merge, or its state_dict()")
     differ = sorted(name for name in layers.keys() | noted.keys() if layers.get(name) != noted.get(name))
     raise CheckpointError(
         f"the model's compressed layers are not those of its report (such as {differ[0] if differ else 'its blocks'}): "
@@ -158,8 +159,7 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 def is_sliced(model: nn.Module) -> bool:
     """Whether a model was compressed by slicegpt."""
-    report = getattr(model, "_oats_vision_report", None)
-    return isinstance(report, CompressionReport) and report.slicing is not None
+    return any(isinstance(module, SlicedBlock) for module in model.modules())
 
 
 def _sha256(file: Path) -> str:

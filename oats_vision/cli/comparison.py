@@ -13,7 +13,7 @@ from oats_vision.cli.common import dtype_of, need_transform, results, warn_if_sl
 from oats_vision.cli.help import MODELS
 from oats_vision.cli.options import option, suggest
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.models.aliases import check_model
+from oats_vision.models.loading import provider_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,10 +53,11 @@ class Models:
         if dense and no_dense:
             raise ConfigError("give either --dense or --no-dense")
         for given in filter(None, (model, dense)):
-            check_model(given)
+            provider_of(given)
         from oats_vision import checkpoint
         from oats_vision.machine import choose_device
-        from oats_vision.models.loading.load import ModelSource, load_model
+        from oats_vision.models.loading.load import load_model
+        from oats_vision.models.source import ModelSource
 
         self.device = choose_device(device)
         self.options: dict[str, Any] = {

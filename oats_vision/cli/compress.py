@@ -13,7 +13,7 @@ from oats_vision.cli.common import notes
 from oats_vision.cli.help import WHAT
 from oats_vision.cli.options import Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
-from oats_vision.models.aliases import check_model
+from oats_vision.models.loading import provider_of
 from oats_vision.runs.config import load_run_config
 
 EXAMPLES = """\
@@ -44,7 +44,7 @@ def compress(
     """
     logs.set_up(verbose, log_file)
     chosen = load_run_config(config, settings)
-    check_model(chosen.model)
+    provider_of(chosen.model)
     chosen.check_data()
     from oats_vision.cli.outcome import show_outcome, show_plan, show_time
     from oats_vision.runs.run import dry_run, run  # seconds: not before all that was given is seen to be right

@@ -17,7 +17,8 @@ from oats_vision.cli.pages import see_writable
 from oats_vision.compression import methods
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.models.aliases import ALIASES, SERVES, timm_models
+from oats_vision.models.adapters import families_served
+from oats_vision.models.aliases import ALIASES, timm_models
 from oats_vision.progress import shares
 
 if TYPE_CHECKING:
@@ -195,13 +196,15 @@ def models(
     """List the supported model families and the aliases."""
     found = [name for name in timm_models() if search and search in name]
     if as_json:
-        typer.echo(json.dumps({"families": SERVES, "methods": _citations(), "aliases": ALIASES, "found": found}))
+        typer.echo(
+            json.dumps({"families": families_served(), "methods": _citations(), "aliases": ALIASES, "found": found})
+        )
         return
     console = results()
     if search:
         console.print("\n".join(found) or f"no timm model with pretrained weights has {search!r} in its name")
         return
-    console.print(report.key_values("families", SERVES))
+    console.print(report.key_values("families", families_served()))
     console.print(report.key_values("methods", _citations()))
     console.print(report.key_values("aliases", ALIASES | {"demo": "a ViT for Fashion-MNIST, inside the package"}))
     console.print(

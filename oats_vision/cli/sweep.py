@@ -13,7 +13,7 @@ from oats_vision.cli.common import notes, results
 from oats_vision.cli.help import GRID, OUTPUT, WHAT
 from oats_vision.cli.options import SWEEP, Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
-from oats_vision.models.aliases import check_model
+from oats_vision.models.loading import provider_of
 from oats_vision.runs.grid import OUT, Extent, load_sweep_config
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def sweep(
     logs.set_up(verbose, log_file)
     own = {"seeds": seeds, "out": out, "keep": keep, "report": report}
     chosen = load_sweep_config(config, settings | own)
-    check_model(chosen.base.model)
+    provider_of(chosen.base.model)
     chosen.base.check_data()
     from oats_vision.runs.sweep import sweep as run  # seconds: not before all that was given is seen to be right
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -20,12 +20,14 @@ from oats_vision.compression import methods
 from oats_vision.compression.budgets import Parts, candidates, fastest
 from oats_vision.compression.methods import BlockMethod, LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
-from oats_vision.compression.record import CompressionReport, LayerReport
+from oats_vision.compression.record import CompressionRecord, CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.models.adapters import Adapter, find_adapter, refuse_wrappers, remember_adapter
+from oats_vision.models.adapters import Family, Structure
+from oats_vision.models.adapters.find import refuse_wrappers
 from oats_vision.models.loading.load import note_weights
+from oats_vision.models.record import note, record_of, structure_of
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
 from oats_vision.nn.sliced import SlicedBlock
@@ -69,7 +71,7 @@ def compress(
     calibration: Any,
     settings: CompressionSettings,
     *,
-    adapter: Adapter | None = None,
+    family: Family | None = None,
     activation_memory: float = 8.0,
     progress: Callable[[Step], None] = lambda step: None,
     before: Callable[[nn.Module], None] = lambda model: None,
@@ -77,12 +79,12 @@ def compress(
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
     Args:
-        model: of a family that an adapter knows; put in eval mode and changed in place. An error that comes before
+        model: of a known family; put in eval mode and changed in place. An error that comes before
             its first layer is replaced leaves it as it was.
         calibration: batches, iterated once: tensors or arrays, (tensor, ...) or mappings of keyword arguments, or
             single pictures (sequences), in an iterable or a Dataset; or one tensor of many.
         settings: as `resolve` makes them.
-        adapter: of the model's family; found by itself if not given.
+        family: that the model is of; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: called with each step.
         before: called with the dense model once it is seen to be fit, and before anything of it is changed.
@@ -92,7 +94,7 @@ def compress(
 
     Raises:
         ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
-        ModelError: no adapter knows the model, it does not run block by block, has linears that are more than
+        ModelError: no family fits the model, it does not run block by block, has linears that are more than
             nn.Linear, or values that are not finite.
         DataError: no calibration batch, or one that the model cannot take.
     """
@@ -104,23 +106,28 @@ def compress(
     refuse_wrappers(model)
     note_weights(model)
     with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
-        adapter, plan = prepare(model, adapter, settings, undo)
+        structure, plan = prepare(model, family, settings, undo)
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
         buffers = {name for name, _ in model.named_buffers()}
         check_storable(model.state_dict().items(), storage, buffers)
-        report = CompressionReport(adapter.name, settings, unit=adapter.unit, slicing=plan.slicing)
+        report = CompressionReport(structure.family.name, settings, unit=structure.family.unit, slicing=plan.slicing)
         tick = time.perf_counter()
         before(model)
         start += time.perf_counter() - tick  # which is no part of the compression
-        clock, expected = Clock(plan.work, adapter.unit, progress, start=start), expected_samples(calibration)
+        clock, expected = Clock(plan.work, structure.family.unit, progress, start=start), expected_samples(calibration)
         with ActivationStore(activation_memory * 1e9) as hidden:
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
             undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))
             with all_called(plan.linears):
                 calls = capture_block_calls(
-                    model, plan.blocks, calibration, hidden, adapter.unit, lambda samples: clock.read(samples, expected)
+                    model,
+                    plan.blocks,
+                    calibration,
+                    hidden,
+                    structure.family.unit,
+                    lambda samples: clock.read(samples, expected),
                 )
             plan.linears.clear()  # so that the memory of those that are replaced is free
             report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
@@ -128,7 +135,7 @@ def compress(
             if plan.slicing:
                 method = methods.find(settings.method)
                 assert isinstance(method, BlockMethod)
-                report.slicing = method.compress(model, adapter, plan.slicing, hidden, calls, clock)
+                report.slicing = method.compress(model, structure, plan.slicing, hidden, calls, clock)
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             for i, (name, block) in enumerate(plan.blocks if not plan.slicing else []):
@@ -138,33 +145,37 @@ def compress(
                 log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
-    model._oats_vision_report = report  # type: ignore[assignment]  # travels with the model to `save`
+    noted = record_of(model)
+    note(model, CompressionRecord(noted.source, noted.structure, report=report))
     return report
 
 
 def prepare(
-    model: nn.Module, adapter: Adapter | None, settings: CompressionSettings, undo: ExitStack
-) -> tuple[Adapter, Plan]:
+    model: nn.Module, family: Family | None, settings: CompressionSettings, undo: ExitStack
+) -> tuple[Structure, Plan]:
     """Ready a model for its blocks to be run one by one, and plan what is done to each.
 
     Args:
         undo: is given what gives the model back as it was.
     """
     training = [module for module in model.modules() if module.training]
-    noted = vars(model).get("_oats_vision_adapter")
+    noted = vars(model).get("oats_vision")
 
     def as_it_was() -> None:
         for module in training:
             module.training = True
-        if noted is None and "_oats_vision_adapter" in vars(model):
-            del model._oats_vision_adapter
+        if noted is not None:
+            note(model, noted)
+        else:
+            vars(model).pop("oats_vision", None)
 
     undo.callback(as_it_was)
-    adapter = remember_adapter(model, adapter or find_adapter(model))
+    structure = structure_of(model, family)
+    note(model, replace(record_of(model), structure=structure))
     model.eval()
-    adapter.prepare(model)
-    undo.callback(adapter.restore, model)
-    return adapter, plan_model(model, adapter, settings)
+    structure.prepare(model)
+    undo.callback(structure.restore, model)
+    return structure, plan_model(model, structure, settings)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from oats_vision.compression.budgets import Parts
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
-from oats_vision.models.adapters import Adapter
+from oats_vision.models.adapters import Structure
 from oats_vision.models.structure import check_replaceable
 from oats_vision.nn.sliced import SlicedBlock, Slicing
 
@@ -38,26 +38,26 @@ class Plan:
         ]
 
 
-def plan_model(model: nn.Module, adapter: Adapter, settings: CompressionSettings) -> Plan:
-    """The plan of a model that its adapter has prepared.
+def plan_model(model: nn.Module, structure: Structure, settings: CompressionSettings) -> Plan:
+    """The plan of a model that is prepared.
 
     Raises:
         ConfigError: the settings leave a layer without rank or non-zeros, skip what is not there, or skip all.
         ModelError: the model is compressed already, or is not of a kind that the method can compress.
     """
-    blocks = adapter.named_blocks(model)
+    blocks = structure.named_blocks(model)
     if any(isinstance(block, SlicedBlock) for _, block in blocks):
         raise ModelError("the model is sliced already")
-    linears = chosen_linears(adapter, blocks, settings)
+    linears = chosen_linears(structure, blocks, settings)
     check_replaceable(linears, blocks)
     method = methods.find(settings.method)
     if isinstance(method, BlockMethod):
-        return Plan(blocks, linears, {}, method.plan(blocks, adapter, settings))
-    return Plan(blocks, linears, {name: plan_block(adapter, name, block, settings) for name, block in blocks}, None)
+        return Plan(blocks, linears, {}, method.plan(blocks, structure, settings))
+    return Plan(blocks, linears, {name: plan_block(structure, name, block, settings) for name, block in blocks}, None)
 
 
 def chosen_linears(
-    adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], settings: CompressionSettings
+    structure: Structure, blocks: Sequence[tuple[str, nn.Module]], settings: CompressionSettings
 ) -> dict[str, nn.Linear]:
     """The linears to compress, by their full names.
 
@@ -65,7 +65,7 @@ def chosen_linears(
         ModelError: the blocks have no linear.
         ConfigError: what is skipped is not there, or is all there is.
     """
-    linears = {f"{block_name}.{n}": m for block_name, block in blocks for n, m in adapter.named_linears(block)}
+    linears = {f"{block_name}.{n}": m for block_name, block in blocks for n, m in structure.named_linears(block)}
     if not linears:
         raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
     for pattern in settings.skip:
@@ -80,18 +80,20 @@ def chosen_linears(
     return chosen
 
 
-def plan_block(adapter: Adapter, block_name: str, block: nn.Module, settings: CompressionSettings) -> dict[str, Parts]:
+def plan_block(
+    structure: Structure, block_name: str, block: nn.Module, settings: CompressionSettings
+) -> dict[str, Parts]:
     """The parts of each linear of a block and their budgets, before any work is done.
 
     Raises:
         ConfigError: the settings leave a layer without rank or non-zeros, or a fused weight does not divide.
     """
     plan: dict[str, Parts] = {}
-    for name, linear in adapter.named_linears(block):
+    for name, linear in structure.named_linears(block):
         if skipped(f"{block_name}.{name}", settings):
             continue
         try:
-            parts = adapter.parts(block, name, linear)
+            parts = structure.parts(block, name, linear)
         except ValueError as wrong:
             raise ModelError(f"{block_name}.{name}: {wrong}") from None
         if settings.fused_qkv == "joint":

@@ -1,12 +1,16 @@
 """What a compression did to a model, layer by layer: kept with the model and in its checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.nn.sliced import Slicing
-from oats_vision.nn.sparse_low_rank import LayerSpec
+from oats_vision.errors import ModelError
+from oats_vision.models.record import Record, record_of
+from oats_vision.nn.sliced import SlicedBlock, Slicing
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class LayerReport:
 class CompressionReport:
     """What was done to a model, layer by layer."""
 
-    adapter: str
+    family: str
     settings: CompressionSettings
     samples: int = 0
     unit: str = "pictures"  # that the samples are
@@ -65,14 +69,19 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         layers = [{**asdict(layer), "error": layer.error} for layer in self.layers]
-        return {**asdict(self), "settings": self.settings.model_dump(), "layers": layers}
+        fields = {name: value for name, value in asdict(self).items() if name != "family"}
+        return {"adapter": self.family, **fields, "settings": self.settings.model_dump(), "layers": layers}
+
+    def within(self, path: str) -> "CompressionReport":
+        """The report of a model that has this one's at `path`."""
+        return replace(self, layers=[replace(layer, name=f"{path}.{layer.name}") for layer in self.layers])
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; other fields are ignored. Raises KeyError, TypeError or ValueError."""
         names = ("name", "errors", "output_errors", "rounds", "seconds", "tokens")
         return cls(
-            adapter=fields["adapter"],
+            family=fields["adapter"],
             settings=CompressionSettings(**fields["settings"]),
             samples=fields["samples"],
             unit=fields["unit"],
@@ -83,3 +92,34 @@ class CompressionReport:
             seconds=dict(fields["seconds"]),
             slicing=Slicing.from_dict(fields["slicing"]) if fields["slicing"] else None,
         )
+
+
+@dataclass(frozen=True)
+class CompressionRecord(Record):
+    """A compressed model's record: also what was done to it."""
+
+    report: CompressionReport = field(kw_only=True)
+
+    def within(self, path: str, model: nn.Module) -> "CompressionRecord":
+        """The record of a model of the user's own that has this one's at `path`."""
+        return replace(super().within(path, model), report=self.report.within(path))
+
+
+def record(model: nn.Module) -> CompressionRecord:
+    """What was done to a compressed model, how its architecture is rebuilt, and what its family found in it.
+
+    It is kept on the model as `model.oats_vision`, and copied and pickled with it. A model that wraps a compressed one
+    has that one's, with the names that modules have in the wrapper.
+
+    Raises:
+        ModelError: the model is not compressed, or wraps several compressed ones.
+    """
+    found = record_of(model)
+    if isinstance(found, CompressionRecord):
+        return found
+    if any(isinstance(module, SparseLowRankLinear | SlicedBlock) for module in model.modules()):
+        raise ModelError(
+            "the model has compressed layers and no record of them: it is a part of a compressed model, which is saved "
+            "whole, or its compression was stopped in the middle"
+        )
+    raise ModelError("the model is not compressed: call oats_vision.compress first")

@@ -21,7 +21,7 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.statistics import Gram
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.models.adapters import Adapter, Residual
+from oats_vision.models.adapters import Residual, Structure
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sliced import SlicedBlock, SlicedNorm, SlicedReader, Slicing
 from oats_vision.progress import Stage
@@ -30,7 +30,7 @@ from oats_vision.progress import Stage
 @torch.no_grad()
 def slice_blocks(
     model: nn.Module,
-    adapter: Adapter,
+    structure: Structure,
     plan: Slicing,
     hidden: ActivationStore,
     calls: BlockCalls,
@@ -52,16 +52,16 @@ def slice_blocks(
     Raises:
         ModelError: a block is not of the kind that can be rotated, or its outputs are not finite.
     """
-    check_rotation(adapter, adapter.named_blocks(model), hidden, calls)
+    check_rotation(structure, structure.named_blocks(model), hidden, calls)
 
     def components(gram: Gram) -> tuple[Tensor, float]:
         return principal_components(gram.compute(), plan.sliced_width)
 
-    return _slice(model, adapter, plan, hidden, calls, components, tell)
+    return _slice(model, structure, plan, hidden, calls, components, tell)
 
 
 def check_rotation(
-    adapter: Adapter, blocks: Sequence[tuple[str, nn.Module]], hidden: ActivationStore, calls: BlockCalls
+    structure: Structure, blocks: Sequence[tuple[str, nn.Module]], hidden: ActivationStore, calls: BlockCalls
 ) -> None:
     """See on the first batch that each block, rotated and not cut, computes what it did; the blocks stay as they are.
 
@@ -71,7 +71,7 @@ def check_rotation(
     """
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
     x = hidden[0].to(calls.device, dtype)
-    width, residual = x.shape[-1], _described(adapter)
+    width, residual = x.shape[-1], _described(structure)
     centre = _subtracts_mean(_norm(blocks[0][1], residual.norm1))
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q.to(x.device)
@@ -84,7 +84,7 @@ def check_rotation(
         states.append(x)
         uncut = Slicing(width, width, 0, 0)
         one = BlockCalls(calls.device, [[call]], [None])
-        _slice(alone, replace(adapter, blocks=lambda model: ""), uncut, states, one, lambda gram: (rotation, 1.0))
+        _slice(alone, replace(structure, blocks=""), uncut, states, one, lambda gram: (rotation, 1.0))
         before, want, got = x, y, alone[0](x, *call.args, **call.kwargs)
         if centre:
             before, want = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
@@ -100,7 +100,7 @@ def check_rotation(
 
 def _slice(
     model: nn.Module,
-    adapter: Adapter,
+    structure: Structure,
     plan: Slicing,
     hidden: ActivationStore,
     calls: BlockCalls,
@@ -108,7 +108,7 @@ def _slice(
     tell: Callable[[Stage, int, float], None] = lambda stage, block, share: None,
 ) -> Slicing:
     """Slice to the basis that `components` gives for what a norm passes on, with the share of it that is kept."""
-    blocks, residual = adapter.named_blocks(model), _described(adapter)
+    blocks, residual = structure.named_blocks(model), _described(structure)
     width, sliced = plan.width, plan.sliced_width
     centre = _subtracts_mean(_norm(blocks[0][1], residual.norm1))
     if centre:
@@ -165,13 +165,13 @@ def _slice(
     return replace(plan, kept=tuple(kept))
 
 
-def empty_sliced_blocks(model: nn.Module, adapter: Adapter, slicing: Slicing) -> None:
+def empty_sliced_blocks(model: nn.Module, structure: Structure, slicing: Slicing) -> None:
     """Give a rebuilt model blocks of the sliced shapes, to load a state dict into.
 
     Raises:
-        ModelError: the adapter does not describe the residual stream.
+        ModelError: the family does not describe the residual stream.
     """
-    blocks, residual = adapter.named_blocks(model), _described(adapter)
+    blocks, residual = structure.named_blocks(model), _described(structure)
     full, cut = slicing.width, slicing.sliced_width
     for i, (name, block) in enumerate(blocks):
         parts = _halves(block, residual)
@@ -191,16 +191,16 @@ def empty_sliced_blocks(model: nn.Module, adapter: Adapter, slicing: Slicing) ->
         model.set_submodule(name, _sliced(block, residual, entry, shortcuts, full))
 
 
-def plan_slicing(blocks: Sequence[tuple[str, nn.Module]], adapter: Adapter, rate: float | None) -> Slicing:
+def plan_slicing(blocks: Sequence[tuple[str, nn.Module]], structure: Structure, rate: float | None) -> Slicing:
     """The largest width of the residual stream that meets the rate; None keeps the full width.
 
     Widths from 64 on are multiples of 8, as fast matrix products like them.
 
     Raises:
-        ModelError: the adapter does not describe the residual stream, or the norms are of an unknown kind.
+        ModelError: the family does not describe the residual stream, or the norms are of an unknown kind.
         ConfigError: no width meets the rate.
     """
-    residual = _described(adapter)
+    residual = _described(structure)
     width = _gain(_norm(blocks[0][1], residual.norm1)).numel()
     dense = per_column = last = 0
     for _, block in blocks:
@@ -277,10 +277,12 @@ def _halves(block: nn.Module, residual: Residual) -> tuple[Half, Half]:
     return halves[0], halves[1]
 
 
-def _described(adapter: Adapter) -> Residual:
-    if adapter.residual is None:
-        raise ModelError(f"slicegpt needs to know the residual stream, and adapter {adapter.name} does not describe it")
-    return adapter.residual
+def _described(structure: Structure) -> Residual:
+    if structure.family.residual is None:
+        raise ModelError(
+            f"slicegpt needs to know the residual stream, and model family {structure.family.name} does not describe it"
+        )
+    return structure.family.residual
 
 
 def _norm(block: nn.Module, name: str) -> nn.Module:

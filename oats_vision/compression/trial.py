@@ -21,7 +21,8 @@ from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
-from oats_vision.models.adapters import Adapter, refuse_wrappers
+from oats_vision.models.adapters import Family
+from oats_vision.models.adapters.find import refuse_wrappers
 from oats_vision.models.structure import check_device, floating
 from oats_vision.models.values import check_finite, check_storable
 from oats_vision.progress import Clock, Estimate, Step, Unit
@@ -61,7 +62,7 @@ def trial(
     calibration: Any,
     settings: CompressionSettings,
     *,
-    adapter: Adapter | None = None,
+    family: Family | None = None,
     samples: int | None = None,
     progress: Callable[[Step], None] = lambda step: None,
 ) -> Estimate:
@@ -83,8 +84,8 @@ def trial(
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
     check_storable(model.state_dict().items(), storage, {name for name, _ in model.named_buffers()})
     with plain_arithmetic(model), ExitStack() as undo, ActivationStore(math.inf) as hidden:
-        adapter, plan = prepare(model, adapter, settings, undo)
-        unit = adapter.unit
+        structure, plan = prepare(model, family, settings, undo)
+        unit = structure.family.unit
         index = next(i for i, work in enumerate(plan.work) if work)  # others may be left dense
         name, original = plan.blocks[index]
         block = deepcopy(original)
@@ -102,12 +103,13 @@ def trial(
         read = clock.seconds["reading"]
         if plan.slicing:
             alone = nn.ModuleList([block])
-            whole = replace(adapter, blocks=lambda module: "")
             method = methods.find(settings.method)
             assert isinstance(method, BlockMethod)
-            method.compress(alone, whole, plan.slicing, hidden, calls, clock)
+            method.compress(alone, replace(structure, blocks=""), plan.slicing, hidden, calls, clock)
         else:
-            job = Job(settings, storage, hidden, calls, clock, CompressionReport(adapter.name, settings, tried, unit))
+            job = Job(
+                settings, storage, hidden, calls, clock, CompressionReport(structure.family.name, settings, tried, unit)
+            )
             compress_block(job, index, name, block, plan.parts[name], begun=lambda: None)
             apply_block(job, index, name, block)
         taken = clock.seconds

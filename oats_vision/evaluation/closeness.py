@@ -24,8 +24,8 @@ from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.evaluation.thumbnails import patch_maps, thumbnail
 from oats_vision.evaluation.top1 import class_logits, has_head
-from oats_vision.models.adapters import Adapter, find_adapter
 from oats_vision.models.loading.load import source_of
+from oats_vision.models.record import structure_of
 from oats_vision.models.transforms import Transform
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sparse_low_rank import other_parameter
@@ -45,7 +45,7 @@ def closeness(
     """Note what the dense model says of the held-out inputs; `compare` then tells how close another one comes.
 
     Args:
-        model: dense, of a family that an adapter knows.
+        model: dense, of a known family.
         held_out: batches as for `compress`, that can be iterated again; of one pass, they are kept in memory.
         transform: that made the pictures, to show them in their colours.
         progress: called with the number of inputs done.
@@ -55,7 +55,7 @@ def closeness(
         ModelError: the model's outputs are not finite.
     """
     data = list(held_out) if isinstance(held_out, Iterator) else held_out
-    kind = PictureCloseness if find_adapter(model).unit == "pictures" else TextCloseness
+    kind = PictureCloseness if structure_of(model).family.unit == "pictures" else TextCloseness
     return kind(model, data, transform, progress)
 
 
@@ -67,7 +67,7 @@ class _Closeness:
 
     def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None) -> None:
         self.held_out, self.transform = held_out, transform
-        self.reader = Reader.of(model, find_adapter(model).unit)
+        self.reader = Reader.of(model, structure_of(model).family.unit)
         self.count = 0
         self.digests: list[bytes] = []  # of the batches that the dense model saw
 
@@ -131,7 +131,7 @@ class PictureCloseness(_Closeness):
         values = {name: torch.cat(column).double().numpy() for name, column in columns.items() if column}
         metrics = [_proportion("same class", torch.cat(same))] if same else []
         if not same:
-            summary = "class" if find_adapter(model).class_token(model) else "picture"
+            summary = "class" if structure_of(model).class_token else "picture"
             metrics += [_mean(f"cosine of {summary} features", values["summary"])]
             metrics += [_mean("cosine of patch features", values["patch"])] if "patch" in values else []
         metrics.append(_relative_error("relative error of features", values["change"], values["size"]))
@@ -232,12 +232,12 @@ class _LastBlock:
     """Reads off a model's last block while the model runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.adapter = model, find_adapter(model)
-        self.prefix = self.adapter.prefix_tokens(model)
+        self.model, self.structure = model, structure_of(model)
+        self.prefix = self.structure.prefix_tokens
         self.output: Tensor | None = None
 
     def __enter__(self) -> "_LastBlock":
-        block = self.adapter.named_blocks(self.model)[-1][1]
+        block = self.structure.named_blocks(self.model)[-1][1]
         self.handle = block.register_forward_hook(self._keep)
         return self
 
@@ -257,10 +257,9 @@ class _LastBlock:
             raise ModelError("the model's last block did not run")
         hidden, self.output = self.output, None
         hidden = hidden.flatten(1, -2) if hidden.ndim > 2 else hidden[:, None]  # (pictures, tokens, width)
-        adapter: Adapter = self.adapter
-        path = adapter.final_norm(self.model)
-        norm = self.model.get_submodule(path) if path and not adapter.pooled_before_norm(self.model) else nn.Identity()
-        summaries, _ = pooled(self.model, adapter, [hidden])
+        path = self.structure.final_norm
+        norm = self.model.get_submodule(path) if path and not self.structure.pooled_before_norm else nn.Identity()
+        summaries, _ = pooled(self.model, self.structure, [hidden])
         tokens = norm(hidden).float().cpu()
         logits = class_logits(self.model, output) if has_head(self.model, output) else None
         if not (tokens.isfinite().all() and (logits is None or logits.isfinite().all())):

@@ -19,8 +19,9 @@ from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes
 from oats_vision.evaluation.top1 import autocast
 from oats_vision.files import replacing
-from oats_vision.models.adapters import Adapter, find_adapter
+from oats_vision.models.adapters import Structure
 from oats_vision.models.loading.load import source_of
+from oats_vision.models.record import structure_of
 from oats_vision.nn.outputs import first_output
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def extract_features(
     """Run the backbone over labelled pictures and keep what DINOv2's linear evaluation reads.
 
     Args:
-        model: of a family that an adapter knows, dense or compressed.
+        model: of a known family, dense or compressed.
         blocks: how many of the last blocks' class tokens to keep; fewer if the model has fewer.
 
     Raises:
@@ -89,10 +90,10 @@ def extract_features(
             model reads no pictures; or its features are not finite.
         DataError: no picture could be read, one is not finite, or there are fewer than two classes.
     """
-    adapter = find_adapter(model)
-    if adapter.unit != "pictures":
+    structure = structure_of(model)
+    if structure.family.unit != "pictures":
         raise ModelError(f"features are of pictures, and {source_of(model).name} reads text")
-    modules = [block for _, block in adapter.named_blocks(model)][-blocks:]
+    modules = [block for _, block in structure.named_blocks(model)][-blocks:]
     first = next(model.parameters())
     outputs: list[Tensor] = []
     handles = [m.register_forward_hook(lambda _, args, out: outputs.append(first_output(out))) for m in modules]
@@ -112,7 +113,7 @@ def extract_features(
                     raise ModelError(f"{len(outputs)} of the last {len(modules)} blocks ran: each should run once")
                 if any(output.shape[-1] != outputs[-1].shape[-1] for output in outputs):
                     raise ModelError("the inner blocks of a sliced model have no features: use the last block only")
-                summaries, patches = pooled(model, adapter, outputs)
+                summaries, patches = pooled(model, structure, outputs)
             tokens.append(torch.stack(summaries, 1).half().cpu())
             means.append(patches.half().cpu())
             if not (tokens[-1].isfinite().all() and means[-1].isfinite().all()):
@@ -139,7 +140,7 @@ def extract_features(
     return features
 
 
-def pooled(model: nn.Module, adapter: Adapter, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def pooled(model: nn.Module, structure: Structure, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """What stands for a picture in each block's output, and the mean patch token of the last one.
 
     Args:
@@ -149,15 +150,15 @@ def pooled(model: nn.Module, adapter: Adapter, outputs: list[Tensor]) -> tuple[l
         Of each block (pictures, width): the class token, or the mean patch token of models without one; and the
         mean patch token. All after the final norm, which follows the mean if it does so in the model itself.
     """
-    path, prefix = adapter.final_norm(model), adapter.prefix_tokens(model)
+    path, prefix = structure.final_norm, structure.prefix_tokens
     norm = model.get_submodule(path) if path else nn.Identity()
 
     def patch_mean(output: Tensor) -> Tensor:
         patches = output[:, prefix:]
-        return norm(patches.mean(1)) if adapter.pooled_before_norm(model) else norm(patches).mean(1)
+        return norm(patches.mean(1)) if structure.pooled_before_norm else norm(patches).mean(1)
 
     mean = patch_mean(outputs[-1])
-    if adapter.class_token(model):
+    if structure.class_token:
         return [norm(output[:, :1])[:, 0] for output in outputs], mean
     return [*map(patch_mean, outputs[:-1]), mean], mean
 

@@ -38,7 +38,7 @@ _OF_EVERY_MODULE = set(vars(nn.Module()))  # parameters, buffers, hooks, trainin
 
 def _is_setting(attribute: str) -> bool:
     # what a module has cached changes with what it was called with
-    ours = attribute.startswith("_oats_vision")
+    ours = attribute == "oats_vision"
     return attribute not in _OF_EVERY_MODULE and not ours and "cache" not in attribute
 
 

@@ -1,41 +1,12 @@
-"""The names of models, for those who cannot wait for PyTorch: families, aliases and timm's models."""
+"""The names of models, for those who cannot wait for PyTorch: aliases and timm's models."""
 
 import re
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from oats_vision.errors import ModelError, did_you_mean, near
-
-_LANGUAGE = {
-    "lm_llama": "Llama, SmolLM and others of class Llama*",
-    "lm_mistral": "Mistral",
-    "lm_qwen2": "Qwen2 and Qwen2.5",
-    "lm_qwen3": "Qwen3",
-    "lm_phi3": "Phi-3 and Phi-4",
-    "lm_gemma": "Gemma",
-    "lm_opt": "OPT",
-    "lm_gpt2": "GPT-2",
-    "lm_gpt_neox": "GPT-NeoX and Pythia",
-    "lm_mixtral": "Mixtral",
-    "lm_qwen3_moe": "Qwen3 mixtures of experts",
-    "lm_olmoe": "OLMoE",
-}
-# names of the shipped adapters, in the order in which they are asked, and the models that each is for
-SERVES = {
-    "timm_vit": "timm VisionTransformer: ViT, DeiT, DINOv2 with and without registers, SigLIP, CLIP, AugReg",
-    "timm_eva": "timm Eva: DINOv3, EVA-02, Perception Encoder",
-    "hf_vit": "Hugging Face ViT and DeiT checkpoints of class ViT*",
-    "hf_deit": "Hugging Face DeiT",
-    "hf_dinov2": "Hugging Face Dinov2*",
-    "hf_dinov2_with_registers": "Hugging Face Dinov2WithRegisters*",
-    "hf_dinov3": "Hugging Face DINOv3ViT*",
-    "hf_clip": "Hugging Face CLIP vision towers",
-    "hf_siglip": "Hugging Face SigLIP vision towers",
-    "dinov2_hub": "facebookresearch/dinov2 from torch.hub",
-    "dinov3_hub": "facebookresearch/dinov3 from torch.hub",
-    **{name: f"Hugging Face causal language models: {models}" for name, models in _LANGUAGE.items()},
-}
 
 _DINOV2 = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 _DINOV3 = {
@@ -83,21 +54,15 @@ def unknown_model(name: str) -> ModelError:
     )
 
 
-def check_model(name: str) -> None:
-    """See that a name may be a model's, in milliseconds: `load_model` has the last word.
-
-    Raises:
-        ModelError: it is not.
-    """
-    path = Path(name)
-    if not (name.startswith(("hf:", "hub:")) or name in known_models() or path.suffix == ".gguf" or path.is_dir()):
-        architecture = name.partition(".")[0]
-        if not re.fullmatch(r"\w+", architecture) or not _in_timm(architecture):
-            raise unknown_model(name)
+def in_timm(name: str) -> bool:
+    """Whether timm has a model of that name, or maps an older one; importing timm to ask it would take seconds."""
+    architecture = name.partition(".")[0]
+    if timm := sys.modules.get("timm"):
+        return bool(timm.is_model(architecture))
+    return name in known_models() or (re.fullmatch(r"\w+", architecture) is not None and _is_defined(architecture))
 
 
-def _in_timm(architecture: str) -> bool:
-    """Whether timm's code defines such a model, or maps an older name; importing timm would take seconds."""
+def _is_defined(architecture: str) -> bool:
     timm = find_spec("timm")
     name = re.escape(architecture).encode()
     definition = re.compile(rb"^def %b\(|['\"]%b['\"]: ?['\"]" % (name, name), re.MULTILINE)

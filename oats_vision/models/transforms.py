@@ -18,7 +18,7 @@ from oats_vision.errors import ModelError
 TransformConfig = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
 LARGEST = 1 << 12  # pixels of a side, beyond which no model reads
-# of the families that adapters know; others may read files, or run programs that read text
+# of the model families that are known; others may read files, or run programs that read text
 _PROCESSORS = re.compile(r"(ViT|DeiT|Beit|Bit|ConvNext|CLIP|Siglip|Siglip2|DINOv3ViT)ImageProcessor(Fast|Pil)?")
 
 _Pixels = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -102,7 +102,7 @@ def _image_processor(config: TransformConfig) -> Any:
     name = config.get("image_processor_type")
     found = getattr(transformers, name, None) if isinstance(name, str) and _PROCESSORS.fullmatch(name) else None
     if not (isinstance(found, type) and issubclass(found, ImageProcessingMixin)):
-        raise ModelError(f"transform: {name!r} is no image processor of a family that an adapter knows")
+        raise ModelError(f"transform: {name!r} is no image processor of a known model family")
     processor: Any = found
     fields = {name: value for name, value in config.items() if name != "kind" and not name.startswith("_")}
     leading = {"auto_map", "trust_remote_code", "custom_pipelines"} & fields.keys()

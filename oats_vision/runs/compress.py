@@ -26,7 +26,7 @@ from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import BEGINNING, Timing, dense_twin, time_inputs, time_text
 from oats_vision.evaluation.stored import read_report
 from oats_vision.kernels import native
-from oats_vision.models.adapters import Adapter
+from oats_vision.models.adapters import Family
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
 PROMPT, NEW_TOKENS = 128, 32  # of text that is timed
@@ -149,14 +149,14 @@ def compress(
     fused_qkv: Literal["split", "joint"] = "split",
     error_tolerance: float = 0.05,
     latency_tokens: int | None = None,
-    adapter: Adapter | None = None,
+    family: Family | None = None,
     activation_memory: float = 8.0,
     progress: bool | Callable[[Step], None] = False,
 ) -> Result:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
     Args:
-        model: of a family that an adapter knows; put in eval mode and changed in place. An error that comes before
+        model: of a known family; put in eval mode and changed in place. An error that comes before
             its first layer is replaced leaves it as it was.
         calibration: batches, iterated once: tensors or arrays, (tensor, ...) or mappings of keyword arguments, or
             single pictures (sequences), in an iterable or a Dataset; or one tensor of many.
@@ -177,7 +177,7 @@ def compress(
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the best split's.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
-        adapter: of the model's family; found by itself if not given.
+        family: that the model is of; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: True for a bar (in notebooks too), or a function that is called with each step.
 
@@ -187,7 +187,7 @@ def compress(
 
     Raises:
         ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
-        ModelError: no adapter knows the model, it does not run block by block, has linears that are more than
+        ModelError: no family fits the model, it does not run block by block, has linears that are more than
             nn.Linear, or values that are not finite.
         DataError: no calibration batch, or one that the model cannot take.
     """
@@ -207,7 +207,7 @@ def compress(
             model,
             calibration,
             settings,
-            adapter=adapter,
+            family=family,
             activation_memory=activation_memory,
             progress=step,
             before=note,

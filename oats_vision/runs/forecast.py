@@ -17,7 +17,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
-from oats_vision.models.adapters import Adapter, remember_adapter
+from oats_vision.models.adapters import Structure
 from oats_vision.models.structure import floating, in_experts
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part, SparseLowRankLinear
 from oats_vision.progress import Unit, count
@@ -115,7 +115,7 @@ class Forecast:
 
 def forecast(
     model: nn.Module,
-    adapter: Adapter,
+    structure: Structure,
     settings: CompressionSettings,
     example: Tensor,
     *,
@@ -141,20 +141,19 @@ def forecast(
     """
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
     shell = _shell(model)
-    adapter = remember_adapter(shell, adapter)
-    adapter.prepare(shell)
-    plan = plan_model(shell, adapter, settings)
+    structure.prepare(shell)
+    plan = plan_model(shell, structure, settings)
     everything = {name for name, module in shell.named_modules() if isinstance(module, nn.Linear)}
     inside = tuple(f"{block}." for block, _ in plan.blocks)
-    first = adapter.named_blocks(model)[0][1]
+    first = structure.named_blocks(model)[0][1]
     hidden = first_block_input(model, first, example)
-    features = 4 * held_out * hidden[0].numel() if adapter.unit == "pictures" else 0
+    features = 4 * held_out * hidden[0].numel() if structure.family.unit == "pictures" else 0
     memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory, features)
-    report = _emptied(shell, adapter, plan, settings)
+    report = _emptied(shell, structure, plan, settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Forecast(
         name=name,
-        family=adapter.serves.partition(":")[0],
+        family=structure.family.serves.partition(":")[0],
         blocks=len(plan.blocks),
         parameters=(parameters, parameters - report.dense_parameters + report.parameters),
         linears=len(plan.linears),
@@ -164,7 +163,7 @@ def forecast(
         storage=str(storage).removeprefix("torch."),
         sizes=measure(shell.state_dict(keep_vars=True).values(), report, storage),
         exact=settings.rank_ratio != "auto",
-        unit=adapter.unit,
+        unit=structure.family.unit,
         data=data,
         samples=samples,
         held_out=held_out,
@@ -184,11 +183,11 @@ def _shell(model: nn.Module) -> nn.Module:
     return deepcopy(model, memo)
 
 
-def _emptied(shell: nn.Module, adapter: Adapter, plan: Plan, settings: CompressionSettings) -> CompressionReport:
+def _emptied(shell: nn.Module, structure: Structure, plan: Plan, settings: CompressionSettings) -> CompressionReport:
     """Give a copy without values the compressed layers' shapes; returns what a report would say of these."""
-    report = CompressionReport(adapter.name, settings, slicing=plan.slicing)
+    report = CompressionReport(structure.family.name, settings, slicing=plan.slicing)
     if plan.slicing:
-        empty_sliced_blocks(shell, adapter, plan.slicing)
+        empty_sliced_blocks(shell, structure, plan.slicing)
     for block, linears in plan.parts.items():
         for name, parts in linears.items():
             linear = plan.linears[f"{block}.{name}"]

@@ -32,8 +32,9 @@ from oats_vision.evaluation import (
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.speed import plain_picture
 from oats_vision.machine import choose_device, machine, peak_memory, slow_dtype_warning
-from oats_vision.models.adapters import find_adapter
-from oats_vision.models.loading.load import ModelSource, load_model, load_tokenizer, save_plain, source_of
+from oats_vision.models.loading.load import load_model, load_tokenizer, save_plain, source_of
+from oats_vision.models.record import structure_of
+from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
@@ -134,7 +135,7 @@ class Prepared:
             example = torch.zeros(1, run.sequence_length, dtype=torch.long, device=first.device)
         return forecast(
             model,
-            find_adapter(model),
+            structure_of(model),
             self.settings(run),
             example,
             name=run.model,
@@ -234,7 +235,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
         )
         check_finite(model)
         checkpoint.check_source(model)
-    unit = find_adapter(model).unit
+    unit = structure_of(model).family.unit
     run = config.completed(unit)
     tokenizer: Any = None
     test: Batches | Tensor | None

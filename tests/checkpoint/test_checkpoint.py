@@ -16,7 +16,7 @@ from oats_vision.checkpoint.config import config_digest
 from oats_vision.checkpoint.weights import check_bitmask
 from oats_vision.checkpoint.write import _sha256
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models.loading.load import remember_source, source_of
+from oats_vision.models.loading.load import note_source, source_of
 from oats_vision.models.source import ModelSource
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 
@@ -25,7 +25,7 @@ NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_di
 
 @pytest.fixture
 def compressed(tiny_vit, pictures):
-    remember_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    note_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
     ov.compress(tiny_vit, pictures, rate=0.5, rank_ratio=0.2, iterations=3, storage_dtype="float16")
     return tiny_vit
 
@@ -55,7 +55,7 @@ def test_round_trip_is_bit_equal_and_small(compressed, saved, pictures):
     loaded = ov.load(saved)
     assert torch.equal(loaded(pictures[0]), compressed(pictures[0]))
     assert all(not parameter.is_meta for parameter in loaded.parameters())
-    sizes = measure(compressed.state_dict().values(), compressed._oats_vision_report, torch.float16)
+    sizes = measure(compressed.state_dict().values(), ov.record(compressed).report, torch.float16)
     # non-zeros 0.4, U and V 0.1, and one bit a position: 1/16 in fp16; a little less for rounding down
     assert sizes.layer_ratio <= 0.5 + 1 / 16
     on_disk = load_file(saved / "model.safetensors")
@@ -87,7 +87,7 @@ def test_a_loaded_model_asks_for_no_gradients(saved, pictures):
 @torch.no_grad()
 def test_a_float64_model_stays_one(tiny_vit, pictures, tmp_path):
     tiny_vit.double()
-    remember_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    note_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
     ov.compress(tiny_vit, [batch.double() for batch in pictures], rate=0.5, iterations=2)
     ov.save(tiny_vit, tmp_path / "out")
     loaded = ov.load(tmp_path / "out")
@@ -99,7 +99,6 @@ def test_a_float64_model_stays_one(tiny_vit, pictures, tmp_path):
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_the_model_in_a_wrapper_is_saved(compressed, tmp_path, pictures, wrap):
     wrapped = wrap(compressed)
-    wrapped._oats_vision_report = compressed._oats_vision_report
     ov.save(wrapped, tmp_path / "out")
     assert torch.equal(ov.load(tmp_path / "out")(pictures[0]), compressed(pictures[0]))
 
@@ -132,7 +131,7 @@ def _other_head(model):
     ("change", "message"),
     [
         (_interrupted, r"not those of its report \(such as blocks\.2\.mlp\.fc2\)"),
-        (ov.merge, "was merged since"),
+        (ov.merge, "was merged and is dense again: save it before the merge"),
         (_offloaded, r"blocks\.1\.norm1\.weight is on the meta device"),
         (_not_finite, r"head\.bias holds values that are NaN or infinite"),
         (_overflow, r"cannot be stored in float16: norm\.weight"),
@@ -149,7 +148,7 @@ def test_what_could_not_be_loaded_is_not_saved(compressed, tmp_path, change, mes
 
 def test_a_head_that_the_model_tells_of_is_saved(tiny_vit, pictures, tmp_path):
     source = ModelSource("timm", NAME, {**ARGS, "num_classes": 10}, label_names=list("abcdefghij"))
-    remember_source(tiny_vit, source)
+    note_source(tiny_vit, source)
     tiny_vit.reset_classifier(3)
     ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
     ov.save(tiny_vit, tmp_path / "out")
@@ -215,7 +214,7 @@ def test_uncompressed_model_is_an_error(tiny_vit, tmp_path):
 
 
 def test_existing_directory_needs_overwrite_and_foreign_ones_are_never_replaced(compressed, saved, tmp_path):
-    with pytest.raises(CheckpointError, match="exists: give another --out, or --overwrite"):
+    with pytest.raises(CheckpointError, match="exists: give another path, or overwrite=True"):
         ov.save(compressed, saved)
     ov.save(compressed, saved, overwrite=True)
     (tmp_path / "photos").mkdir()
@@ -357,7 +356,7 @@ def _other_dtype(saved):
         (lambda saved: _edit(saved, format_version=2), "format version 2 and this release reads 1: update"),
         (lambda saved: _edit(saved, layers=[{"name": "x"}]), "config.json is damaged"),
         (lambda saved: _edit(saved, dtype="float99"), "config.json is damaged"),
-        (lambda saved: _edit(saved, adapter="alien"), "needs the adapter 'alien'"),
+        (lambda saved: _edit(saved, adapter="alien"), "needs the model family 'alien'"),
     ],
 )
 def test_damaged_checkpoints_are_clear_errors(saved, damage, message):

@@ -99,7 +99,7 @@ def test_a_transform_of_timm_has_fields_of_its_own(changed, fields):
 
 
 @pytest.mark.parametrize("name", ["pipeline", "Trainer", "AutoModel", "PreTrainedModel", "TimmWrapperModel", "_x", ""])
-def test_only_model_classes_that_an_adapter_knows_are_built(changed, name):
+def test_only_model_classes_of_a_known_family_are_built(changed, name):
     path = changed("Hugging Face", lambda config: config["source"].update(name=name))
     with pytest.raises(OatsVisionError, match=r"cannot be rebuilt|is damaged"):
         ov.load(path)
@@ -221,7 +221,7 @@ def test_a_pickled_dense_model_runs_nothing(tmp_path, monkeypatch, model_directo
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architectures": ["pipeline"]}, "no adapter knows|cannot be loaded"),
+        ({"architectures": ["pipeline"]}, "no model family fits|cannot be loaded"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised already"),
     ],
 )
@@ -251,11 +251,11 @@ def test_a_wrapper_of_timm_that_names_no_architecture_is_not_built(tmp_path, mon
     assert not Path("ran").exists()
 
 
-def test_a_family_that_no_adapter_knows_is_not_built(tmp_path, monkeypatch):
+def test_an_unknown_family_is_not_built(tmp_path, monkeypatch):
     config = hf.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=1, intermediate_size=12)
     config.save_pretrained(tmp_path)
     monkeypatch.setattr(hf.AutoModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was built"))
-    with pytest.raises(ModelError, match="no adapter knows bert"):
+    with pytest.raises(ModelError, match="no model family fits bert"):
         ov.load_model(tmp_path)
 
 

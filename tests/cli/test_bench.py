@@ -90,7 +90,7 @@ def test_rank_ratio_auto_stays_within_the_tolerance_and_the_budget(tiny_vit, pic
     chosen = errors(model, rank_ratio="auto", error_tolerance=0.1)
     for name, error in chosen.items():
         assert error <= 1.1 * min(run[name] for run in fixed) + 1e-6
-    report = model._oats_vision_report
+    report = ov.record(model).report
     assert report.parameters <= 0.5 * report.dense_parameters
     assert report.settings.rank_ratio == "auto"
 

@@ -24,7 +24,7 @@ from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation import evaluate_top1
-from oats_vision.models.loading.load import remember_source, source_of
+from oats_vision.models.loading.load import note_source, source_of
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.run import run as run_here
 
@@ -116,7 +116,7 @@ BAD = {
     "merge of slicegpt": (["--method", "slicegpt", "--merge"], "--merge is for methods that keep"),
     "refit of a baseline": (["--method", "wanda", "--refit"], "refit is for method oats"),
     "unknown model": (["--model", "vit_none"], "unknown model 'vit_none'"),
-    "unsupported model": (["--model", "resnet18", "--no-pretrained"], "no adapter knows"),
+    "unsupported model": (["--model", "resnet18", "--no-pretrained"], "no model family fits"),
     "missing data": (["--data", "no/such/folder"], "does not exist"),
     "device": (["--device", "warp:9"], "device: 'warp:9' is not there"),
     "samples": (["--samples", 0], "--samples must be at least 1, got 0"),
@@ -286,7 +286,7 @@ def test_a_checkpoint_does_not_name_code_as_its_dense_model(model_directory, tmp
     source = source_of(model)
     ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
     name = f"hub:{tmp_path}:entry" if where == "folder" else str(tmp_path / "out")
-    remember_source(model, dataclasses.replace(source, origin={"name": name}))
+    note_source(model, dataclasses.replace(source, origin={"name": name}))
     ov.save(model, tmp_path / "out")
     models = Models(str(tmp_path / "out"), None, False, "cpu", "float32", True)
     with pytest.raises(OatsVisionError, match="names code in a folder" if where == "folder" else "compressed already"):

@@ -70,7 +70,7 @@ BAD = {
         "sequence_length must be at most the model's 128 positions, got 4096",
     ),
     "tokenizer without a model": (["--model", "tokenizer_only"], "has no config.json"),
-    "encoder and decoder": (["--model", "t5"], "no adapter knows"),
+    "encoder and decoder": (["--model", "t5"], "no model family fits"),
 }
 
 

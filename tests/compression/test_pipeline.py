@@ -43,7 +43,17 @@ class Tower(nn.Module):
         return x
 
 
-ADAPTER = ov.Adapter("tower", "towers", lambda model: isinstance(model, Tower), lambda model: "layers")
+class Towers(ov.Family):
+    name, serves = "tower", "towers"
+
+    def matches(self, model):
+        return isinstance(model, Tower)
+
+    def blocks(self, model):
+        return "layers"
+
+
+TOWERS = Towers()
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def test_each_block_is_calibrated_on_the_outputs_of_the_compressed_blocks_before
     model = Tower(own_offsets=own_offsets)
     reference = copy.deepcopy(model).double()
     options = {"rate": 0.4, "rank_ratio": 0.2, "iterations": 15, "solver": "exact", "refit": refitted}
-    report = ov.compress(model, batches, adapter=ADAPTER, **options).report
+    report = ov.compress(model, batches, family=TOWERS, **options).report
 
     tolerance = 1e-2 if refitted else 1e-3  # steps of conjugate gradients amplify the rounding of float32
     hidden = reference.embed(torch.cat(batches).double())
@@ -110,7 +120,7 @@ def test_padding_tokens_do_not_count(batches):
     torch.manual_seed(0)
     garbage, clean = Tower(), Tower()
     clean.load_state_dict(garbage.state_dict())
-    options = {"adapter": ADAPTER, "rate": 0.4, "iterations": 5}
+    options = {"family": TOWERS, "rate": 0.4, "iterations": 5}
     ov.compress(garbage, [{"x": torch.where(mask[..., None], x, 50.0), "attention_mask": mask.long()}], **options)
     ov.compress(clean, [x[mask][:, None]], **options)
     # sums of other lengths round differently, which may tip single weights in or out of S
@@ -253,4 +263,4 @@ def test_no_batch_and_a_compressed_model_are_errors(tiny_vit, pictures):
 
 def test_a_model_that_changes_hidden_states_between_blocks_is_an_error(batches):
     with pytest.raises(ModelError, match=r"changes the hidden states after layers\.0"):
-        ov.compress(Tower(between=True), batches, adapter=ADAPTER, rate=0.4)
+        ov.compress(Tower(between=True), batches, family=TOWERS, rate=0.4)

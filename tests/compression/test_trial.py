@@ -34,7 +34,7 @@ def test_a_trial_leaves_the_model_as_it_was_and_reads_two_batches(tiny_vit, pict
     assert estimate.blocks == 3
     assert {"reading pictures", "statistics", "applying"} <= {step.activity for step in steps}
     assert all(module.training for module in tiny_vit.modules())
-    assert not hasattr(tiny_vit, "_oats_vision_adapter")
+    assert not hasattr(tiny_vit, "oats_vision")
     assert str(tiny_vit.eval()) == str(before)
     for name, tensor in tiny_vit.state_dict().items():
         assert torch.equal(tensor, before.state_dict()[name]), name

@@ -14,7 +14,7 @@ import oats_vision as ov
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.closeness import closeness
 from oats_vision.evaluation.top1 import class_logits
-from oats_vision.models.adapters import find_adapter
+from oats_vision.models.record import structure_of
 
 
 def shaken(model: nn.Module, by: float) -> nn.Module:
@@ -169,7 +169,7 @@ def test_the_families_agree_that_features_are_after_the_last_norm():
     model = timm.create_model(
         "vit_base_patch16_siglip_224", img_size=32, embed_dim=48, depth=2, num_heads=3, patch_size=8
     ).eval()
-    assert find_adapter(model).prefix_tokens(model) == 0
+    assert structure_of(model).prefix_tokens == 0
     cost, examples = closeness(model, [torch.randn(4, 3, 32, 32)]).compare(shaken(model, 0.1))
     assert cost.metrics[-1].name == "relative error of features"
     assert all(len(example.maps) == 2 for example in examples)
@@ -221,16 +221,25 @@ def test_text_without_a_token_to_foretell_is_left_out(language_directory):
 
 
 def test_held_out_data_change_nothing_of_what_compress_promises(tiny_vit, many):
-    """The model is as it was after an error; its own adapter and plain arithmetic hold for them too."""
+    """The model is as it was after an error; its own family and plain arithmetic hold for them too."""
     tiny_vit.train()
     with pytest.raises(ConfigError, match="is the name of no linear"):
         ov.compress(tiny_vit, many, held_out=many, skip="nothing")
     assert all(module.training for module in tiny_vit.modules())
-    own = ov.Adapter(name="own", serves="", matches=lambda model: True, blocks=lambda model: "blocks")
+
+    class Own(ov.Family):
+        name, serves = "own", ""
+
+        def matches(self, model):
+            return True
+
+        def blocks(self, model):
+            return "blocks"
+
     model = nn.Sequential()
     model.blocks, model.forward = tiny_vit.blocks, tiny_vit.forward
     with torch.autocast("cpu", torch.bfloat16):
-        cost = ov.compress(model, many, held_out=many[:1], adapter=own, rate=0.5, iterations=3).cost
+        cost = ov.compress(model, many, held_out=many[:1], family=Own(), rate=0.5, iterations=3).cost
     assert cost.samples == 16
     broken = shaken(tiny_vit, 0)
     broken.norm.weight.data[0] = math.nan

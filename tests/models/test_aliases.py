@@ -1,4 +1,4 @@
-"""The names of models that are known without PyTorch, held to what timm and the adapters say."""
+"""The names of models that are known without PyTorch, held to what timm says."""
 
 import inspect
 import sys
@@ -9,12 +9,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from oats_vision.errors import ModelError
-from oats_vision.models.adapters import SHIPPED
-from oats_vision.models.aliases import ALIASES, SERVES, check_model, known_models, timm_models
-
-
-def test_families_are_those_of_the_adapters_in_their_order():
-    assert [(adapter.name, adapter.serves) for adapter in SHIPPED] == list(SERVES.items())
+from oats_vision.models.aliases import ALIASES, known_models, timm_models
+from oats_vision.models.loading import provider_of
 
 
 def test_every_alias_is_a_timm_model_with_weights():
@@ -41,13 +37,13 @@ def test_listed_timm_models_are_those_whose_classes_are_served():
     ["demo", "dinov2_vitl14", "vit_base_patch16_224", "vit_base_patch14_dinov2.lvd142m", "resnet18", "hf:a/b", "hub:a"],
 )
 def test_names_that_may_be_models_are_let_through(name):
-    check_model(name)
+    provider_of(name)
 
 
 def test_every_model_of_timm_is_let_through(tmp_path):
     for name in timm.list_models("vit_*")[::20] + timm.list_models()[::100]:
-        check_model(name)
-    check_model(str(tmp_path))
+        provider_of(name)
+    provider_of(str(tmp_path))
     assert {"demo", *ALIASES, *ALIASES.values()} <= set(known_models())
 
 
@@ -62,6 +58,6 @@ def test_every_model_of_timm_is_let_through(tmp_path):
 )
 def test_names_that_are_no_models_are_refused_with_what_is_close(name, closest):
     with pytest.raises(ModelError, match="unknown model") as error:
-        check_model(name)
+        provider_of(name)
     hint = str(error.value).partition(" Did you mean ")[2]
     assert hint.startswith(closest) if closest else not hint

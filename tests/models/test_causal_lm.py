@@ -13,8 +13,8 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression.slicing import plan_slicing, slice_blocks
 from oats_vision.errors import DataError, ModelError
-from oats_vision.models.adapters import find_adapter
 from oats_vision.models.loading.load import save_plain, source_of
+from oats_vision.models.record import structure_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
@@ -69,16 +69,17 @@ def texts() -> list[torch.Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_adapter_finds_all_linears_of_the_blocks_and_none_else(case):
     model = _build(case)
-    adapter = find_adapter(model)
-    assert adapter.name == CASES[case][0]
-    adapter.prepare(model)
-    blocks = adapter.named_blocks(model)
-    found = {f"{path}.{name}" for path, block in blocks for name, _ in adapter.named_linears(block)}
+    structure = structure_of(model)
+    assert structure.family.name == CASES[case][0]
+    structure.prepare(model)
+    blocks = structure.named_blocks(model)
+    found = {f"{path}.{name}" for path, block in blocks for name, _ in structure.named_linears(block)}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert len(blocks) == 2
     assert linears - found == {"lm_head"}
     parts = {
-        name: dict(adapter.parts(blocks[0][1], name, linear)) for name, linear in adapter.named_linears(blocks[0][1])
+        name: dict(structure.parts(blocks[0][1], name, linear))
+        for name, linear in structure.named_linears(blocks[0][1])
     }
     if case == "phi3":
         assert parts["self_attn.qkv_proj"] == {"q": 48, "k": 24, "v": 24}
@@ -102,9 +103,9 @@ def test_block_by_block_run_is_the_models_own_forward(case, texts):
             model(texts[0], output_hidden_states=True).hidden_states,
             model(**batches[1], output_hidden_states=True).hidden_states,
         ]
-    adapter = find_adapter(model)
-    adapter.prepare(model)
-    blocks = adapter.named_blocks(model)
+    structure = structure_of(model)
+    structure.prepare(model)
+    blocks = structure.named_blocks(model)
     with ActivationStore(1e9) as hidden:
         calls = capture_block_calls(model, blocks, batches, hidden)
         for b, states in enumerate(expected):
@@ -166,12 +167,12 @@ def test_rotated_unsliced_model_computes_the_same(case, texts):
     """SliceGPT, Theorem 1: without a cut the rotations change nothing."""
     model = _build(case).double()
     expected = model(texts[0]).logits
-    adapter = find_adapter(model)
-    adapter.prepare(model)
+    structure = structure_of(model)
+    structure.prepare(model)
     with ActivationStore(1e9) as hidden:
-        blocks = adapter.named_blocks(model)
+        blocks = structure.named_blocks(model)
         calls = capture_block_calls(model, blocks, texts, hidden)
-        slice_blocks(model, adapter, plan_slicing(blocks, adapter, None), hidden, calls)
+        slice_blocks(model, structure, plan_slicing(blocks, structure, None), hidden, calls)
     # the norms of transformers compute in float32, whatever the model's dtype
     torch.testing.assert_close(model(texts[0]).logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -198,7 +199,7 @@ def test_families_that_slicegpt_cannot_take_say_so(case, texts):
 def test_models_that_are_no_causal_decoders_are_refused(texts):
     args = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     for model in (hf.T5ForConditionalGeneration(hf.T5Config(**args)), hf.LlamaModel(hf.LlamaConfig(**GROUPED))):
-        with pytest.raises(ModelError, match="no adapter knows"):
+        with pytest.raises(ModelError, match="no model family fits"):
             ov.compress(model, texts)
     compressed = copy.deepcopy(_build("llama"))
     ov.compress(compressed, texts, rate=0.5, iterations=2)
@@ -212,8 +213,8 @@ def test_experts_have_statistics_of_their_own(texts):
     model = _build("mixtral")
     seen: list[torch.Tensor] = []
     reference = copy.deepcopy(model)
-    adapter = find_adapter(reference)
-    adapter.prepare(reference)
+    structure = structure_of(reference)
+    structure.prepare(reference)
     expert = reference.model.layers[0].mlp.experts[1]["gate_up_proj"]
     expert.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for batch in texts:

@@ -92,13 +92,13 @@ def hub_repository(tmp_path):
 @torch.no_grad()
 def test_torch_hub_compress_save_load(hub_repository, tmp_path, pictures):
     name = f"hub:{hub_repository}:dinov2_tiny"
-    with pytest.raises(ModelError, match="--trust-remote-code"):
+    with pytest.raises(ModelError, match="trust_remote_code=True"):
         ov.load_model(name)
     model, transform = ov.load_model(name, trust_remote_code=True)
     assert transform(Image.new("RGB", (300, 280))).shape == (3, 224, 224)
     ov.compress(model, pictures, rate=0.5, iterations=2)
     ov.save(model, tmp_path / "out")
-    with pytest.raises(ModelError, match="--trust-remote-code"):
+    with pytest.raises(ModelError, match="trust_remote_code=True"):
         ov.load(tmp_path / "out")
     loaded = ov.load(tmp_path / "out", trust_remote_code=True)
     assert_same(loaded, model)
@@ -136,7 +136,7 @@ def test_users_own_module_is_given_again_to_be_loaded(tiny_vit, pictures, tmp_pa
     ("name", "message"),
     [
         ("vit_of_the_future", "unknown model 'vit_of_the_future': give a directory"),
-        ("resnet18", "no adapter knows timm.models.resnet.ResNet; supported: timm_vit"),
+        ("resnet18", "no model family fits timm.models.resnet.ResNet; known: timm_vit"),
         ("hf:/nowhere/at/all", "cannot be loaded"),
     ],
 )

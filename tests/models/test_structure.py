@@ -50,7 +50,19 @@ class Stack(nn.Module):
 
 
 SMALL = {"rate": 0.5, "iterations": 2, "rank_ratio": 0}
-STACK = ov.Adapter("stack", "stacks", lambda model: isinstance(model, Stack), lambda model: "layers")
+
+
+class Stacks(ov.Family):
+    name, serves = "stack", "stacks"
+
+    def matches(self, model):
+        return isinstance(model, Stack)
+
+    def blocks(self, model):
+        return "layers"
+
+
+STACK = Stacks()
 TOKENS = [torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 
@@ -127,7 +139,7 @@ def _unchanged(model: nn.Module, before: nn.Module) -> bool:
         state.keys() == old.keys()
         and all(a.is_meta or torch.equal(a.nan_to_num(), old[name].nan_to_num()) for name, a in state.items())
         and [m.training for m in model.modules()] == [m.training for m in before.modules()]
-        and not any(name.startswith("_oats") for name in vars(model))
+        and "oats_vision" not in vars(model)
     )
 
 
@@ -193,8 +205,8 @@ def test_attention_of_pytorch_is_refused_and_compressed_around():
     torch.manual_seed(0)
     model = Stack(Attention(16), Attention(16))
     with pytest.raises(ModelError, match=r"layers\.0\.attention\.out_proj was never called \(2 linears were not\)"):
-        ov.compress(model, TOKENS, adapter=STACK, **SMALL)
-    report = ov.compress(model, TOKENS, adapter=STACK, **SMALL, skip="*.out_proj").report
+        ov.compress(model, TOKENS, family=STACK, **SMALL)
+    report = ov.compress(model, TOKENS, family=STACK, **SMALL, skip="*.out_proj").report
     assert [layer.name for layer in report.layers] == ["layers.0.mlp", "layers.1.mlp"]
     assert model.eval()(TOKENS[0]).isfinite().all()
 
@@ -202,7 +214,7 @@ def test_attention_of_pytorch_is_refused_and_compressed_around():
 def test_an_encoder_layer_of_pytorch_is_refused():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     with pytest.raises(ModelError, match=r"layers\.0 is an nn\.TransformerEncoderLayer"):
-        ov.compress(Stack(layer), TOKENS, adapter=STACK, **SMALL, skip="*.out_proj")
+        ov.compress(Stack(layer), TOKENS, family=STACK, **SMALL, skip="*.out_proj")
 
 
 def test_unmerged_lora_is_refused_and_merged_lora_is_not(tiny_vit, pictures):
@@ -237,7 +249,7 @@ class TestSkip:
         ov.save(tiny_vit, tmp_path / "out")
         loaded = ov.load(tmp_path / "out", model=before)
         assert torch.equal(loaded(pictures[0]), tiny_vit(pictures[0]))
-        assert loaded._oats_vision_report.settings.skip == report.settings.skip
+        assert ov.record(loaded).report.settings.skip == report.settings.skip
 
     def test_a_name_that_is_not_there_is_an_error_that_lists_some(self, tiny_vit, pictures):
         with pytest.raises(ConfigError, match=r"skip 'blocks\.7' .* such as blocks\.0, blocks\.0\.attn\.qkv"):
@@ -281,7 +293,7 @@ class TestSurroundings:
         dropping = Stack(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5)), nn.Sequential(nn.Linear(16, 16)))
         plain = copy.deepcopy(dropping).eval()
         for model in (dropping.train(), plain):
-            ov.compress(model, TOKENS, adapter=STACK, **SMALL)
+            ov.compress(model, TOKENS, family=STACK, **SMALL)
         assert torch.equal(dropping(TOKENS[0]), plain(TOKENS[0]))
 
     def test_weights_stored_by_columns(self, tiny_vit, pictures):

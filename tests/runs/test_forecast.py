@@ -14,7 +14,7 @@ import oats_vision as ov
 from oats_vision import checkpoint
 from oats_vision.compression.settings import resolve
 from oats_vision.errors import ConfigError
-from oats_vision.models.adapters import find_adapter
+from oats_vision.models.record import structure_of
 from oats_vision.runs.forecast import Forecast, Memory, forecast
 
 PICTURE = torch.zeros(1, 3, 32, 32)
@@ -35,7 +35,7 @@ SETTINGS = [
 
 
 def of(model: nn.Module, example: torch.Tensor = PICTURE, **settings) -> Forecast:
-    return forecast(model, find_adapter(model), resolve(**settings), example, samples=8, batch_size=4)
+    return forecast(model, structure_of(model), resolve(**settings), example, samples=8, batch_size=4)
 
 
 def measured(model: nn.Module, report: ov.CompressionReport) -> checkpoint.Sizes:
@@ -85,13 +85,13 @@ LANGUAGE = {
 
 
 @pytest.mark.parametrize("kind", LANGUAGE)
-def test_language_models_are_foretold_as_their_adapters_prepare_them_and_stay_as_they_are(kind):
+def test_language_models_are_foretold_as_they_are_prepared_and_stay_as_they_are(kind):
     torch.manual_seed(0)
     model = LANGUAGE[kind]().eval()
     names = [(name, id(module)) for name, module in model.named_modules()]
     told = of(model, torch.zeros(1, 16, dtype=torch.int64), rate=0.4)
     assert [(name, id(module)) for name, module in model.named_modules()] == names
-    assert not hasattr(model, "_oats_vision_adapter")
+    assert not hasattr(model, "oats_vision")
     report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2).report
     assert told.sizes == measured(model, report)
     assert (told.unit, told.tokens, told.width) == ("sequences", 16, 48)
@@ -101,7 +101,7 @@ def test_what_the_plan_says(tiny_vit):
     settings = resolve(rate=0.5, skip=("blocks.0",))
     told = forecast(
         tiny_vit,
-        find_adapter(tiny_vit),
+        structure_of(tiny_vit),
         settings,
         PICTURE,
         name="tiny",
@@ -145,7 +145,7 @@ def test_a_large_model_is_foretold_in_no_time():
 
 MEASURE = """
 import json, sys, torch, timm, oats_vision as ov
-from oats_vision.models.adapters import find_adapter
+from oats_vision.models.record import structure_of
 from oats_vision.compression.settings import resolve
 from oats_vision.runs.forecast import forecast
 from oats_vision.machine import peak_memory
@@ -153,7 +153,7 @@ from oats_vision.machine import peak_memory
 depth, batch, samples, settings = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 model = timm.create_model("vit_small_patch16_224", depth=depth, num_classes=0).eval()
 picture = torch.zeros(1, 3, 224, 224)
-told = forecast(model, find_adapter(model), resolve(**settings), picture, samples=samples, batch_size=batch)
+told = forecast(model, structure_of(model), resolve(**settings), picture, samples=samples, batch_size=batch)
 ov.compress(model, (torch.randn(batch, 3, 224, 224) for _ in range(samples // batch)), **settings)
 print(told.memory.peak, peak_memory(torch.device("cpu")))
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from oats_vision.compression.settings import CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
     from oats_vision.core.oats import Factors
-    from oats_vision.models.adapters import Adapter
+    from oats_vision.models.adapters import Structure
     from oats_vision.nn.sliced import Slicing
     from oats_vision.progress import Clock
 
@@ -79,14 +79,14 @@ class BlockMethod(Method):
     """A method that changes blocks as wholes, and the stream between them."""
 
     @abstractmethod
-    def plan(self, blocks: list[tuple[str, nn.Module]], adapter: Adapter, settings: CompressionSettings) -> Slicing:
+    def plan(self, blocks: list[tuple[str, nn.Module]], structure: Structure, settings: CompressionSettings) -> Slicing:
         """What it will do. Raises ConfigError or ModelError if it cannot."""
 
     @abstractmethod
     def compress(
         self,
         model: nn.Module,
-        adapter: Adapter,
+        structure: Structure,
         plan: Slicing,
         hidden: ActivationStore,
         calls: BlockCalls,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.activations import ActivationStore
     from oats_vision.calibration.capture import BlockCalls
     from oats_vision.compression.settings import CompressionSettings
-    from oats_vision.models.adapters import Adapter
+    from oats_vision.models.adapters import Structure
     from oats_vision.nn.sliced import Slicing
     from oats_vision.progress import Clock
 
@@ -26,15 +26,15 @@ class SliceGPT(BlockMethod):
     keeps_sparse = False
     keeps_shapes = False
 
-    def plan(self, blocks: list[tuple[str, nn.Module]], adapter: Adapter, settings: CompressionSettings) -> Slicing:
+    def plan(self, blocks: list[tuple[str, nn.Module]], structure: Structure, settings: CompressionSettings) -> Slicing:
         from oats_vision.compression.slicing import plan_slicing
 
-        return plan_slicing(blocks, adapter, settings.rate)
+        return plan_slicing(blocks, structure, settings.rate)
 
     def compress(
         self,
         model: nn.Module,
-        adapter: Adapter,
+        structure: Structure,
         plan: Slicing,
         hidden: ActivationStore,
         calls: BlockCalls,
@@ -42,4 +42,4 @@ class SliceGPT(BlockMethod):
     ) -> Slicing:
         from oats_vision.compression.slicing import slice_blocks
 
-        return slice_blocks(model, adapter, plan, hidden, calls, clock.at)
+        return slice_blocks(model, structure, plan, hidden, calls, clock.at)

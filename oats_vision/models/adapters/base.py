@@ -1,14 +1,17 @@
 """What a model family must say to be compressed: where its blocks are, and which linears are fused."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from __future__ import annotations
 
-from torch import nn
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def _nothing(model: nn.Module) -> None:
-    pass
+Fused = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -32,56 +35,121 @@ class Residual:
     scale2: str = ""
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One model family.
+class Family(ABC):
+    """One model family: a subclass, registered with `@register_family`.
 
-    name: short name, shown by `oats-vision models`.
+    Only `name`, `serves`, `matches` and `blocks` must be given. Instances hold no state.
+
+    name: short name, shown by `oats-vision models` and kept in checkpoints.
     serves: the models it is for, in words.
-    matches: whether a model belongs to the family.
-    blocks: the path of the ModuleList of the transformer's blocks, which run one after the other; every
-        nn.Linear in them is compressed. `""` if the model is itself such a list.
+    unit: what calibration data are counted in, `pictures` or `sequences` (of text).
     fused: linears that hold several matrices of equal size, top to bottom, by their name in the block:
         `{"attn.qkv": ("q", "k", "v")}`; each is decomposed by itself. Numbers in the name are left out
         (`experts.gate_up` is that of every expert).
-    rows: heights of the matrices of a fused linear, from the block and its name there, where they differ.
-    prepare: changes a model, without changing what it computes, so that each linear is called as a module.
-    restore: undoes `prepare` on a merged model, so that its checkpoint is of the original architecture.
     residual: how a block of the family uses its residual stream; SliceGPT needs it.
-    final_norm: path of the norm after the last block, `""` if there is none, for features.
-    unit: what calibration data are counted in, `pictures` or `sequences` (of text).
-    prefix_tokens: tokens before the patches (class token, registers).
-    class_token: whether the first of them is a class token; registers alone are none. By default: if there is any.
-    pooled_before_norm: whether the model's own features are norm(mean of tokens), not mean(norm(tokens)).
     """
 
-    name: str
-    serves: str
-    matches: Callable[[nn.Module], bool]
-    blocks: Callable[[nn.Module], str]
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rows: Callable[[nn.Module, str], Sequence[int] | None] = lambda block, linear: None
-    prepare: Callable[[nn.Module], None] = _nothing
-    restore: Callable[[nn.Module], None] = _nothing
-    residual: Residual | None = None
-    unit: Literal["pictures", "sequences"] = "pictures"
-    final_norm: Callable[[nn.Module], str] = lambda model: ""
-    prefix_tokens: Callable[[nn.Module], int] = lambda model: 1
-    class_token: Callable[[nn.Module], bool] = None  # type: ignore[assignment]  # set below
-    pooled_before_norm: Callable[[nn.Module], bool] = lambda model: False
+    name: ClassVar[str]
+    serves: ClassVar[str]
+    unit: ClassVar[Literal["pictures", "sequences"]] = "pictures"
+    fused: ClassVar[Fused] = {}
+    residual: ClassVar[Residual | None] = None
 
-    def __post_init__(self) -> None:
-        if self.class_token is None:
-            object.__setattr__(self, "class_token", lambda model: self.prefix_tokens(model) > 0)
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether a model belongs to the family."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> str:
+        """The path of the ModuleList of the transformer's blocks, which run one after the other.
+
+        Every nn.Linear in them is compressed. `""` if the model is itself such a list.
+        """
+
+    def final_norm(self, model: nn.Module) -> str:
+        """The path of the norm after the last block, for features; `""` if there is none."""
+        return ""
+
+    def prefix_tokens(self, model: nn.Module) -> int:
+        """How many tokens come before the patches: class token, registers."""
+        return 1
+
+    def class_token(self, model: nn.Module) -> bool:
+        """Whether the first of the prefix tokens is a class token; registers alone are none."""
+        return self.prefix_tokens(model) > 0
+
+    def pooled_before_norm(self, model: nn.Module) -> bool:
+        """Whether the model's own features are norm(mean of tokens), not mean(norm(tokens))."""
+        return False
+
+    def rows(self, block: nn.Module, linear: str) -> Sequence[int] | None:
+        """Heights of the matrices of a fused linear, by its name in the block, where they differ."""
+        return None
+
+    def to_replace(self, model: nn.Module) -> list[str]:
+        """Paths of the modules whose weights are read past a linear, or that hold them in another form."""
+        return []
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        """What takes the place of such a module and computes the same, with each linear called as a module."""
+        return module
+
+    def original(self, replacement: nn.Module, model: nn.Module) -> nn.Module:
+        """The inverse of `replacement`, in a merged model whose checkpoint is to be of the original architecture."""
+        return replacement
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)  # copies and what was unpickled
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def structure(self, model: nn.Module) -> Structure:
+        """What the family finds in one model."""
+        return Structure(
+            family=self,
+            blocks=self.blocks(model),
+            final_norm=self.final_norm(model),
+            prefix_tokens=self.prefix_tokens(model),
+            class_token=self.class_token(model),
+            pooled_before_norm=self.pooled_before_norm(model),
+            replaced=tuple(self.to_replace(model)),
+        )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a family finds in one model, once, before anything of it is replaced: paths in the model, and numbers.
+
+    replaced: paths of what `prepare` replaces. The other fields are the answers of the `Family`'s methods.
+    """
+
+    family: Family
+    blocks: str
+    final_norm: str = ""
+    prefix_tokens: int = 1
+    class_token: bool = True
+    pooled_before_norm: bool = False
+    replaced: tuple[str, ...] = ()
+
+    def within(self, path: str) -> Structure:
+        """The structure of a model that has this one's at `path`."""
+        return replace(
+            self,
+            blocks=_joined(path, self.blocks),
+            final_norm=self.final_norm and _joined(path, self.final_norm),
+            replaced=tuple(_joined(path, name) for name in self.replaced),
+        )
 
     def named_blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The blocks in the order they run, with their full names."""
-        path = self.blocks(model)
-        children = model.get_submodule(path).named_children()
-        return [(f"{path}.{name}" if path else name, block) for name, block in children]
+        children = model.get_submodule(self.blocks).named_children()
+        return [(_joined(self.blocks, name), block) for name, block in children]
 
     def named_linears(self, block: nn.Module) -> list[tuple[str, nn.Linear]]:
         """The linears of a block to compress, by their name in the block."""
+        from torch import nn
+
         return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
 
     def parts(self, block: nn.Module, name: str, linear: nn.Linear) -> list[tuple[str, int]]:
@@ -90,27 +158,28 @@ class Adapter:
         Raises:
             ValueError: its rows do not divide.
         """
-        names = self.fused.get(".".join(part for part in name.split(".") if not part.isdigit()), ())
+        names = self.family.fused.get(".".join(part for part in name.split(".") if not part.isdigit()), ())
         if not names:
             return [(name.rsplit(".", 1)[-1], linear.out_features)]
-        heights = self.rows(block, name) or [linear.out_features // len(names)] * len(names)
+        heights = self.family.rows(block, name) or [linear.out_features // len(names)] * len(names)
         if sum(heights) != linear.out_features:
             raise ValueError(f"{linear.out_features} rows do not divide into {len(names)} parts")
         return list(zip(names, heights, strict=True))
 
+    def prepare(self, model: nn.Module) -> None:
+        """Change a model, without changing what it computes, so that each linear is called as a module."""
+        modules = dict(model.named_modules())
+        for path in self.replaced:
+            if path in modules:  # sliced blocks have other paths
+                model.set_submodule(path, self.family.replacement(modules[path]))
 
-def blocks_of_class(
-    model: nn.Module, block_class: str, wanted: Callable[[str], bool] = lambda path: True
-) -> str | None:
-    """Path of the first ModuleList of transformers blocks of that class, None if there is none.
+    def restore(self, model: nn.Module) -> None:
+        """Undo `prepare`, also on a merged model."""
+        modules = dict(model.named_modules())
+        for path in self.replaced:
+            if path in modules:
+                model.set_submodule(path, self.family.original(modules[path], model))
 
-    Args:
-        wanted: of the list's path; what is not is passed over, such as a text tower.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        kind = type(module[0])
-        if kind.__name__ == block_class and kind.__module__.startswith("transformers.") and wanted(path):
-            return path
-    return None
+
+def _joined(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, name)))

@@ -1,120 +1,184 @@
-"""Causal language models of Hugging Face: decoders and mixtures of experts."""
+"""Causal language models of Hugging Face: decoders and mixtures of experts.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+SliceGPT's algebra does not hold for those without a `residual`: Gemma's norms add 1 to their weights, GPT-NeoX runs
+attention and MLP side by side, OPT's MLP is no module of its own.
+"""
 
-import torch
-from torch import nn
+from __future__ import annotations
 
-from oats_vision.models.adapters.base import Adapter, Residual, blocks_of_class
-from oats_vision.models.adapters.experts import fuse_experts, separate_experts
-from oats_vision.models.aliases import SERVES
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from oats_vision.models.adapters.base import Fused, Residual
+from oats_vision.models.adapters.hf_family import HuggingFaceFamily
+from oats_vision.models.adapters.registry import shipped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SERVES = "Hugging Face causal language models: "
 LLAMA = Residual(
     "input_layernorm", "self_attn", ("self_attn.o_proj",), "post_attention_layernorm", "mlp", ("mlp.down_proj",)
 )
-GPT2 = Residual("ln_1", "attn", ("attn.c_proj",), "ln_2", "mlp", ("mlp.c_proj",))
 
 
-@dataclass(frozen=True)
-class Family:
-    """One family, known by the class of its blocks.
+class CausalLM(HuggingFaceFamily):
+    """What all have in common."""
 
-    residual: for SliceGPT; None where its algebra does not hold (Gemma's norms add 1 to their weights, GPT-NeoX
-        runs attention and MLP side by side, OPT's MLP is no module of its own).
-    prepare, restore: as in `Adapter`.
-    fused: as in `Adapter`. GPT-NeoX's query_key_value is not here: its q, k and v alternate head by head.
-    """
+    unit = "sequences"
 
-    name: str
-    residual: Residual | None = None
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    prepare: Callable[[nn.Module], None] = lambda model: None
-    restore: Callable[[nn.Module], None] = lambda model: None
+    def matches(self, model: nn.Module) -> bool:
+        return hasattr(model, "lm_head") and super().matches(model)
 
 
-def _qkv_rows(block: nn.Module, linear: str) -> tuple[int, ...] | None:
-    """Phi-3's q is higher than its k and v where several queries share a key."""
-    if linear != "self_attn.qkv_proj":
-        return None
-    attention: Any = block.get_submodule("self_attn")
-    queries = attention.config.num_attention_heads * attention.head_dim
-    keys = attention.config.num_key_value_heads * attention.head_dim
-    return queries, keys, keys
+@shipped
+class Llama(CausalLM):
+    name = "lm_llama"
+    serves = f"{SERVES}Llama, SmolLM and others of class Llama*"
+    block_class = "LlamaDecoderLayer"
+    residual = LLAMA
 
 
-@torch.no_grad()
-def _linears(model: nn.Module) -> None:
-    """GPT-2 stores its weights transposed, in a class of its own."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(1, 1, bias=False, device="meta")
-            linear.in_features, linear.out_features = module.weight.shape
-            linear.weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
+@shipped
+class Mistral(CausalLM):
+    name = "lm_mistral"
+    serves = f"{SERVES}Mistral"
+    block_class = "MistralDecoderLayer"
+    residual = LLAMA
 
 
-@torch.no_grad()
-def _transposed(model: nn.Module) -> None:
-    """The inverse of `_linears`, for a checkpoint that transformers reads."""
-    from transformers.pytorch_utils import Conv1D
-
-    for _, block in model.get_submodule(_path(model, "GPT2Block")).named_children():
-        for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                conv = Conv1D(module.out_features, module.in_features)
-                conv.weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
-                conv.bias = module.bias
-                block.set_submodule(name, conv)
+@shipped
+class Qwen2(CausalLM):
+    name = "lm_qwen2"
+    serves = f"{SERVES}Qwen2 and Qwen2.5"
+    block_class = "Qwen2DecoderLayer"
+    residual = LLAMA
 
 
-def _path(model: nn.Module, block_class: str) -> str:
-    return blocks_of_class(model, block_class) or ""
+@shipped
+class Qwen3(CausalLM):
+    name = "lm_qwen3"
+    serves = f"{SERVES}Qwen3"
+    block_class = "Qwen3DecoderLayer"
+    residual = LLAMA
 
 
-def _mixture(name: str) -> Family:
+@shipped
+class Phi3(CausalLM):
+    name = "lm_phi3"
+    serves = f"{SERVES}Phi-3 and Phi-4"
+    block_class = "Phi3DecoderLayer"
+    fused: ClassVar[Fused] = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+    residual = LLAMA
+
+    def rows(self, block: nn.Module, linear: str) -> tuple[int, ...] | None:
+        """q is higher than k and v where several queries share a key."""
+        if linear != "self_attn.qkv_proj":
+            return None
+        attention: Any = block.get_submodule("self_attn")
+        queries = attention.config.num_attention_heads * attention.head_dim
+        keys = attention.config.num_key_value_heads * attention.head_dim
+        return queries, keys, keys
+
+
+@shipped
+class Gemma(CausalLM):
+    name = "lm_gemma"
+    serves = f"{SERVES}Gemma"
+    block_class = "GemmaDecoderLayer"
+
+
+@shipped
+class Opt(CausalLM):
+    name = "lm_opt"
+    serves = f"{SERVES}OPT"
+    block_class = "OPTDecoderLayer"
+
+
+@shipped
+class GPT2(CausalLM):
+    """It stores its weights transposed, in a class of its own."""
+
+    name = "lm_gpt2"
+    serves = f"{SERVES}GPT-2"
+    block_class = "GPT2Block"
+    fused: ClassVar[Fused] = {"attn.c_attn": ("q", "k", "v")}
+    residual = Residual("ln_1", "attn", ("attn.c_proj",), "ln_2", "mlp", ("mlp.c_proj",))
+
+    def to_replace(self, model: nn.Module) -> list[str]:
+        from transformers.pytorch_utils import Conv1D
+
+        return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        if not isinstance(module, Conv1D):
+            return module
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = module.weight.shape
+        linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
+        linear.bias = module.bias
+        return linear
+
+    def original(self, replacement: nn.Module, model: nn.Module) -> nn.Module:
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        if type(replacement) is not nn.Linear:
+            return replacement
+        conv = Conv1D(replacement.out_features, replacement.in_features)
+        conv.weight = nn.Parameter(replacement.weight.detach().T.contiguous(), requires_grad=False)
+        conv.bias = replacement.bias
+        return conv
+
+
+@shipped
+class GPTNeoX(CausalLM):
+    """Its query_key_value is not `fused`: its q, k and v alternate head by head."""
+
+    name = "lm_gpt_neox"
+    serves = f"{SERVES}GPT-NeoX and Pythia"
+    block_class = "GPTNeoXLayer"
+
+
+class Mixture(CausalLM):
     """A family whose MLPs are experts that share two parameters."""
-    fused = {"mlp.experts.gate_up_proj": ("gate", "up")}
-    return Family(name, None, fused, separate_experts, fuse_experts)
+
+    fused: ClassVar[Fused] = {"mlp.experts.gate_up_proj": ("gate", "up")}
+
+    def to_replace(self, model: nn.Module) -> list[str]:
+        from oats_vision.models.adapters.experts import are_fused
+
+        return [name for name, module in model.named_modules() if are_fused(module)]
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        from oats_vision.models.adapters.experts import SeparateExperts, are_fused
+
+        return SeparateExperts(module) if are_fused(module) else module
+
+    def original(self, replacement: nn.Module, model: nn.Module) -> nn.Module:
+        from oats_vision.models.adapters.experts import SeparateExperts
+
+        return replacement.fuse() if isinstance(replacement, SeparateExperts) else replacement
 
 
-FAMILIES = {
-    "LlamaDecoderLayer": Family("lm_llama", LLAMA),
-    "MistralDecoderLayer": Family("lm_mistral", LLAMA),
-    "Qwen2DecoderLayer": Family("lm_qwen2", LLAMA),
-    "Qwen3DecoderLayer": Family("lm_qwen3", LLAMA),
-    "Phi3DecoderLayer": Family(
-        "lm_phi3",
-        LLAMA,
-        {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
-    ),
-    "GemmaDecoderLayer": Family("lm_gemma"),
-    "OPTDecoderLayer": Family("lm_opt"),
-    "GPT2Block": Family("lm_gpt2", GPT2, {"attn.c_attn": ("q", "k", "v")}, _linears, _transposed),
-    "GPTNeoXLayer": Family("lm_gpt_neox"),
-    "MixtralDecoderLayer": _mixture("lm_mixtral"),
-    "Qwen3MoeDecoderLayer": _mixture("lm_qwen3_moe"),
-    "OlmoeDecoderLayer": _mixture("lm_olmoe"),
-}
+@shipped
+class Mixtral(Mixture):
+    name = "lm_mixtral"
+    serves = f"{SERVES}Mixtral"
+    block_class = "MixtralDecoderLayer"
 
 
-def _adapter(block_class: str, family: Family) -> Adapter:
-    return Adapter(
-        name=family.name,
-        serves=SERVES[family.name],
-        matches=lambda model: hasattr(model, "lm_head") and blocks_of_class(model, block_class) is not None,
-        blocks=lambda model: _path(model, block_class),
-        fused=family.fused,
-        rows=_qkv_rows if block_class == "Phi3DecoderLayer" else lambda block, linear: None,
-        prepare=family.prepare,
-        restore=family.restore,
-        residual=family.residual,
-        unit="sequences",
-    )
+@shipped
+class Qwen3Moe(Mixture):
+    name = "lm_qwen3_moe"
+    serves = f"{SERVES}Qwen3 mixtures of experts"
+    block_class = "Qwen3MoeDecoderLayer"
 
 
-ADAPTERS = [_adapter(block_class, family) for block_class, family in FAMILIES.items()]
+@shipped
+class Olmoe(Mixture):
+    name = "lm_olmoe"
+    serves = f"{SERVES}OLMoE"
+    block_class = "OlmoeDecoderLayer"

@@ -52,17 +52,6 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def separate_experts(model: nn.Module) -> None:
-    """Give each expert linears of its own, in place."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("Experts") and isinstance(
-            getattr(module, "gate_up_proj", None), nn.Parameter
-        ):
-            model.set_submodule(name, SeparateExperts(module))
-
-
-def fuse_experts(model: nn.Module) -> None:
-    """The inverse of `separate_experts`, for a checkpoint that transformers reads."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SeparateExperts):
-            model.set_submodule(name, module.fuse())
+def are_fused(module: nn.Module) -> bool:
+    """Whether a module holds its experts in two parameters, as transformers does."""
+    return type(module).__name__.endswith("Experts") and isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)

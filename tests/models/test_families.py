@@ -1,4 +1,4 @@
-"""Every adapter on a tiny randomly initialised model of its real class."""
+"""Every family on a tiny randomly initialised model of its real class."""
 
 import copy
 from dataclasses import dataclass, field
@@ -18,8 +18,10 @@ from oats_vision.compression.plan import plan_block
 from oats_vision.compression.settings import resolve
 from oats_vision.compression.slicing import plan_slicing, slice_blocks
 from oats_vision.errors import ConfigError, DataError, ModelError
-from oats_vision.models.adapters import adapters, find_adapter, remember_adapter
+from oats_vision.models.adapters import families
+from oats_vision.models.adapters.find import structure_as
 from oats_vision.models.loading.load import source_of
+from oats_vision.models.record import Record, note, structure_of
 from tiny import HF
 
 FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
@@ -30,9 +32,9 @@ TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the adapter that must take it, and its linears in each block."""
+    """A model, the family that must take it, and its linears in each block."""
 
-    adapter: str
+    family: str
     build: Any
     blocks: str
     linears: set[str]
@@ -160,7 +162,7 @@ CASES = {
         "dinov3_hub", _wrapped(DinoVisionTransformer), "backbone.blocks", FUSED, {"attn.qkv"}
     ),
 }
-SLICED = [name for name, case in CASES.items() if case.adapter != "dinov3_hub"]
+SLICED = [name for name, case in CASES.items() if case.family != "dinov3_hub"]
 
 
 def _outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -186,20 +188,20 @@ def model(case) -> nn.Module:
 
 
 def test_all_linears_of_the_blocks_are_found_and_none_else(case, model):
-    adapter = find_adapter(model)
-    assert adapter.name == case.adapter
-    blocks = adapter.named_blocks(model)
+    structure = structure_of(model)
+    assert structure.family.name == case.family
+    blocks = structure.named_blocks(model)
     assert [name for name, _ in blocks] == [f"{case.blocks}.0", f"{case.blocks}.1"]
     for _, block in blocks:
-        assert {name for name, _ in adapter.named_linears(block)} == case.linears
-        plan = plan_block(adapter, "", block, resolve())
+        assert {name for name, _ in structure.named_linears(block)} == case.linears
+        plan = plan_block(structure, "", block, resolve())
         assert {name for name, parts in plan.items() if len(parts) == 3} == case.fused
 
 
 @torch.no_grad()
 def test_prepared_model_computes_the_same(model, pictures):
     untouched = _outputs(copy.deepcopy(model), pictures[0])
-    find_adapter(model).prepare(model)
+    structure_of(model).prepare(model)
     for ours, theirs in zip(_outputs(model, pictures[0]), untouched, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -235,7 +237,7 @@ def test_hardly_any_compression_leaves_the_outputs(model, pictures):
 def _normalised(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The final norm's output: what comes before it may be without its mean in a sliced model."""
     outputs = []
-    norm = model.get_submodule(find_adapter(model).final_norm(model))
+    norm = model.get_submodule(structure_of(model).final_norm)
     handle = norm.register_forward_hook(lambda _, args, output: outputs.append(output))
     model(x)
     handle.remove()
@@ -246,14 +248,14 @@ def _normalised(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_rotated_unsliced_model_computes_the_same(model, pictures):
     """SliceGPT, Theorem 1: without a cut the rotations change nothing."""
-    adapter = find_adapter(model)
+    structure = structure_of(model)
     expected = _normalised(model, pictures[0])
-    remember_adapter(model, adapter)
-    adapter.prepare(model)
+    structure.prepare(model)
+    note(model, Record(structure=structure))
     with ActivationStore(1e9) as hidden:
-        calls = capture_block_calls(model, adapter.named_blocks(model), pictures, hidden)
-        plan = plan_slicing(adapter.named_blocks(model), adapter, None)
-        done = slice_blocks(model, adapter, plan, hidden, calls)
+        calls = capture_block_calls(model, structure.named_blocks(model), pictures, hidden)
+        plan = plan_slicing(structure.named_blocks(model), structure, None)
+        done = slice_blocks(model, structure, plan, hidden, calls)
     assert plan.sliced_width == plan.width == 48
     assert done.kept == pytest.approx([1.0] * 4)
     torch.testing.assert_close(_normalised(model, pictures[0]), expected, rtol=1e-4, atol=1e-4)
@@ -263,9 +265,9 @@ def test_rotated_unsliced_model_computes_the_same(model, pictures):
 @torch.no_grad()
 def test_sliced_model_is_smaller_and_survives_a_round_trip(model, pictures, tmp_path):
     fresh = copy.deepcopy(model)
-    dense = sum(linear.weight.numel() for _, b in find_adapter(model).named_blocks(model) for linear in _linears(b))
+    dense = sum(linear.weight.numel() for _, b in structure_of(model).named_blocks(model) for linear in _linears(b))
     report = ov.compress(model, pictures, rate=0.3, method="slicegpt", storage_dtype="float16").report
-    blocks = [block for _, block in find_adapter(model).named_blocks(model)]
+    blocks = [block for _, block in structure_of(model).named_blocks(model)]
     assert report.dense_parameters == dense
     assert report.parameters == sum(linear.weight.numel() for block in blocks for linear in _linears(block))
     assert report.parameters <= 0.7 * dense
@@ -282,12 +284,23 @@ def _linears(block: nn.Module) -> list[nn.Linear]:
     return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
+class Bare(ov.Family):
+    """Says as little as a family can."""
+
+    name, serves = "bare", ""
+
+    def matches(self, model):
+        return False
+
+    def blocks(self, model):
+        return "blocks"
+
+
 def test_slicing_needs_a_rate_that_leaves_something_and_a_described_stream(tiny_vit, pictures):
     with pytest.raises(ConfigError, match=r"rate 0\.9999 leaves nothing"):
         ov.compress(tiny_vit, pictures, rate=0.9999, method="slicegpt")
-    bare = ov.Adapter("bare", "", lambda model: False, lambda model: "blocks")
-    with pytest.raises(ModelError, match="adapter bare does not describe it"):
-        ov.compress(tiny_vit, pictures, rate=0.3, method="slicegpt", adapter=bare)
+    with pytest.raises(ModelError, match="family bare does not describe it"):
+        ov.compress(tiny_vit, pictures, rate=0.3, method="slicegpt", family=Bare())
 
 
 POST_NORM = {
@@ -337,18 +350,27 @@ def test_slicing_refuses_blocks_that_a_rotation_changes_and_leaves_them_alone(ki
         (DinoVisionTransformer, 5, True, False),
     ],
 )
-def test_adapters_say_what_a_model_pools_before_and_after_it_is_changed(build, prefix, class_token, pooled_before_norm):
+def test_what_a_model_pools_is_known_before_and_after_it_is_changed(
+    build, prefix, class_token, pooled_before_norm, pictures
+):
     model = build()
-    for adapter in (find_adapter(model), remember_adapter(model, find_adapter(model))):
-        assert adapter.prefix_tokens(model) == prefix
-        assert adapter.class_token(model) is class_token
-        assert adapter.pooled_before_norm(model) is pooled_before_norm
+    before = structure_of(model)
+    assert (before.prefix_tokens, before.class_token, before.pooled_before_norm) == (
+        prefix,
+        class_token,
+        pooled_before_norm,
+    )
+    ov.compress(model, pictures, rate=0.5, iterations=1)
+    assert structure_of(model) == before
 
 
 def test_by_default_prefix_tokens_are_led_by_a_class_token():
-    adapter = ov.Adapter("", "", bool, str, prefix_tokens=lambda model: 2)
-    assert adapter.class_token(nn.Identity())
-    assert not ov.Adapter("", "", bool, str, prefix_tokens=lambda model: 0).class_token(nn.Identity())
+    class Without(Bare):
+        def prefix_tokens(self, model):
+            return 0
+
+    assert structure_as(nn.Identity(), Bare()).class_token
+    assert not structure_as(nn.Identity(), Without()).class_token
 
 
 @torch.no_grad()
@@ -358,7 +380,7 @@ def test_a_merged_dinov3_of_the_hub_is_one_of_its_authors_code_again(pictures):
     names, kind = set(model.state_dict()), type(model.blocks[0].attn.qkv)
     ov.compress(model, pictures, rate=0.5, iterations=2)
     expected = ov.merge(model)(pictures[0])
-    find_adapter(model).restore(model)
+    structure_of(model).restore(model)
     assert set(model.state_dict()) == names
     assert type(model.blocks[0].attn.qkv) is kind
     torch.testing.assert_close(model(pictures[0]), expected)
@@ -376,8 +398,8 @@ TEXT = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2, "num_attent
     ],
 )
 def test_text_towers_are_no_vision_towers(model, config):
-    with pytest.raises(ModelError, match="no adapter knows"):
-        find_adapter(model(config(**TEXT)))
+    with pytest.raises(ModelError, match="no model family fits"):
+        structure_of(model(config(**TEXT)))
 
 
 def test_of_two_towers_that_of_the_pictures_is_taken(pictures):
@@ -419,17 +441,23 @@ def test_what_a_model_needs_besides_pictures_is_said(pictures):
 def test_replicas_and_compiled_models_are_refused_with_what_to_compress(wrap, message, pictures):
     model = wrap(_timm("vit_tiny_patch16_224")())
     with pytest.raises(ModelError, match=message):
-        find_adapter(model)
+        structure_of(model)
     with pytest.raises(ModelError, match=message):
-        ov.compress(model, pictures, adapter=adapters()[0])
+        ov.compress(model, pictures, family=families()[0])
 
 
 def test_unknown_family_is_an_error_that_lists_the_known():
-    with pytest.raises(ModelError, match=r"no adapter knows .*Sequential") as error:
-        find_adapter(nn.Sequential(nn.Linear(2, 2)))
-    assert all(adapter.name in str(error.value) for adapter in adapters())
+    with pytest.raises(ModelError, match=r"no model family fits .*Sequential") as error:
+        structure_of(nn.Sequential(nn.Linear(2, 2)))
+    assert all(family.name in str(error.value) for family in families())
 
 
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="registered already"):
-        ov.register_adapter(ov.Adapter("timm_vit", "", lambda model: False, lambda model: ""))
+        ov.register_family(type("Again", (Bare,), {"name": "timm_vit"}))
+    assert "bare" not in [family.name for family in families()]
+
+
+def test_a_family_must_say_its_name():
+    with pytest.raises(TypeError, match="Nameless must have a name, a string"):
+        ov.register_family(type("Nameless", (Bare,), {"name": None}))
