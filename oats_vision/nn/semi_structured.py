@@ -24,11 +24,8 @@ class SemiStructuredLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         S = torch.sparse.to_sparse_semi_structured(layer.sparse.dense().to(dtype))
         self.weight = nn.Parameter(S, requires_grad=False)
-        parts = layer.spec.parts
-        U = layer.low_rank.U.to(dtype).split([part.out_features for part in parts])
-        # one U for all parts, with zeros between them, so that two products serve a fused layer
-        blocks = [u[:, : part.rank] for u, part in zip(U, parts, strict=True)]
-        self.U = nn.Parameter(torch.block_diag(*blocks), requires_grad=False)
+        # one U for all parts, so that two products serve a fused layer
+        self.U = nn.Parameter(layer.packed.U_blocks().to(dtype), requires_grad=False)
         self.V = nn.Parameter(layer.low_rank.V.to(dtype), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         self.register_parameter("bias", bias)

@@ -84,4 +84,5 @@ class SlicedBlock(nn.Module):
         x = hidden_states if self.entry is None else self.entry(hidden_states)
         padded = F.pad(self.norm1(x), (0, self.width - x.shape[-1]))
         y = self.shortcut1(x) + first_output(self.attention(padded, *args, **kwargs))
-        return self.shortcut2(y) + self.mlp(self.norm2(y))
+        z: Tensor = self.shortcut2(y) + self.mlp(self.norm2(y))
+        return z

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.core.oats import Factors
-from oats_vision.kernels.native import MatrixCache
-from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_linear, unpack
+from oats_vision.kernels.matrix import MatrixCache
+from oats_vision.kernels.packed import PackedWeight, unpack
+from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_linear
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,6 @@ class SparseLowRankLinear(nn.Module):
         self.sparse = sparse
         self.low_rank = low_rank
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._heights = [part.out_features for part in spec.parts]
-        self._ranks = [part.rank for part in spec.parts]
         self._cache = MatrixCache()
 
     @property
@@ -135,6 +134,16 @@ class SparseLowRankLinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.spec.out_features
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight and bias as the kernels take them: these very tensors, no copies."""
+        # nn.Module looks up each attribute in several places, which for one token takes as long as the product
+        modules: dict[str, Any] = self._modules
+        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
+        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
+        U, V, bias = low_rank["U"], low_rank["V"], self._parameters["bias"]
+        return PackedWeight(values, bitmask, U, V, bias, self.spec.parts, self._cache)
 
     @classmethod
     def from_factors(
@@ -174,24 +183,18 @@ class SparseLowRankLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        # nn.Module looks up each attribute in several places, which for one token takes as long as the product
-        modules: dict[str, Any] = self._modules
-        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
-        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
-        tensors = (values, bitmask, low_rank["U"], low_rank["V"], self._parameters["bias"])
-        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)
+        return sparse_low_rank_linear(x, self.packed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cache = MatrixCache()  # which would keep the memory of tensors that move to another device
         return super()._apply(*args, **kwargs)
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""
-        S = self.sparse.dense().to(torch.promote_types(self.sparse.values.dtype, torch.float32))
-        weight = dense_weight(S, self.low_rank.U, self.low_rank.V, self._heights, self._ranks)
-        return weight.to(dtype or self.sparse.values.dtype)
+        stored = self.sparse.values.dtype
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            S = self.sparse.dense().to(torch.promote_types(stored, torch.float32))
+            return dense_weight(S, self.packed).to(dtype or stored)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary nn.Linear with the weight S + U V in `dtype` (or the layer's): full size, for any backend."""
