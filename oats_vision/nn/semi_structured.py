@@ -12,12 +12,18 @@ class SemiStructuredLinear(nn.Module):
     """y = S x + U (V x) + b with S in the GPU's own 2:4 format: for running, not for saving.
 
     All of it is ordinary PyTorch, so that torch.compile fuses the low-rank term's sum and the bias.
+
+    Args:
+        layer: on a GPU of compute capability 8.0 or later.
+        dtype: float16 or bfloat16, of the weights here and of the inputs.
+
+    Raises:
+        ValueError: S is not 2:4.
     """
 
     bias: nn.Parameter | None
 
     def __init__(self, layer: SparseLowRankLinear, dtype: torch.dtype) -> None:
-        """Raises ValueError if S is not 2:4."""
         super().__init__()
         if not is_two_of_four(layer.sparse.mask()):
             raise ValueError("the sparse term keeps more than 2 of 4 neighbours")
