@@ -1,7 +1,6 @@
 """The products of compressed layers, on each instruction set that this CPU has, against float64."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from oats_vision.core.budget import Budget
 from oats_vision.core.oats import Factors
 from oats_vision.core.threshold import keep_largest
+from oats_vision.errors import ConfigError
 from oats_vision.kernels import PackedWeight, Part, expand, native, sparse_low_rank_linear
 from oats_vision.kernels.matrix import Matrix, MatrixCache
 from oats_vision.nn.sparse_low_rank import PackedSparse, SparseLowRankLinear
@@ -194,13 +194,6 @@ def test_shapes_that_do_not_fit_are_errors():
         Matrix(good).few_tokens(torch.zeros(2, 11))
     with pytest.raises(ValueError, match="instruction set must be one of"), native.instruction_set("mmx"):
         pass
-
-
-def _python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **environment}
-    command = [sys.executable, "-c", program]
-    where = Path(__file__).parent  # in the repository's folder the sources would be imported, not what is installed
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, check=False)
 
 
 def _layer(rows: int = 24, columns: int = 40, dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:
@@ -394,20 +387,31 @@ def test_memory_that_was_freed_is_seen(name, used):
         layer(x)
 
 
-def test_the_environment_forces_an_instruction_set():
-    program = """
-import torch
-from oats_vision.kernels import native
-print(native.available() and native._native.instruction_set(), native.multiplies_bfloat16(),
-      native.multiplies_16_bits_faster(torch.bfloat16), native.multiplies_16_bits_faster(torch.float16))
-"""
-    for name in native.instruction_sets():
-        done = _python(program, OATS_VISION_INSTRUCTION_SET=name)
-        assert done.stdout.split()[0] == name
-        if name in ("avx2", "portable") and name != native.instruction_sets()[0]:
-            assert done.stdout.split()[1:] == ["False"] * 3
-    done = _python(program, OATS_VISION_INSTRUCTION_SET="mmx")
-    assert "OATS_VISION_INSTRUCTION_SET must be one of" in done.stderr
+@pytest.fixture
+def asked_anew():
+    """The environment's instruction set is asked for at the first product: here as in a process that had none yet."""
+    before = native.active()
+    native.available.cache_clear()
+    yield
+    native._native.use(before)
+    native.available.cache_clear()
+
+
+@pytest.mark.parametrize("name", native.instruction_sets())
+def test_the_environment_forces_an_instruction_set(name, asked_anew, monkeypatch):
+    monkeypatch.setenv("OATS_VISION_INSTRUCTION_SET", name)
+    _layer()(torch.randn(2, 40))
+    assert native.active() == name
+    if name in ("avx2", "portable") and name != native.instruction_sets()[0]:
+        assert not native.multiplies_bfloat16()
+        assert not native.multiplies_16_bits_faster(torch.bfloat16)
+        assert not native.multiplies_16_bits_faster(torch.float16)
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error(asked_anew, monkeypatch):
+    monkeypatch.setenv("OATS_VISION_INSTRUCTION_SET", "mmx")
+    with pytest.raises(ConfigError, match=r"OATS_VISION_INSTRUCTION_SET must be one of .*, got 'mmx'"):
+        _layer()(torch.randn(2, 40))
 
 
 def test_weights_in_half_precision_take_inputs_in_single_and_under_autocast():
@@ -465,7 +469,8 @@ try:
 except ValueError as problem:
     print(problem)
 """
-    done = _python(program)
+    where = Path(__file__).parent  # in the repository's folder the sources would be imported, not what is installed
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=where, check=False)
     assert done.returncode == 0
     assert done.stderr.count("compiled kernels are missing") == 1
     assert "bitmask" in done.stdout
