@@ -1,4 +1,4 @@
-// What the compiled code offers, once for each instruction set; see kernels.inl.hpp for how.
+// What the compiled code offers, once for each instruction set; see kernels.inl.hpp for where.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace oats {
 
 enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// A sparse matrix (rows, columns) as oats_vision.layers.PackedSparse holds it: values in row order, and a bitmask
-// with each row padded to a byte.
+// A sparse matrix (rows, columns) as oats_vision.kernels.PackedWeight holds it: values in row order, and a bitmask with
+// each row padded to a byte.
 struct Sparse {
     int64_t rows, columns, nonzeros;
     Type type;
@@ -18,7 +18,9 @@ struct Sparse {
     // inline in any build: a copy that one instruction set's code had made could be linked into another's
     __attribute__((always_inline)) int64_t row_bytes() const { return (columns + 7) / 8; }
     // the bits past the last column in a row's last byte, which must be zero
-    __attribute__((always_inline)) uint8_t past_columns() const { return columns % 8 ? static_cast<uint8_t>(0xff << columns % 8) : 0; }
+    __attribute__((always_inline)) uint8_t past_columns() const {
+        return columns % 8 ? static_cast<uint8_t>(0xff << columns % 8) : 0;
+    }
 };
 
 // Rows of U (rows, rank) and of V (rank, columns) that belong together.

@@ -101,7 +101,7 @@ def main() -> None:
                         "compressed_gflops": 2 * layer.spec.parameters * tokens / seconds / 1e9,
                     }
                 )
-    kernels = (native.instruction_sets() or ["no compiled kernels"])[0]
+    kernels = native.active() if native.available() else "no compiled kernels"
     where = kernels if args.device == "cpu" else torch.cuda.get_device_name()
     table = Table(
         title=f"{args.dtype} inputs, {args.device} ({where}), {torch.get_num_threads()} threads, torch "

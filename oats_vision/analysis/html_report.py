@@ -226,10 +226,8 @@ def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str
     whole, sparse = layer.dense_weight(), layer.sparse.dense()
     count = min(whole.shape)
     ranks = sorted({round(1 + i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
-    heights, widths = [part.out_features for part in spec.parts], [part.rank for part in spec.parts]
-    U = torch.block_diag(*(u[:, :rank] for u, rank in zip(layer.low_rank.U.split(heights), widths, strict=True)))
     terms = {"whole": _singular_values(whole), "sparse": _singular_values(sparse)}
-    terms["low_rank"] = _singular_values(torch.linalg.qr(U).R @ layer.low_rank.V)
+    terms["low_rank"] = _singular_values(torch.linalg.qr(layer.packed.U_blocks()).R @ layer.low_rank.V)
     values = {}
     for term, singular in terms.items():
         floor = 1e-6 * float(singular[0]) if len(singular) else 0.0  # what lies below is rounding

@@ -6,5 +6,6 @@ from torch import Tensor
 
 
 def first_output(output: Any) -> Tensor:
-    """The hidden states among what a block (or its attention) returns."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    """The hidden states among what a block (or its attention) returns: itself, or the first of a tuple or list."""
+    hidden_states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden_states

@@ -12,23 +12,26 @@ class SemiStructuredLinear(nn.Module):
     """y = S x + U (V x) + b with S in the GPU's own 2:4 format: for running, not for saving.
 
     All of it is ordinary PyTorch, so that torch.compile fuses the low-rank term's sum and the bias.
+
+    Args:
+        layer: on a GPU of compute capability 8.0 or later.
+        dtype: float16 or bfloat16, of the weights here and of the inputs.
+
+    Raises:
+        ValueError: S is not 2:4.
     """
 
     bias: nn.Parameter | None
 
     def __init__(self, layer: SparseLowRankLinear, dtype: torch.dtype) -> None:
-        """Raises ValueError if S is not 2:4."""
         super().__init__()
         if not is_two_of_four(layer.sparse.mask()):
             raise ValueError("the sparse term keeps more than 2 of 4 neighbours")
         self.in_features, self.out_features = layer.in_features, layer.out_features
         S = torch.sparse.to_sparse_semi_structured(layer.sparse.dense().to(dtype))
         self.weight = nn.Parameter(S, requires_grad=False)
-        parts = layer.spec.parts
-        U = layer.low_rank.U.to(dtype).split([part.out_features for part in parts])
-        # one U for all parts, with zeros between them, so that two products serve a fused layer
-        blocks = [u[:, : part.rank] for u, part in zip(U, parts, strict=True)]
-        self.U = nn.Parameter(torch.block_diag(*blocks), requires_grad=False)
+        # one U for all parts, so that two products serve a fused layer
+        self.U = nn.Parameter(layer.packed.U_blocks().to(dtype), requires_grad=False)
         self.V = nn.Parameter(layer.low_rank.V.to(dtype), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         self.register_parameter("bias", bias)

@@ -38,14 +38,19 @@ class Slicing:
 
 
 class SlicedNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), the mean over the full width of the stream."""
+    """x / sqrt(mean(x^2) + eps), the mean over the full width of the stream.
+
+    Args:
+        width: of the stream before it was sliced: what was cut off counts as zeros.
+        eps: as of the norm that it replaces.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.width, self.eps = width, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., sliced width) -> the same shape; the mean is taken in float32 or better."""
+        """(..., sliced width) -> the same shape and dtype; the mean is taken in float32 or better."""
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / self.width + self.eps)).to(x.dtype)
 
@@ -54,7 +59,7 @@ class SlicedReader(nn.Linear):
     """A linear of the attention: reads the first `in_features` of inputs that are padded to the full width."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., width) -> (..., out_features)."""
+        """(..., width), width >= in_features -> (..., out_features)."""
         return F.linear(input[..., : self.in_features], self.weight, self.bias)
 
 
@@ -62,6 +67,13 @@ class SlicedBlock(nn.Module):
     """A block on a sliced stream x: y = P1 x + attention(norm(x)), z = P2 y + mlp(norm(y)).
 
     The attention's own code may rely on inputs of the full width, so it gets them padded with zeros.
+
+    Args:
+        norms: before the attention and the MLP.
+        attention, mlp: of the block, on linears that read the sliced stream; the attention's are `SlicedReader`s.
+        entry: takes the stream from its full width to that of the block (the first block has one), or None.
+        shortcuts: P1 and P2, which turn the skip connections into the next part's directions.
+        width: of the stream before it was sliced.
     """
 
     def __init__(
@@ -80,8 +92,12 @@ class SlicedBlock(nn.Module):
         self.width = width
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(batch, tokens, sliced width), of the full width into the first and out of the last block."""
+        """(batch, tokens, sliced width), of the full width into the first and out of the last block.
+
+        Other arguments go to the attention.
+        """
         x = hidden_states if self.entry is None else self.entry(hidden_states)
         padded = F.pad(self.norm1(x), (0, self.width - x.shape[-1]))
         y = self.shortcut1(x) + first_output(self.attention(padded, *args, **kwargs))
-        return self.shortcut2(y) + self.mlp(self.norm2(y))
+        z: Tensor = self.shortcut2(y) + self.mlp(self.norm2(y))
+        return z

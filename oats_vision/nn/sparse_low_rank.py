@@ -1,4 +1,7 @@
-"""The compressed layer: a packed sparse matrix plus a low-rank product in the place of nn.Linear."""
+"""The compressed layer: a packed sparse matrix plus a low-rank product in the place of nn.Linear.
+
+W = S + U V as in OATS (Zhang and Papyan, ICLR 2025).
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.core.oats import Factors
-from oats_vision.kernels.native import MatrixCache
-from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_linear, unpack
+from oats_vision.kernels.matrix import MatrixCache
+from oats_vision.kernels.packed import PackedWeight, unpack
+from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_linear
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,12 @@ class LayerSpec:
 
 
 class PackedSparse(nn.Module):
-    """A sparse matrix (out_features, in_features): non-zeros in row order and one bit for each position.
+    """A sparse matrix S (out_features, in_features).
 
-    The layout is that of the `sparse-bitmask` format of compressed-tensors: bit `j % 8` (least significant
-    first) of byte `j // 8` of a row says whether column `j` holds a value; rows are padded to a byte.
+    Args:
+        values: (nonzeros,), any floating dtype: its non-zeros in row order.
+        bitmask: (out_features, ceil(in_features / 8)), uint8: where they are, as in `PackedWeight`.
+        in_features: the columns of S.
     """
 
     bitmask: Tensor
@@ -82,7 +88,7 @@ class PackedSparse(nn.Module):
 
     @classmethod
     def pack(cls, S: Tensor, dtype: torch.dtype) -> "PackedSparse":
-        """Pack a dense tensor with zeros; values are rounded to `dtype`."""
+        """Pack a dense S (out_features, in_features); values are rounded to `dtype`."""
         mask = S != 0
         bits = F.pad(mask, (0, -S.shape[1] % 8)).view(len(S), -1, 8).to(torch.uint8)
         weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=S.device)
@@ -93,15 +99,18 @@ class PackedSparse(nn.Module):
         return unpack(self.bitmask, self.in_features)
 
     def dense(self) -> Tensor:
-        """The matrix with its zeros, (out_features, in_features), dtype of the values."""
+        """S with its zeros, (out_features, in_features), dtype of the values.
+
+        Raises:
+            ValueError: the bitmask does not fit the values.
+        """
         return expand(self.values, self.bitmask, self.in_features)
 
 
 class LowRank(nn.Module):
-    """U (out_features, rank) and V (sum of the parts' ranks, in_features).
+    """U (out_features, largest rank of a part) and V (sum of the parts' ranks, in_features), in one floating dtype.
 
-    With several parts, rows of U that belong to part p multiply p's rows of V; U is as wide as the largest
-    rank of a part.
+    The rows of U that belong to a part multiply that part's rows of V.
     """
 
     def __init__(self, U: Tensor, V: Tensor) -> None:
@@ -114,6 +123,12 @@ class SparseLowRankLinear(nn.Module):
     """y = S x + U (V x) + b: replaces an nn.Linear and takes the same inputs (..., in_features).
 
     It holds no dense copy. The weights stay in their own dtype and the product has that of the input (or of autocast).
+    None of its parameters asks for gradients; those that are made to get them, with `low_rank.requires_grad_()`, say.
+
+    Args:
+        spec: shapes, and the parts of a fused weight.
+        sparse, low_rank: of these shapes, in one dtype.
+        bias: (out_features,), in the same dtype, or None.
     """
 
     bias: nn.Parameter | None
@@ -124,8 +139,6 @@ class SparseLowRankLinear(nn.Module):
         self.sparse = sparse
         self.low_rank = low_rank
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._heights = [part.out_features for part in spec.parts]
-        self._ranks = [part.rank for part in spec.parts]
         self._cache = MatrixCache()
 
     @property
@@ -136,11 +149,27 @@ class SparseLowRankLinear(nn.Module):
     def out_features(self) -> int:
         return self.spec.out_features
 
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight and bias as the kernels take them: these very tensors, no copies."""
+        # nn.Module looks up each attribute in several places, which for one token takes as long as the product
+        modules: dict[str, Any] = self._modules
+        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
+        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
+        U, V, bias = low_rank["U"], low_rank["V"], self._parameters["bias"]
+        return PackedWeight(values, bitmask, U, V, bias, self.spec.parts, self._cache)
+
     @classmethod
     def from_factors(
         cls, parts: Sequence[tuple[str, Factors]], bias: Tensor | None, dtype: torch.dtype
     ) -> "SparseLowRankLinear":
-        """Build from the decompositions of the parts, top to bottom; values are rounded to `dtype`."""
+        """Build from the decompositions of a weight's parts, which have the same in_features.
+
+        Args:
+            parts: names and factors, from top to bottom: S (rows, in_features), U (rows, rank), V (rank, in_features).
+            bias: (out_features,) or None.
+            dtype: what all of it is rounded to.
+        """
         rank = max(factors.U.shape[1] for _, factors in parts)
         U = torch.cat([F.pad(factors.U, (0, rank - factors.U.shape[1])) for _, factors in parts])
         V = torch.cat([factors.V for _, factors in parts])
@@ -170,28 +199,26 @@ class SparseLowRankLinear(nn.Module):
         return cls(spec, sparse, LowRank(U, V), torch.empty(spec.out_features, **options) if spec.bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """(..., in_features) -> (..., out_features), in the dtype of x or of autocast.
+
+        Raises:
+            ValueError: x has another width, or the bitmask does not fit the values any more.
+        """
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        # nn.Module looks up each attribute in several places, which for one token takes as long as the product
-        modules: dict[str, Any] = self._modules
-        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
-        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
-        tensors = (values, bitmask, low_rank["U"], low_rank["V"], self._parameters["bias"])
-        return sparse_low_rank_linear(x, *tensors, self._heights, self._ranks, self._cache)
+        return sparse_low_rank_linear(x, self.packed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cache = MatrixCache()  # which would keep the memory of tensors that move to another device
         return super()._apply(*args, **kwargs)
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""
-        S = self.sparse.dense().to(torch.promote_types(self.sparse.values.dtype, torch.float32))
-        weight = dense_weight(S, self.low_rank.U, self.low_rank.V, self._heights, self._ranks)
-        return weight.to(dtype or self.sparse.values.dtype)
+        stored = self.sparse.values.dtype
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            S = self.sparse.dense().to(torch.promote_types(stored, torch.float32))
+            return dense_weight(S, self.packed).to(dtype or stored)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary nn.Linear with the weight S + U V in `dtype` (or the layer's): full size, for any backend."""
@@ -224,9 +251,11 @@ def other_parameter(model: nn.Module) -> nn.Parameter | None:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every compressed layer of `model`, in place, by the dense nn.Linear it stands for; return the model.
+    """Replace every `SparseLowRankLinear` of `model`, in place, by the dense nn.Linear it stands for; return the model.
 
     The dense weights get the dtype of the model's other parameters, that of the compressed layers if there are none.
+    All other modules stay: blocks that SliceGPT sliced hold dense linears already, of a smaller width, and layers of
+    `to_semi_structured` can only run.
     """
     other = other_parameter(model)
     for name, layer in compressed_layers(model).items():

@@ -1,7 +1,6 @@
 """The products of compressed layers, on each instruction set that this CPU has, against float64."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from oats_vision.core.budget import Budget
 from oats_vision.core.oats import Factors
 from oats_vision.core.threshold import keep_largest
-from oats_vision.kernels import expand, native, sparse_low_rank_linear
+from oats_vision.errors import ConfigError
+from oats_vision.kernels import PackedWeight, Part, expand, native, sparse_low_rank_linear
+from oats_vision.kernels.matrix import Matrix, MatrixCache
 from oats_vision.nn.sparse_low_rank import PackedSparse, SparseLowRankLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +31,7 @@ def _compiled():
     assert native.instruction_sets()[-1] == "portable", "the package was installed without its compiled kernels"
 
 
-def _matrix(rows: int, columns: int, density: float, dtype: torch.dtype) -> tuple[Tensor, PackedSparse]:
+def _sparse(rows: int, columns: int, density: float, dtype: torch.dtype) -> tuple[Tensor, PackedSparse]:
     S = torch.randn(rows, columns) * (torch.rand(rows, columns) < density)
     S = S.to(dtype)
     return S, PackedSparse.pack(S, dtype)
@@ -54,8 +55,8 @@ def problems(draw):
 def test_every_path_is_the_product_in_float64(instruction_set, problem):
     rows, columns, tokens, density, cut, ranks, layout, (x_dtype, dtype), with_bias, seed = problem
     torch.manual_seed(seed)
-    S, packed = _matrix(rows, columns, density, dtype)
-    parts = [(cut, ranks[0]), (rows - cut, ranks[1])]
+    S, packed = _sparse(rows, columns, density, dtype)
+    parts = [Part(cut, ranks[0]), Part(rows - cut, ranks[1])]
     U, V = torch.randn(rows, max(ranks)).to(dtype), torch.randn(sum(ranks), columns).to(dtype)
     bias = torch.randn(rows).to(dtype) if with_bias else None
     x = torch.randn(tokens, columns).to(x_dtype)
@@ -74,15 +75,15 @@ def test_every_path_is_the_product_in_float64(instruction_set, problem):
     expected = F.linear(x.double(), W, b.double())
     size = F.linear(x.double().abs(), S.double().abs() + low_rank.abs() + 3, b.double().abs()) + 1e-9
     with native.instruction_set(instruction_set):
-        matrix = native.Matrix(packed.values, packed.bitmask, U, V, bias, parts)
+        weight = PackedWeight(packed.values, packed.bitmask, U, V, bias, parts)
+        matrix = Matrix(weight)
         results = [
             (matrix.few_tokens(x), ROUNDING[x_dtype]),
             (matrix.many_tokens(x.float()).to(x_dtype), ROUNDING[x_dtype]),
         ]
         # the dense path of 16-bit dtypes rounds U V and S x on their own, the matrix units V x
         rounded_more = 4 * ROUNDING[x_dtype]
-        y = sparse_low_rank_linear(x, packed.values, packed.bitmask, U, V, bias, [cut, rows - cut], ranks)
-        results.append((y, rounded_more))
+        results.append((sparse_low_rank_linear(x, weight), rounded_more))
         assert torch.equal(expand(packed.values, packed.bitmask, columns), S)
         if native.multiplies_bfloat16() and dtype == x_dtype == torch.bfloat16:
             results.append((matrix.many_bfloat16(x), rounded_more))
@@ -105,7 +106,7 @@ def test_every_path_is_the_product_in_float64(instruction_set, problem):
 )
 def test_large_products_are_put_together_from_their_pieces(instruction_set, threads, rows, columns, tokens, density):
     torch.manual_seed(0)
-    S, packed = _matrix(rows, columns, density, torch.bfloat16)
+    S, packed = _sparse(rows, columns, density, torch.bfloat16)
     cut = rows // 3
     U, V = (torch.randn(shape).bfloat16() for shape in ((rows, 70), (110, columns)))
     bias, x = torch.randn(rows).bfloat16(), torch.randn(tokens, columns).bfloat16()
@@ -116,7 +117,8 @@ def test_large_products_are_put_together_from_their_pieces(instruction_set, thre
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with native.instruction_set(instruction_set):
-        matrix = native.Matrix(packed.values, packed.bitmask, U, V, bias, [(cut, 70), (rows - cut, 40)])
+        parts = [Part(cut, 70), Part(rows - cut, 40)]
+        matrix = Matrix(PackedWeight(packed.values, packed.bitmask, U, V, bias, parts))
         results = [(matrix.many_tokens(x.float()), 2e-6)]
         if native.multiplies_bfloat16():
             results.append((matrix.many_bfloat16(x), 4 * ROUNDING[torch.bfloat16]))
@@ -133,11 +135,9 @@ def test_values_at_the_ends_of_a_dtype(instruction_set, x, dtype):
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 65504, 65519, 65520, 6e-8, 3e-8, 2.9e-8, 1e-40])
     packed = PackedSparse.pack(torch.eye(10), torch.float32)
     packed.values.data = torch.ones(10)
-    U, V = torch.zeros(10, 0), torch.zeros(0, 10)
     with native.instruction_set(instruction_set):
-        y = native.Matrix(packed.values, packed.bitmask, U, V, None, [(10, 0)]).few_tokens(
-            torch.diag(special).to(dtype)
-        )
+        matrix = Matrix(PackedWeight.of_sparse(packed.values, packed.bitmask, 10))
+        y = matrix.few_tokens(torch.diag(special).to(dtype))
     finite = torch.isfinite(special.to(dtype))
     assert torch.equal(y.diagonal()[finite], special.to(dtype)[finite])
     # each token has one special feature; 0 x inf is NaN elsewhere, as in a dense product
@@ -147,12 +147,13 @@ def test_values_at_the_ends_of_a_dtype(instruction_set, x, dtype):
 @pytest.mark.parametrize("corruption", ["more ones", "fewer ones", "past the last column"])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_a_bitmask_that_does_not_fit_is_never_followed(corruption, tokens):
-    _, packed = _matrix(30, 77, 0.4, torch.float32)
+    _, packed = _sparse(30, 77, 0.4, torch.float32)
     U, V, x = torch.zeros(30, 1), torch.zeros(1, 77), torch.randn(tokens, 77)
-    cache = native.MatrixCache()
+    cache = MatrixCache()
 
     def product() -> Tensor:
-        return sparse_low_rank_linear(x, packed.values, packed.bitmask, U, V, None, [30], [1], cache)
+        weight = PackedWeight(packed.values, packed.bitmask, U, V, None, [Part(30, 1)], cache)
+        return sparse_low_rank_linear(x, weight)
 
     product()  # so that the cache holds the sound matrix
     if corruption == "more ones":
@@ -169,38 +170,30 @@ def test_a_bitmask_that_does_not_fit_is_never_followed(corruption, tokens):
 
 
 def test_shapes_that_do_not_fit_are_errors():
-    _, packed = _matrix(6, 10, 0.5, torch.float32)
+    _, packed = _sparse(6, 10, 0.5, torch.float32)
     U, V = torch.zeros(6, 2), torch.zeros(2, 10)
-    good = (packed.values, packed.bitmask, U, V, torch.zeros(6), [(6, 2)])
-    native.Matrix(*good)
+    good = PackedWeight(packed.values, packed.bitmask, U, V, torch.zeros(6), [Part(6, 2)])
+    Matrix(good)
     bad = {
-        1: packed.bitmask[:, :1],
-        2: U[:5],
-        3: torch.zeros(3, 10),
-        4: torch.zeros(5),
-        5: [(6, 3)],
+        "bitmask": packed.bitmask[:, :1],
+        "U": U[:5],
+        "V": torch.zeros(3, 10),
+        "bias": torch.zeros(5),
+        "parts": [Part(6, 3)],
     }
-    for place, value in bad.items():
-        arguments = [value if i == place else argument for i, argument in enumerate(good)]
+    for name, value in bad.items():
         with pytest.raises(ValueError, match=r"must|fit"):
-            native.Matrix(*arguments)
+            Matrix(good._replace(**{name: value}))
     with pytest.raises(ValueError, match=r"U must be torch\.float32 \[6, 2\], got torch.float16"):
-        native.Matrix(*good[:2], U.half(), *good[3:])
+        Matrix(good._replace(U=U.half()))
     with pytest.raises(ValueError, match="on the CPU"):
-        native.Matrix(*good[:2], U.to("meta"), *good[3:])
+        Matrix(good._replace(U=U.to("meta")))
     with pytest.raises(ValueError, match="strides"):
-        native.Matrix(*good[:2], U.T.contiguous().T, *good[3:])
+        Matrix(good._replace(U=U.T.contiguous().T))
     with pytest.raises(ValueError, match="10 features"):
-        native.Matrix(*good).few_tokens(torch.zeros(2, 11))
+        Matrix(good).few_tokens(torch.zeros(2, 11))
     with pytest.raises(ValueError, match="instruction set must be one of"), native.instruction_set("mmx"):
         pass
-
-
-def _python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **environment}
-    command = [sys.executable, "-c", program]
-    where = Path(__file__).parent  # in the repository's folder the sources would be imported, not what is installed
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, check=False)
 
 
 def _layer(rows: int = 24, columns: int = 40, dtype: torch.dtype = torch.float32) -> SparseLowRankLinear:
@@ -244,7 +237,8 @@ def test_gradients_are_those_of_finite_differences():
     values = packed.values.detach().requires_grad_()
 
     def product(x: Tensor, values: Tensor, U: Tensor, V: Tensor, bias: Tensor) -> Tensor:
-        return sparse_low_rank_linear(x, values, packed.bitmask, U, V, bias, [2, 3], [1, 3])
+        weight = PackedWeight(values, packed.bitmask, U, V, bias, [Part(2, 1), Part(3, 3)])
+        return sparse_low_rank_linear(x, weight)
 
     assert torch.autograd.gradcheck(product, (x, values, U, V, bias))
     assert torch.autograd.gradgradcheck(product, (x, values, U, V, bias))
@@ -393,20 +387,31 @@ def test_memory_that_was_freed_is_seen(name, used):
         layer(x)
 
 
-def test_the_environment_forces_an_instruction_set():
-    program = """
-import torch
-from oats_vision.kernels import native
-print(native.available() and native._native.instruction_set(), native.multiplies_bfloat16(),
-      native.multiplies_16_bits_faster(torch.bfloat16), native.multiplies_16_bits_faster(torch.float16))
-"""
-    for name in native.instruction_sets():
-        done = _python(program, OATS_VISION_INSTRUCTION_SET=name)
-        assert done.stdout.split()[0] == name
-        if name in ("avx2", "portable") and name != native.instruction_sets()[0]:
-            assert done.stdout.split()[1:] == ["False"] * 3
-    done = _python(program, OATS_VISION_INSTRUCTION_SET="mmx")
-    assert "OATS_VISION_INSTRUCTION_SET must be one of" in done.stderr
+@pytest.fixture
+def asked_anew():
+    """The environment's instruction set is asked for at the first product: here as in a process that had none yet."""
+    before = native.active()
+    native.available.cache_clear()
+    yield
+    native._native.use(before)
+    native.available.cache_clear()
+
+
+@pytest.mark.parametrize("name", native.instruction_sets())
+def test_the_environment_forces_an_instruction_set(name, asked_anew, monkeypatch):
+    monkeypatch.setenv("OATS_VISION_INSTRUCTION_SET", name)
+    _layer()(torch.randn(2, 40))
+    assert native.active() == name
+    if name in ("avx2", "portable") and name != native.instruction_sets()[0]:
+        assert not native.multiplies_bfloat16()
+        assert not native.multiplies_16_bits_faster(torch.bfloat16)
+        assert not native.multiplies_16_bits_faster(torch.float16)
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error(asked_anew, monkeypatch):
+    monkeypatch.setenv("OATS_VISION_INSTRUCTION_SET", "mmx")
+    with pytest.raises(ConfigError, match=r"OATS_VISION_INSTRUCTION_SET must be one of .*, got 'mmx'"):
+        _layer()(torch.randn(2, 40))
 
 
 def test_weights_in_half_precision_take_inputs_in_single_and_under_autocast():
@@ -464,7 +469,8 @@ try:
 except ValueError as problem:
     print(problem)
 """
-    done = _python(program)
+    where = Path(__file__).parent  # in the repository's folder the sources would be imported, not what is installed
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=where, check=False)
     assert done.returncode == 0
     assert done.stderr.count("compiled kernels are missing") == 1
     assert "bitmask" in done.stdout
