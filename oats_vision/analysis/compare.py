@@ -13,7 +13,7 @@ from rich.table import Table
 from oats_vision.analysis import figures
 from oats_vision.analysis.figures import Point
 from oats_vision.analysis.page import render
-from oats_vision.checkpoint import layer_specs, read_config
+from oats_vision.checkpoint import read_config
 from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
@@ -58,23 +58,23 @@ class Run:
             CheckpointError: the directory is no checkpoint, or a file of it is damaged.
         """
         config, measured = read_config(directory), read_report(directory)
-        report, specs = CompressionReport.from_dict(config), layer_specs(config).values()
+        report = config.report
         with WeightsFile(directory) as file:
             stored = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-        itemsize = {"float64": 8, "float32": 4}.get(config["storage_dtype"], 2)
-        positions = sum(spec.out_features * spec.row_bytes for spec in specs)
-        source = config["source"]
+        removed = (report.dense_parameters - report.parameters) * config.storage_dtype.itemsize
+        positions = sum(spec.out_features * spec.row_bytes for spec in config.specs.values())
+        source = config.source
         return cls(
             name=directory.resolve().name,
-            model=(source.get("origin") or source)["name"],
+            model=source.origin_name,
             settings=report.settings,
             bytes=stored,
-            dense_bytes=stored - positions + (report.dense_parameters - report.parameters) * itemsize,
+            dense_bytes=stored - positions + removed,
             speed=measured.speed,
             cost=measured.cost,
             labelled=measured.labelled,
             errors=mean_errors(report),
-            dense_sha256=source.get("dense_sha256"),
+            dense_sha256=source.dense_sha256,
             machine=", ".join(value for _, value in measured.machine),
         )
 

@@ -55,17 +55,17 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     measured = read_report(directory)
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
-    report = CompressionReport.from_dict(config)
-    sizes = checkpoint.measure(tensors.values(), report, getattr(torch, config["storage_dtype"]))
-    name, source = directory.resolve().name, config["source"]
+    report, source = config.report, config.source
+    sizes = checkpoint.measure(tensors.values(), report, config.storage_dtype)
+    name = directory.resolve().name
     chosen = spectra_of(report)
     spectra = _spectra([report.layers[i] for i in chosen], tensors, progress)
-    model = (source.get("origin") or source)["name"]
+    model = source.origin_name
     return render(
         "report.html",
         title=f"{model}, {report.settings.method} at rate {report.settings.rate:.3g}",
         model=model,
-        subtitle=f"{report.settings.summary}, stored in {config['storage_dtype']}",
+        subtitle=f"{report.settings.summary}, stored in {config.content['storage_dtype']}",
         headlines=[_bytes(sizes), _speed(measured, name), _cost(measured, name, report.unit)],
         measured=measured,
         examples=measured.examples[:EXAMPLES],
@@ -293,10 +293,10 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
 
 
 def _tables(
-    config: dict[str, Any], report: CompressionReport, measured: Measured, name: str
+    config: checkpoint.Config, report: CompressionReport, measured: Measured, name: str
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the checkpoint is, its settings, the run and the machine: titles, and names with values."""
-    source = config["source"]
+    source = config.source
     settings = {key: value for key, value in report.settings.model_dump().items() if value not in (None, ())}
     run = [(key, value) for key, value in measured.run if key not in (*settings, *UNTOLD)]
     times = [("compression" if key == "total" else key, f"{value:.1f} s") for key, value in report.seconds.items()]
@@ -307,14 +307,14 @@ def _tables(
             "Checkpoint",
             [
                 ("directory", name),
-                ("model", f"{source['kind']} {source['name']}"),
-                ("adapter", config["adapter"]),
+                ("model", f"{source.kind} {source.name}"),
+                ("family", report.family),
                 ("parameters", f"{report.parameters:,} of {report.dense_parameters:,} in the compressed layers"),
                 ("calibration", f"{report.samples:,} {report.unit}"),
-                ("computed in", config["dtype"]),
-                ("written by", f"{config['written_by']}, format {config['format_version']}"),
-                ("SHA-256 of the weights", config["weights_sha256"]),
-                *([("of the dense weights", source["dense_sha256"])] if source.get("dense_sha256") else []),
+                ("computed in", config.content["dtype"]),
+                ("written by", f"{config.written_by}, format {config.content['format_version']}"),
+                ("SHA-256 of the weights", config.weights_sha256),
+                *([("of the dense weights", source.dense_sha256)] if source.dense_sha256 else []),
             ],
         ),
         ("Settings", [(_words(key), str(value)) for key, value in settings.items()]),

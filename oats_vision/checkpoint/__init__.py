@@ -1,8 +1,8 @@
 """Compressed models on disk: config.json and model.safetensors (see docs/format.md)."""
 
-from oats_vision.checkpoint.config import CONFIG, read_config
+from oats_vision.checkpoint.config import CONFIG, Config, read_config
 from oats_vision.checkpoint.place import MERGED, PAGE, REPORT, check_target, is_checkpoint, locked, new_directory
-from oats_vision.checkpoint.read import layer_specs, load, load_transform, read_weights
+from oats_vision.checkpoint.read import load, load_transform, read_weights
 from oats_vision.checkpoint.reports import add_evaluation, change_report, write_json
 from oats_vision.checkpoint.sizes import Sizes, measure
 from oats_vision.checkpoint.weights import WEIGHTS
@@ -14,6 +14,7 @@ __all__ = [
     "PAGE",
     "REPORT",
     "WEIGHTS",
+    "Config",
     "Sizes",
     "add_evaluation",
     "change_report",
@@ -21,7 +22,6 @@ __all__ = [
     "check_target",
     "is_checkpoint",
     "is_sliced",
-    "layer_specs",
     "load",
     "load_transform",
     "locked",

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from oats_vision.compression.record import CompressionReport
 from oats_vision.errors import CheckpointError, ConfigError
+from oats_vision.models.source import ModelSource
 from oats_vision.nn.sparse_low_rank import LayerSpec
 
 CONFIG = "config.json"
@@ -79,7 +82,7 @@ class _Source(_Closed):
     dense_sha256: Sha256 | None = None
 
 
-class _Config(_Fields):
+class _Content(_Fields):
     """The fields that reading relies on; others are for people."""
 
     written_by: str
@@ -98,7 +101,7 @@ class _Config(_Fields):
     weights_sha256: Sha256
 
     @model_validator(mode="after")
-    def _names(self) -> "_Config":
+    def _names(self) -> "_Content":
         if len({layer.name for layer in self.layers}) < len(self.layers):
             raise ValueError("two layers have one name")
         if not self.layers and self.slicing is None:
@@ -106,7 +109,31 @@ class _Config(_Fields):
         return self
 
 
-def read_config(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Config:
+    """What a config.json says.
+
+    dtype, storage_dtype: that the model computes in, and that its weights are stored in. tied: names of tensors that
+    are others', and those names. content: all of the file, as it is.
+    """
+
+    source: ModelSource
+    report: CompressionReport
+    dtype: torch.dtype
+    storage_dtype: torch.dtype
+    tied: dict[str, str]
+    generation: dict[str, Any] | None
+    weights_sha256: str
+    written_by: str
+    content: dict[str, Any]
+
+    @property
+    def specs(self) -> dict[str, LayerSpec]:
+        """Shapes of the compressed layers, by their names."""
+        return {layer.name: layer.spec for layer in self.report.layers}
+
+
+def read_config(path: Path) -> Config:
     """A checkpoint's config.json, checked for format, version, digest and each field's type and range.
 
     Raises:
@@ -129,17 +156,25 @@ def read_config(path: Path) -> dict[str, Any]:
     if DIGEST in config and config[DIGEST] != config_digest(config):
         raise CheckpointError(f"{file} is damaged: its {DIGEST} is not that of its other fields")
     try:
-        _Config.model_validate(config)
-        for layer in config["layers"]:
-            LayerSpec.from_dict(layer["spec"])
-        CompressionReport.from_dict(config)
+        _Content.model_validate(config)
+        report = CompressionReport.from_dict(config)
     except ValidationError as invalid:
         error = invalid.errors()[0]
         place = ".".join(map(str, error["loc"])) or "settings"
         raise CheckpointError(f"{file} is damaged: {place}: {error['msg']}") from None
     except (KeyError, TypeError, ValueError, ConfigError) as problem:
         raise CheckpointError(f"{file} is damaged: {problem}") from None
-    return config
+    return Config(
+        source=ModelSource(**config["source"]),
+        report=report,
+        dtype=getattr(torch, config["dtype"]),
+        storage_dtype=getattr(torch, config["storage_dtype"]),
+        tied=config["tied"],
+        generation=config.get("generation_config"),
+        weights_sha256=config["weights_sha256"],
+        written_by=config["written_by"],
+        content=config,
+    )
 
 
 def config_digest(config: dict[str, Any]) -> str:

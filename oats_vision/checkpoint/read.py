@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.checkpoint.config import read_config
+from oats_vision.checkpoint.config import Config, read_config
 from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.weights import WeightsFile, check_bitmask
-from oats_vision.compression.record import CompressionRecord, CompressionReport
+from oats_vision.compression.record import CompressionRecord
 from oats_vision.errors import CheckpointError
 from oats_vision.models.adapters.registry import family_named
 from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
 from oats_vision.models.library import library
 from oats_vision.models.loading.load import rebuild
 from oats_vision.models.record import note, structure_of
-from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform, build_transform
-from oats_vision.nn.sparse_low_rank import LayerSpec
 
 
 def load(
@@ -46,13 +44,10 @@ def load(
     """
     path = Path(path)
     config = read_config(path)
-    source = ModelSource(**config["source"])
-    report = CompressionReport.from_dict(config)
+    source, report, specs, storage = config.source, config.report, config.specs, config.storage_dtype
     family = family_named(report.family, str(path))
-    dtype = dtype or getattr(torch, config["dtype"])
-    storage = getattr(torch, config["storage_dtype"])
+    dtype = dtype or config.dtype
     layers_dtype = storage if storage.itemsize < dtype.itemsize else dtype
-    specs = layer_specs(config)
     compressed = tuple(f"{name}." for name in specs)
 
     def convert(name: str, tensor: Tensor) -> Tensor:
@@ -70,69 +65,62 @@ def load(
         structure = structure_of(model, family)
         with bounded(limits):
             make_room(model, structure, report, layers_dtype)
-        _check_tensors(path, model, file, config, storage)
+        _check_tensors(path, model, file, config)
         buffers = {name for name, _ in model.named_buffers()}
-        tensors = file.read(config["weights_sha256"], convert, lambda name: name not in buffers)
+        tensors = file.read(config.weights_sha256, convert, lambda name: name not in buffers)
     for name, spec in specs.items():
         check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
-    tensors |= {name: tensors[owner] for name, owner in config["tied"].items()}
+    tensors |= {name: tensors[owner] for name, owner in config.tied.items()}
     with BUILDING:  # parameters are assigned, which another thread may have patched
         model.load_state_dict(tensors, assign=True)
-        if config["tied"] and hasattr(model, "tie_weights"):
+        if config.tied and hasattr(model, "tie_weights"):
             model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
     _check_computed(path, model, tensors)
-    _set_generation(path, model, config.get("generation_config"))
+    _set_generation(path, model, config.generation)
     note(model, CompressionRecord(source, structure, report=report))
     return model.requires_grad_(False).to(device=device).eval()
 
 
 def load_transform(path: str | Path) -> Transform | None:
     """The input preprocessing of a stored model, PIL picture -> tensor; None if it is not known."""
-    transform = ModelSource(**read_config(Path(path))["source"]).transform
+    transform = read_config(Path(path)).source.transform
     return build_transform(transform) if transform else None
 
 
-def layer_specs(config: dict[str, Any]) -> dict[str, LayerSpec]:
-    """The compressed layers of a checkpoint, by name."""
-    return {layer["name"]: LayerSpec.from_dict(layer["spec"]) for layer in config["layers"]}
-
-
-def read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
     """All tensors, after the file's digest and each compressed layer's shapes, dtypes and counts were checked.
 
     Raises:
         CheckpointError: the file is missing, truncated or corrupted.
     """
-    specs = layer_specs(config)
+    specs = config.specs
     compressed = tuple(f"{name}." for name in specs)  # of the others, only the model knows which are buffers
     with WeightsFile(path) as file:
-        file.check_layers(specs, getattr(torch, config["storage_dtype"]))
-        tensors = file.read(config["weights_sha256"], is_parameter=lambda name: name.startswith(compressed))
+        file.check_layers(specs, config.storage_dtype)
+        tensors = file.read(config.weights_sha256, is_parameter=lambda name: name.startswith(compressed))
     for name, spec in specs.items():
         check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
     return tensors
 
 
-def _limits(file: WeightsFile, config: dict[str, Any]) -> Limits:
+def _limits(file: WeightsFile, config: Config) -> Limits:
     """What the architecture of a checkpoint may ask for while it is built, by what its weights file holds.
 
     It is built dense first: twice the tensors cover the norms that slicing removes, and heads that are replaced.
     """
-    return Limits(2 * (len(file.tensors) + len(config["tied"])) + 64, MEMORY + 2 * file.size)
+    return Limits(2 * (len(file.tensors) + len(config.tied)) + 64, MEMORY + 2 * file.size)
 
 
-def _check_tensors(
-    path: Path, model: nn.Module, file: WeightsFile, config: dict[str, Any], storage: torch.dtype
-) -> None:
+def _check_tensors(path: Path, model: nn.Module, file: WeightsFile, config: Config) -> None:
     """See that a file's tensors are the model's, before any is read.
 
     Raises:
         CheckpointError: a name, a shape or a dtype differs.
     """
-    expected, stored = model.state_dict(), file.tensors
-    what = f"{path} does not fit {config['source']['kind']} model {config['source']['name']!r}"
-    owners = {name: owner for name, owner in config["tied"].items() if name not in stored and owner in stored}
-    if len(owners) < len(config["tied"]):
+    expected, stored, storage = model.state_dict(), file.tensors, config.storage_dtype
+    what = f"{path} does not fit {config.source.kind} model {config.source.name!r}"
+    owners = {name: owner for name, owner in config.tied.items() if name not in stored and owner in stored}
+    if len(owners) < len(config.tied):
         raise CheckpointError(f"{what}: a tied tensor is there itself, or its owner is not")
     found = {name: tensor.shape for name, tensor in stored.items()}
     found |= {name: found[owner] for name, owner in owners.items()}

@@ -57,7 +57,6 @@ class Models:
         from oats_vision import checkpoint
         from oats_vision.machine import choose_device
         from oats_vision.models.loading.load import load_model
-        from oats_vision.models.source import ModelSource
 
         self.device = choose_device(device)
         self.options: dict[str, Any] = {
@@ -74,7 +73,7 @@ class Models:
             module, transform = load_model(model, **self.options)
             self.loaders["dense"] = lambda: module
         else:
-            source = ModelSource(**checkpoint.read_config(self.directory)["source"])
+            source = checkpoint.read_config(self.directory).source
             transform = checkpoint.load_transform(self.directory)
             if not no_dense:
                 self.loaders["dense"] = lambda: self._dense(source, dense)

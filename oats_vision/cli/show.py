@@ -51,24 +51,23 @@ def inspect(
     need_directory(directory)
     if html:
         see_writable(html, [directory])
-    import torch
-
     from oats_vision import checkpoint
     from oats_vision.analysis.html_report import spectra_of, write_html
-    from oats_vision.compression.record import CompressionReport
 
     config = checkpoint.read_config(directory)
     tensors = checkpoint.read_weights(directory, config)
-    done = CompressionReport.from_dict(config)
-    sizes = checkpoint.measure(tensors.values(), done, getattr(torch, config["storage_dtype"]))
+    done = config.report
+    sizes = checkpoint.measure(tensors.values(), done, config.storage_dtype)
     if html:
         with Display(notes).counting("spectra", "layers", len(spectra_of(done))) as progress:
             write_html(directory, html, progress)
     if as_json:
-        typer.echo(json.dumps(config | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}}))
+        typer.echo(
+            json.dumps(config.content | {"bytes": dataclasses.asdict(sizes) | {"layer_ratio": sizes.layer_ratio}})
+        )
         return
     rows = {
-        "model": f"{config['source']['kind']} {config['source']['name']} (adapter {config['adapter']})",
+        "model": f"{config.source.kind} {config.source.name} (family {done.family})",
         **{name: value for name, value in done.settings.model_dump().items() if value is not None},
         "calibration": f"{done.samples} {done.unit}",
         "time": shares(done.seconds),

@@ -45,6 +45,11 @@ class ModelSource:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def origin_name(self) -> str:
+        """What the model was loaded as, else its architecture."""
+        return str((self.origin or {}).get("name") or self.name)
+
     def is_architecture_of(self, noted: ModelSource) -> bool:
         """Whether this source, of a model just loaded, is of the architecture that a checkpoint notes.
 

@@ -274,7 +274,7 @@ def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, An
     Raises:
         CheckpointError: the report is damaged.
     """
-    settings = CompressionReport.from_dict(checkpoint.read_config(directory)).settings
+    settings = checkpoint.read_config(directory).report.settings
     kept = (line for line in read_report(directory).advice if not line.startswith((SLOW, BUSY, UNTIMED)))
     advice = [*_advice_on_speed(timings, settings), *kept]
     speed = [timing.to_dict() for timing in timings]

@@ -97,7 +97,7 @@ def test_a_run_read_from_a_checkpoint_is_what_the_checkpoint_is(directories):
     assert [run.name for run in runs] == ["a/out", "b/out", f"{directories[2].parent.name}/c"]
     for run, directory, rate in zip(runs, directories, (0.3, 0.5, 0.7), strict=True):
         config = read_config(directory)
-        report = CompressionReport.from_dict(config)
+        report = config.report
         sizes = measure(read_weights(directory, config).values(), report, torch.float16)
         assert (run.bytes, run.dense_bytes) == (sizes.total, sizes.dense_total)
         assert run.settings.rate == rate

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.analysis.html_report import EXAMPLES, spectra_of, spectrum, write_html
-from oats_vision.checkpoint import add_evaluation, layer_specs, read_config, read_weights
+from oats_vision.checkpoint import add_evaluation, read_config, read_weights
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError
@@ -236,7 +236,7 @@ def test_odd_names_are_shown_as_they_are(saved, pictures, tmp_path):
 
 def test_spectrum_is_numpys(saved, tiny_vit):
     config = read_config(saved)
-    specs, tensors = layer_specs(config), read_weights(saved, config)
+    specs, tensors = config.specs, read_weights(saved, config)
     layer = tiny_vit.get_submodule("blocks.0.mlp.fc1")  # the model that was saved
     found = spectrum("blocks.0.mlp.fc1", specs["blocks.0.mlp.fc1"], tensors)
     for term, matrix in {"whole": layer.dense_weight(), "sparse": layer.sparse.dense()}.items():
