@@ -13,9 +13,10 @@ import oats_vision as ov
 from oats_vision.compression.settings import RunConfig, load_run_config
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
-from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
-from oats_vision.evaluation.top1 import classify
-from oats_vision.machine import choose_device, machine_line
+from oats_vision.evaluation.paired import paired_difference, paired_ratio
+from oats_vision.evaluation.perplexity import Perplexity, perplexity
+from oats_vision.evaluation.top1 import classify, evaluate_top1
+from oats_vision.machine import choose_device, machine, machine_line
 
 KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
 Row = dict[str, str]
@@ -169,7 +170,7 @@ def run_config(args: argparse.Namespace, unit: Literal["pictures", "sequences"],
 
 def load_dense(config: RunConfig) -> tuple[nn.Module, Any]:
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
-    console.print(machine_line(device))
+    console.print(machine_line(machine(device)))
     return ov.load_model(config.model, dtype=dtype, device=device, image_size=config.image_size)
 
 

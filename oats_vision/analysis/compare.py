@@ -18,10 +18,9 @@ from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
-from oats_vision.evaluation import Difference
-from oats_vision.evaluation.results import Cost, Metric
+from oats_vision.evaluation.results import Cost, Evaluation, Metric
 from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation, read_report
+from oats_vision.evaluation.stored import read_report
 
 MOST = 20  # runs that are read for one comparison
 ALWAYS = ("method", "rate", "rank_ratio", "pattern")  # settings that are said even if all runs share them
@@ -88,7 +87,7 @@ class Run:
             "dense_bytes": self.dense_bytes,
             "speed": [timing.to_dict() for timing in self.speed],
             "cost": self.cost.model_dump() if self.cost else None,
-            "labelled": self.labelled.model_dump(exclude_none=True) if self.labelled else None,
+            "labelled": self.labelled.to_dict() if self.labelled else None,
             "errors": {str(block): error for block, error in self.errors.items()},
             "dense_sha256": self.dense_sha256,
             "machine": self.machine,
@@ -225,9 +224,9 @@ def _dense(rows: Sequence[Run]) -> str:
     """The dense model's size and accuracy, if there is one for all."""
     found = {f"{run.dense_bytes / 1e6:.2f} MB" for run in rows}
     accuracies = {
-        f", {run.labelled.compared} {run.labelled.dense.metrics[run.labelled.compared]}"
+        f", {run.labelled.compared} {run.labelled.pair(run.labelled.compared)[0].figure}"
         for run in rows
-        if run.labelled and run.labelled.dense and run.labelled.compared
+        if run.labelled and run.labelled.compared
     }
     if len({(run.model, run.dense_sha256) for run in rows}) > 1 or len(found) > 1 or len(accuracies) > 1:
         return ""
@@ -263,11 +262,13 @@ def columns(rows: Sequence[Run]) -> list[Column]:
     for what in dict.fromkeys(timing.what for run in rows for timing in run.speed):
         table.append(_ranked(short(what), [_speed(run, what) for run in rows], max))
     for name in dict.fromkeys(str(run.labelled.compared) for run in rows if run.labelled):
-        table.append(_ranked(name, [_accuracy(run, name) for run in rows], min if name == "perplexity" else max))
+        table.append(
+            _ranked(name, [_accuracy(run, name) for run in rows], min if _lower_is_better(rows, name) else max)
+        )
     for name in _common_metrics(rows):
         metrics = [_metric(run, name) for run in rows]
         cells = [Cell(m.figure, m.value, m.interval) if m else Cell() for m in metrics]
-        table.append(_ranked(name, cells, min if any(m and _lower_is_better(m) for m in metrics) else max))
+        table.append(_ranked(name, cells, min if any(m and m.lower_is_better for m in metrics) else max))
     return table
 
 
@@ -310,8 +311,8 @@ def _quality(rows: Sequence[Run]) -> tuple[str, str, list[Value | None], float |
     measured = [run.labelled for run in rows if run.labelled]
     if len(measured) == len(rows) and len({(one.where, one.compared) for one in measured}) == 1:
         name = str(measured[0].compared)
-        dense = {one.dense.values[name] for one in measured if one.dense}
-        unit = "" if name == "perplexity" else ", %"
+        dense = {one.pair(name)[0].value for one in measured}
+        unit = ", %" if measured[0].pair(name)[0].kind == "percent" else ""
         return name, unit, [_labelled(one, name) for one in measured], dense.pop() if len(dense) == 1 else None
     for name in _common_metrics(rows)[:1]:
         metrics = [_metric(run, name) for run in rows]
@@ -325,25 +326,22 @@ def _quality(rows: Sequence[Run]) -> tuple[str, str, list[Value | None], float |
 
 
 def _labelled(evaluation: Evaluation, name: str) -> Value:
-    assert evaluation.dense is not None
-    value, dense, change = (
-        evaluation.compressed.values[name],
-        evaluation.dense.values[name],
-        evaluation.difference[name],
-    )
-    low, high = change.low, change.high
-    return value, (dense + low, dense + high) if isinstance(change, Difference) else (dense * low, dense * high)
+    dense, ours = evaluation.pair(name)
+    return ours.value, evaluation.difference[name].around(dense.value)
 
 
 def _of_dense(metric: Metric) -> float:
     """What the dense model itself would have."""
     if metric.kind == "percent":
         return 100.0
-    return 0.0 if metric.kind == "number" and _lower_is_better(metric) else 1.0
+    return 0.0 if metric.kind == "number" and metric.lower_is_better else 1.0
 
 
-def _lower_is_better(metric: Metric) -> bool:
-    return metric.kind == "ratio" or "error" in metric.name
+def _lower_is_better(rows: Sequence[Run], name: str) -> bool:
+    """Of a metric on labelled data."""
+    return any(
+        run.labelled.pair(name)[0].lower_is_better for run in rows if run.labelled and name == run.labelled.compared
+    )
 
 
 def _common_metrics(rows: Sequence[Run]) -> list[str]:
@@ -366,8 +364,8 @@ def _speed(run: Run, what: str) -> Cell:
 def _accuracy(run: Run, name: str) -> Cell:
     if not run.labelled or run.labelled.compared != name:
         return Cell()
-    score, change = run.labelled.compressed, run.labelled.difference[name]
-    return Cell(score.metrics[name], score.values[name], str(change).replace(" points", ""))
+    _, ours = run.labelled.pair(name)
+    return Cell(ours.figure, ours.value, str(run.labelled.difference[name]).replace(" points", ""))
 
 
 def _ranked(heading: str, cells: list[Cell], best: Callable[[list[float]], float]) -> Column:

@@ -1,5 +1,6 @@
 """One self-contained page about a checkpoint: what it saves, what it cost, and then all that is known of it."""
 
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,17 @@ from oats_vision import checkpoint
 from oats_vision.analysis import figures
 from oats_vision.analysis.compare import block_of, errors_by_block, short
 from oats_vision.analysis.page import render, write_page
+from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.record import CompressionReport, LayerReport
-from oats_vision.evaluation import Difference
-from oats_vision.evaluation.results import EXAMPLES, Cost
+from oats_vision.display import Display
+from oats_vision.errors import OatsVisionError
+from oats_vision.evaluation.results import EXAMPLES, Cost, Evaluation
 from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation, Measured, read_report
+from oats_vision.evaluation.stored import Measured, read_report
+from oats_vision.evaluation.tasks import task_of_unit
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+
+log = logging.getLogger(__name__)
 
 POINTS = 80  # of a spectrum that are drawn
 WORKERS = 8  # at most, for the sake of memory
@@ -48,6 +54,24 @@ def write_html(directory: Path, file: Path, progress: Callable[[int], None] = la
         CheckpointError: the checkpoint is damaged, or the file cannot be written.
     """
     write_page(html_report(directory, progress), file)
+
+
+def draw_page(directory: Path, file: Path, display: Display) -> None:
+    """`write_html` with a bar over the layers."""
+    layers = len(spectra_of(CompressionReport.from_dict(checkpoint.read_config(directory))))
+    with display.counting("drawing the page", "layers", layers) as progress:
+        write_html(directory, file, progress)
+
+
+def renew_page(directory: Path, display: Display) -> None:
+    """Write the page of a checkpoint anew if it has one, since report.json has changed; if that fails, it is said."""
+    file = directory / PAGE
+    if not file.is_file():
+        return
+    try:
+        draw_page(directory, file, display)
+    except OatsVisionError as problem:  # the result is in report.json
+        log.warning("the page was not written anew: %s", problem)
 
 
 def html_report(directory: Path, progress: Callable[[int], None] = lambda layers: None) -> str:
@@ -133,8 +157,7 @@ def _cost(measured: Measured, name: str, unit: str) -> Headline:
             f"{first.name} beside the dense model",
             [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
         )
-    protocol, data = ("top1", "LABELLED_PICTURES") if unit == "pictures" else ("perplexity", "TEXT")
-    return Headline("What it cost", command=f"oats-vision eval {protocol} {shlex.quote(name)} --data {data}")
+    return Headline("What it cost", command=task_of_unit(unit).how_to_evaluate(shlex.quote(name)))
 
 
 def _held_out(cost: Cost) -> str:
@@ -143,14 +166,11 @@ def _held_out(cost: Cost) -> str:
 
 def _labelled(evaluation: Evaluation, agreement: list[str]) -> Headline:
     metric = str(evaluation.compared)
-    assert evaluation.dense is not None
-    values = f"{evaluation.dense.metrics[metric]} → {evaluation.compressed.metrics[metric]}"
-    change, count = evaluation.difference[metric], evaluation.compressed.count
+    dense, ours = evaluation.pair(metric)
+    values = f"{dense.figure} → {ours.figure}"
+    count = evaluation.compressed.count if evaluation.compressed else ""
     where = f"on {count} of {evaluation.where}" if count else f"on {evaluation.where}"
-    if isinstance(change, Difference):
-        value, unit, interval = f"{change.points:+.2f}", " points", f"[{change.low:+.2f}, {change.high:+.2f}]"
-    else:
-        value, unit, interval = f"{change.value:.3f}", " x", f"[{change.low:.3f}, {change.high:.3f}]"
+    value, unit, interval = evaluation.difference[metric].words
     return Headline(
         "What it cost", value, unit, f"{metric}: {values}", [f"95% interval {interval}, {where}", *agreement]
     )
@@ -159,9 +179,9 @@ def _labelled(evaluation: Evaluation, agreement: list[str]) -> Headline:
 def _accuracy(measured: Measured) -> list[list[str]]:
     """Metric, dense, compressed, the difference with its interval, protocol and data."""
     rows = [
-        [metric, dense, compressed, change, protocol, data]
+        [*row, evaluation.protocol, evaluation.where]
         for evaluation in measured.evaluations
-        for protocol, data, metric, dense, compressed, change in evaluation.rows()
+        for row in evaluation.rows()
     ]
     if cost := measured.cost:
         where = f"{cost.samples:,} held-out {cost.unit}"

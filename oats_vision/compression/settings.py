@@ -291,7 +291,7 @@ def _range(schema: dict[str, Any]) -> str:
     below, most = schema.get("exclusiveMaximum"), schema.get("maximum")
     low, high = above if least is None else least, below if most is None else most
     if low is not None and high is not None:
-        return f"in {'(' if least is None else '['}{low:g}, {high:g}{')' if most is None else ']'}"
+        return f"in {'(' if least is None else '['}{low:.12g}, {high:.12g}{')' if most is None else ']'}"
     if low is not None:
         return f"above {low:g}" if least is None else f"at least {low:g}"
     return ""

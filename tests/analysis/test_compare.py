@@ -30,10 +30,8 @@ from oats_vision.cli.commands import app
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError, ConfigError
-from oats_vision.evaluation import Difference
-from oats_vision.evaluation.results import Cost, Metric
+from oats_vision.evaluation.results import Cost, Difference, Evaluation, Metric, Score
 from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation, Score
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 from pages import DESKTOP, PHONE, check_accessible, check_dark, check_quiet, check_width, show
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from command import run
-from oats_vision.cli.comparison import Models
 from oats_vision.compression.settings import RunConfig
 from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
-from oats_vision.evaluation import evaluate_top1
+from oats_vision.evaluation.models import Models
+from oats_vision.evaluation.top1 import evaluate_top1
 from oats_vision.models.loading.load import remember_source, source_of
 from oats_vision.runs.run import run as run_here
 
