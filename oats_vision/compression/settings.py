@@ -266,9 +266,9 @@ def _schemas(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def _kinds(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
-    """The schemas of the values that a field may have, besides None."""
+    """The schemas of the values that a field may have, or a list in it, besides None."""
     schema = _schemas(kind)[name]
-    return [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    return [one.get("items", one) for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
 
 
 def choices(kind: type[BaseModel], name: str) -> list[str]:
