@@ -199,16 +199,6 @@ class RunConfig(CompressionSettings):
                     f"{', '.join(KNOWN_DATA)}.{close}"
                 )
 
-    def completed(self, unit: Literal["pictures", "sequences"]) -> "RunConfig":
-        """With the defaults that depend on what the model reads."""
-        samples, batch_size, split = (2048, 64, "validation") if unit == "pictures" else (128, 4, "test")
-        changes = {
-            "samples": self.samples or samples,
-            "batch_size": self.batch_size or batch_size,
-            "eval_split": self.eval_split or split,
-        }
-        return self.model_copy(update=changes)
-
     def settings(self) -> CompressionSettings:
         """The part that decides the result."""
         names = CompressionSettings.model_fields

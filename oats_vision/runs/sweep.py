@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from oats_vision import checkpoint
-from oats_vision.analysis.compare import Run, comparison_page
+from oats_vision.analysis.compare import comparison_page
 from oats_vision.analysis.page import write_page
+from oats_vision.analysis.run import Run
 from oats_vision.analysis.tables import as_text
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display

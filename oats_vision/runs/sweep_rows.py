@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from oats_vision.analysis.compare import Run
+from oats_vision.analysis.run import Run
 from oats_vision.compression.settings import METHOD_DEFAULTS, CompressionSettings
 from oats_vision.errors import CheckpointError
 from oats_vision.files import replacing

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from oats_vision.analysis.compare import Run, short
+from oats_vision.analysis.compare import short
+from oats_vision.analysis.run import Run
 from oats_vision.compression.settings import METHOD_DEFAULTS
 from oats_vision.evaluation import results
 from oats_vision.evaluation.results import Evaluation, Metric

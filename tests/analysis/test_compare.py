@@ -14,17 +14,15 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.analysis.compare import (
-    Run,
     alike,
     columns,
     comparison_page,
     comparison_table,
     doubts,
-    errors_by_block,
-    read_runs,
     scatters,
 )
 from oats_vision.analysis.page import write_page
+from oats_vision.analysis.run import Run, errors_by_block, read_runs
 from oats_vision.checkpoint import measure, read_config, read_weights
 from oats_vision.cli.commands import app
 from oats_vision.compression.record import CompressionReport, LayerReport
