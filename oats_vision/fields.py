@@ -99,9 +99,9 @@ def _schemas(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def _kinds(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
-    """The schemas of the values that a field may have, besides None."""
+    """The schemas of the values that a field may have, or a list in it, besides None."""
     schema = _schemas(kind)[name]
-    return [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    return [one.get("items", one) for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
 
 
 def _range(schema: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _range(schema: dict[str, Any]) -> str:
     below, most = schema.get("exclusiveMaximum"), schema.get("maximum")
     low, high = above if least is None else least, below if most is None else most
     if low is not None and high is not None:
-        return f"in {'(' if least is None else '['}{low:g}, {high:g}{')' if most is None else ']'}"
+        return f"in {'(' if least is None else '['}{low:.12g}, {high:.12g}{')' if most is None else ']'}"
     if low is not None:
         return f"above {low:g}" if least is None else f"at least {low:g}"
     return ""

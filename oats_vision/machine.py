@@ -1,5 +1,6 @@
 """The device that a run uses, and what is said of the machine beside every timing."""
 
+import logging
 import resource
 import sys
 import time
@@ -11,7 +12,16 @@ import torch.nn.functional as F
 
 from oats_vision.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 SLOW = 1.5  # times; below, a model in 16 bits may still gain by what it saves of memory traffic
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name that was checked."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def choose_device(name: str) -> torch.device:
@@ -65,6 +75,12 @@ def slow_dtype_warning(dtype: torch.dtype, device: torch.device, remedy: str = "
     return f"{str(dtype).removeprefix('torch.')} is {times:.2g} x slower than float32 on this processor: {remedy}"
 
 
+def warn_if_slow(dtype: str | None, device: torch.device, remedy: str) -> None:
+    """Log `slow_dtype_warning` of a dtype by its name, if there is something to say."""
+    if dtype and (warning := slow_dtype_warning(dtype_of(dtype), device, remedy)):
+        log.warning(warning)
+
+
 @torch.inference_mode()
 def _product_seconds(dtype: torch.dtype) -> float:
     """Of a linear of 512 features on 64 tokens, at best."""
@@ -83,7 +99,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def machine_line(device: torch.device) -> str:
+def machine_line(about: dict[str, Any]) -> str:
     """`machine` in words."""
-    about = machine(device)
     return f"{about['device']} ({about['name']}), {about['threads']} threads, PyTorch {about['torch']}"

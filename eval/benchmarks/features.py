@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import oats_vision as ov
-from oats_vision.evaluation import extract_features
-from oats_vision.machine import choose_device, machine_line
+from oats_vision.evaluation.features import extract_features
+from oats_vision.machine import choose_device, machine, machine_line
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
             median = statistics.median(times)
             rows.append([name, way, str(pictures), f"{pictures / median:.1f}", f"{base / median:.3f}"])
     table = Table(
-        *headings, title=f"float32, batch {args.batch_size}, medians of {args.repeats}; {machine_line(device)}"
+        *headings, title=f"float32, batch {args.batch_size}, medians of {args.repeats}; {machine_line(machine(device))}"
     )
     for row in rows:
         table.add_row(*row)

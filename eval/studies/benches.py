@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,14 @@ from torch import Tensor, nn
 import oats_vision as ov
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
-from oats_vision.evaluation import Perplexity, evaluate_top1, paired_difference, paired_ratio, perplexity
+from oats_vision.evaluation.evaluate import evaluation_of
+from oats_vision.evaluation.protocols import Given, Measurement
+from oats_vision.evaluation.protocols.settings import Settings
+from oats_vision.evaluation.results import Evaluation
+from oats_vision.evaluation.tasks import task_of_unit
 from oats_vision.evaluation.top1 import classify
-from oats_vision.machine import choose_device, machine_line
+from oats_vision.machine import choose_device, machine, machine_line
+from oats_vision.progress import Unit
 from oats_vision.runs.config import RunConfig, load_run_config
 
 KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
@@ -32,7 +37,8 @@ class Pictures:
         config = run_config(args, "pictures", eval_data=args.eval_data)
         self.config = config.model_copy(update={"data": config.data or "demo", "eval_data": config.eval_data or "demo"})
         self.targets = [str(self.config.eval_data)]
-        self.mixed = getattr(torch, args.mixed_precision) if args.mixed_precision else None
+        self.asked = asked(self.config, "pictures").model_copy(update={"mixed_precision": args.mixed_precision})
+        self.mixed = self.asked.autocast_dtype
         self.about = {
             "model": self.config.model,
             "data": self.config.data,
@@ -47,36 +53,32 @@ class Pictures:
         if transform is None:
             raise SystemExit(f"{self.config.model} says nothing about its preprocessing")
         self.transform = transform
-        test = self._pictures(self.targets[0], self.config.eval_samples, self.config.seed, self.config.eval_split, True)
-        self.test = _in_memory(test)
+        self.test = _in_memory(self.asked.open(transform)["data"])
         self.measure_dense(model)
         return model
 
     def measure_dense(self, model: nn.Module) -> None:
         """Keep what `measure` compares with."""
-        self.before = evaluate_top1(model, self.test, mixed_precision=self.mixed)
-        console.print(f"{self.config.model}: dense top-1 {self.before.top1:.2f}% on {self.before.pictures} pictures")
+        self.before = measured(model, "pictures", self.asked, self.test)
+        top1 = self.before.score()["top-1"].figure
+        console.print(f"{self.config.model}: dense top-1 {top1} on {self.before.samples} pictures")
 
     def calibration(self, seed: int) -> Batches:
-        return self._pictures(str(self.config.data), self.config.samples, seed, self.config.split, False)
-
-    def measure(self, model: nn.Module, target: str) -> Row:
-        after = evaluate_top1(model, self.test, mixed_precision=self.mixed)
-        difference = paired_difference(self.before.correct, after.correct)
-        values = [self.before.top1, after.top1, after.top5, difference.points, difference.low, difference.high]
-        return {name: f"{value:.3f}" for name, value in zip(self.RESULTS, values, strict=True)}
-
-    def _pictures(self, source: str, samples: int | None, seed: int, split: str | None, labelled: bool) -> Batches:
         return load_pictures(
-            source,
+            str(self.config.data),
             self.transform,
-            samples=samples,
+            samples=self.config.samples,
             seed=seed,
-            labelled=labelled,
-            split=str(split),
+            split=self.config.split,
             batch_size=self.config.batch_size or 1,
             workers=self.config.workers,
         )
+
+    def measure(self, model: nn.Module, target: str) -> Row:
+        found = compared("pictures", self.asked, self.before, measured(model, "pictures", self.asked, self.test))
+        (dense, ours), change = found.pair("top-1"), found.difference["top-1"]
+        values = [dense.value, ours.value, found.pair("top-5")[1].value, change.value, change.low, change.high]
+        return {name: f"{value:.3f}" for name, value in zip(self.RESULTS, values, strict=True)}
 
 
 class Closeness(Pictures):
@@ -123,17 +125,13 @@ class Texts:
         """The dense model, after it was evaluated."""
         model, _ = load_dense(self.config)
         self.tokenizer = ov.load_tokenizer(self.config.model)
-        self.ids, self.before = {}, {}
+        self.asked, self.ids, self.before = {}, {}, {}
         for text in self.targets:
-            ids = ov.load_tokens(text, self.tokenizer, split=str(self.config.eval_split))
-            if self.config.eval_samples:
-                ids = ids[: self.config.eval_samples * self.config.sequence_length]
-            self.ids[text] = ids
-            self.before[text] = self._perplexity(model, text)
-            score = self.before[text]
-            console.print(
-                f"{self.config.model}: dense perplexity {score.value:.3f} on {len(score.tokens)} windows of {text}"
-            )
+            self.asked[text] = asked(self.config.model_copy(update={"eval_data": text}), "sequences")
+            self.ids[text] = self.asked[text].open(self.tokenizer)["data"]
+            self.before[text] = measured(model, "sequences", self.asked[text], self.ids[text])
+            perplexity, windows = self.before[text].score()["perplexity"].figure, self.before[text].details["windows"]
+            console.print(f"{self.config.model}: dense perplexity {perplexity} on {windows} windows of {text}")
         return model
 
     def calibration(self, seed: int) -> Sequences:
@@ -148,28 +146,43 @@ class Texts:
         )
 
     def measure(self, model: nn.Module, target: str) -> Row:
-        after = self._perplexity(model, target)
-        ratio = paired_ratio(self.before[target], after)
-        values = [self.before[target].value, after.value, ratio.value, ratio.low, ratio.high]
+        after = measured(model, "sequences", self.asked[target], self.ids[target])
+        found = compared("sequences", self.asked[target], self.before[target], after)
+        (dense, ours), ratio = found.pair("perplexity"), found.difference["perplexity"]
+        values = [dense.value, ours.value, ratio.value, ratio.low, ratio.high]
         return {name: f"{value:.4f}" for name, value in zip(self.RESULTS, values, strict=True)}
-
-    def _perplexity(self, model: nn.Module, text: str) -> Perplexity:
-        length, batch_size = self.config.sequence_length, self.config.batch_size or 1
-        return perplexity(model, self.ids[text], length=length, batch_size=batch_size)
 
 
 Bench = Pictures | Texts
 
 
-def run_config(args: argparse.Namespace, unit: Literal["pictures", "sequences"], **flags: Any) -> RunConfig:
+def asked(config: RunConfig, unit: Unit) -> Any:
+    """What the protocol of pictures, or of text, is asked for."""
+    found = task_of_unit(unit).evaluation(config)
+    assert found is not None
+    return found
+
+
+def measured(model: nn.Module, unit: Unit, settings: Settings, data: Any) -> Measurement:
+    """What that protocol finds of a model."""
+    return task_of_unit(unit).protocol.function(model, Given(settings, {"data": data}))
+
+
+def compared(unit: Unit, settings: Settings, dense: Measurement, ours: Measurement) -> Evaluation:
+    """Both models' figures, and their differences."""
+    return evaluation_of(task_of_unit(unit).protocol, settings, {"dense": dense, "compressed": ours})
+
+
+def run_config(args: argparse.Namespace, unit: Unit, **flags: Any) -> RunConfig:
     """The settings of the file, overridden by the flags."""
     given = ("model", "data", "samples", "eval_samples", "batch_size", "device", "workers")
-    return load_run_config(args.config, {field: getattr(args, field) for field in given} | flags).completed(unit)
+    config = load_run_config(args.config, {field: getattr(args, field) for field in given} | flags)
+    return task_of_unit(unit).completed(config)
 
 
 def load_dense(config: RunConfig) -> tuple[nn.Module, Any]:
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
-    console.print(machine_line(device))
+    console.print(machine_line(machine(device)))
     return ov.load_model(config.model, dtype=dtype, device=device, image_size=config.image_size)
 
 

@@ -1,9 +1,7 @@
 """Several compressed models beside each other: one table and one page."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -13,146 +11,10 @@ from rich.table import Table
 from oats_vision.analysis import figures
 from oats_vision.analysis.figures import Point
 from oats_vision.analysis.page import render
-from oats_vision.checkpoint import read_config
-from oats_vision.checkpoint.weights import WeightsFile
-from oats_vision.compression.record import CompressionReport
-from oats_vision.compression.settings import CompressionSettings
-from oats_vision.errors import ConfigError
-from oats_vision.evaluation import Difference
-from oats_vision.evaluation.results import Cost, Metric
-from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation, read_report
+from oats_vision.analysis.run import Run
+from oats_vision.evaluation.results import Evaluation, Metric
 
-MOST = 20  # runs that are read for one comparison
 ALWAYS = ("method", "rate", "rank_ratio", "pattern")  # settings that are said even if all runs share them
-
-
-@dataclass(frozen=True)
-class Run:
-    """One compressed model, as the table and the page of a comparison show it.
-
-    bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
-    an evaluation with a `compared` metric. errors: mean relative error of each block's linears, by the block's number.
-    dense_sha256: of the weights that were compressed, if known. machine: that the speed was measured on. seed: if it
-    tells the runs apart.
-    """
-
-    name: str
-    model: str
-    settings: CompressionSettings
-    bytes: int
-    dense_bytes: int
-    speed: Sequence[Timing] = ()
-    cost: Cost | None = None
-    labelled: Evaluation | None = None
-    errors: Mapping[int, float] = field(default_factory=dict)
-    dense_sha256: str | None = None
-    machine: str = ""
-    seed: int | None = None
-
-    @classmethod
-    def read(cls, directory: Path) -> "Run":
-        """A checkpoint's: of its config.json, its report.json and the header of its weights.
-
-        Raises:
-            CheckpointError: the directory is no checkpoint, or a file of it is damaged.
-        """
-        config, measured = read_config(directory), read_report(directory)
-        report = config.report
-        with WeightsFile(directory) as file:
-            stored = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-        removed = (report.dense_parameters - report.parameters) * config.storage_dtype.itemsize
-        positions = sum(spec.out_features * spec.row_bytes for spec in config.specs.values())
-        source = config.source
-        return cls(
-            name=directory.resolve().name,
-            model=source.origin_name,
-            settings=report.settings,
-            bytes=stored,
-            dense_bytes=stored - positions + removed,
-            speed=measured.speed,
-            cost=measured.cost,
-            labelled=measured.labelled,
-            errors=mean_errors(report),
-            dense_sha256=source.dense_sha256,
-            machine=", ".join(value for _, value in measured.machine),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {
-            "name": self.name,
-            "model": self.model,
-            "settings": self.settings.model_dump(),
-            "bytes": self.bytes,
-            "dense_bytes": self.dense_bytes,
-            "speed": [timing.to_dict() for timing in self.speed],
-            "cost": self.cost.model_dump() if self.cost else None,
-            "labelled": self.labelled.model_dump(exclude_none=True) if self.labelled else None,
-            "errors": {str(block): error for block, error in self.errors.items()},
-            "dense_sha256": self.dense_sha256,
-            "machine": self.machine,
-            "seed": self.seed,
-        }
-
-
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs of several checkpoints, under names that tell them apart.
-
-    Raises:
-        ConfigError: there are fewer than 2 or more than 20 directories, or one twice.
-        CheckpointError: one is no checkpoint, or a file of it is damaged.
-    """
-    if not 2 <= len(directories) <= MOST:
-        raise ConfigError(f"compare takes 2 to {MOST} checkpoints, got {len(directories)}")
-    places = [directory.resolve() for directory in directories]
-    for i, place in enumerate(places):
-        if place in places[:i]:
-            raise ConfigError(f"{directories[i]} is given twice: give each checkpoint once")
-    runs = [Run.read(directory) for directory in directories]
-    names: list[str] = []
-    for parts in range(1, max(len(place.parts) for place in places) + 1):
-        names = ["/".join(place.parts[-parts:]) for place in places]
-        if len(set(names)) == len(names):
-            break
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-def errors_by_block(report: CompressionReport) -> dict[str, dict[int, float]]:
-    """Mean relative error of each kind of linear (its name within a block), by the block's number.
-
-    Experts of a block count as one kind.
-    """
-    gathered: dict[str, dict[int, list[float]]] = {}
-    for layer in report.layers:
-        block, kind = _place(layer.name)
-        gathered.setdefault(kind, {}).setdefault(block, []).append(layer.error)
-    return {kind: {block: sum(es) / len(es) for block, es in blocks.items()} for kind, blocks in gathered.items()}
-
-
-def mean_errors(report: CompressionReport) -> dict[int, float]:
-    """Mean relative error of all linears of each block, by the block's number."""
-    gathered: dict[int, list[float]] = {}
-    for layer in report.layers:
-        gathered.setdefault(block_of(layer.name), []).append(layer.error)
-    return {block: sum(es) / len(es) for block, es in gathered.items()}
-
-
-def block_of(name: str) -> int:
-    """The number of a linear's block."""
-    return _place(name)[0]
-
-
-def _place(name: str) -> tuple[int, str]:
-    """The number of a linear's block, and its name within the block with `*` for the number of an expert.
-
-    >>> _place("blocks.0.11.mlp.fc1"), _place("model.layers.3.mlp.experts.5.w1"), _place("head")
-    ((11, 'mlp.fc1'), (3, 'mlp.experts.*.w1'), (0, 'head'))
-    """
-    found = re.match(r"(?:.*?\.)??(?:[0-9]+\.)*([0-9]{1,9})\.(.*)", name, re.DOTALL)
-    if not found:
-        return 0, name
-    return int(found[1]), re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", found[2])
 
 
 @dataclass(frozen=True)
@@ -225,9 +87,9 @@ def _dense(rows: Sequence[Run]) -> str:
     """The dense model's size and accuracy, if there is one for all."""
     found = {f"{run.dense_bytes / 1e6:.2f} MB" for run in rows}
     accuracies = {
-        f", {run.labelled.compared} {run.labelled.dense.metrics[run.labelled.compared]}"
+        f", {run.labelled.compared} {run.labelled.pair(run.labelled.compared)[0].figure}"
         for run in rows
-        if run.labelled and run.labelled.dense and run.labelled.compared
+        if run.labelled and run.labelled.compared
     }
     if len({(run.model, run.dense_sha256) for run in rows}) > 1 or len(found) > 1 or len(accuracies) > 1:
         return ""
@@ -263,11 +125,13 @@ def columns(rows: Sequence[Run]) -> list[Column]:
     for what in dict.fromkeys(timing.what for run in rows for timing in run.speed):
         table.append(_ranked(short(what), [_speed(run, what) for run in rows], max))
     for name in dict.fromkeys(str(run.labelled.compared) for run in rows if run.labelled):
-        table.append(_ranked(name, [_accuracy(run, name) for run in rows], min if name == "perplexity" else max))
+        table.append(
+            _ranked(name, [_accuracy(run, name) for run in rows], min if _lower_is_better(rows, name) else max)
+        )
     for name in _common_metrics(rows):
         metrics = [_metric(run, name) for run in rows]
         cells = [Cell(m.figure, m.value, m.interval) if m else Cell() for m in metrics]
-        table.append(_ranked(name, cells, min if any(m and _lower_is_better(m) for m in metrics) else max))
+        table.append(_ranked(name, cells, min if any(m and m.lower_is_better for m in metrics) else max))
     return table
 
 
@@ -310,8 +174,8 @@ def _quality(rows: Sequence[Run]) -> tuple[str, str, list[Value | None], float |
     measured = [run.labelled for run in rows if run.labelled]
     if len(measured) == len(rows) and len({(one.where, one.compared) for one in measured}) == 1:
         name = str(measured[0].compared)
-        dense = {one.dense.values[name] for one in measured if one.dense}
-        unit = "" if name == "perplexity" else ", %"
+        dense = {one.pair(name)[0].value for one in measured}
+        unit = ", %" if measured[0].pair(name)[0].kind == "percent" else ""
         return name, unit, [_labelled(one, name) for one in measured], dense.pop() if len(dense) == 1 else None
     for name in _common_metrics(rows)[:1]:
         metrics = [_metric(run, name) for run in rows]
@@ -325,25 +189,22 @@ def _quality(rows: Sequence[Run]) -> tuple[str, str, list[Value | None], float |
 
 
 def _labelled(evaluation: Evaluation, name: str) -> Value:
-    assert evaluation.dense is not None
-    value, dense, change = (
-        evaluation.compressed.values[name],
-        evaluation.dense.values[name],
-        evaluation.difference[name],
-    )
-    low, high = change.low, change.high
-    return value, (dense + low, dense + high) if isinstance(change, Difference) else (dense * low, dense * high)
+    dense, ours = evaluation.pair(name)
+    return ours.value, evaluation.difference[name].around(dense.value)
 
 
 def _of_dense(metric: Metric) -> float:
     """What the dense model itself would have."""
     if metric.kind == "percent":
         return 100.0
-    return 0.0 if metric.kind == "number" and _lower_is_better(metric) else 1.0
+    return 0.0 if metric.kind == "number" and metric.lower_is_better else 1.0
 
 
-def _lower_is_better(metric: Metric) -> bool:
-    return metric.kind == "ratio" or "error" in metric.name
+def _lower_is_better(rows: Sequence[Run], name: str) -> bool:
+    """Of a metric on labelled data."""
+    return any(
+        run.labelled.pair(name)[0].lower_is_better for run in rows if run.labelled and name == run.labelled.compared
+    )
 
 
 def _common_metrics(rows: Sequence[Run]) -> list[str]:
@@ -366,8 +227,8 @@ def _speed(run: Run, what: str) -> Cell:
 def _accuracy(run: Run, name: str) -> Cell:
     if not run.labelled or run.labelled.compared != name:
         return Cell()
-    score, change = run.labelled.compressed, run.labelled.difference[name]
-    return Cell(score.metrics[name], score.values[name], str(change).replace(" points", ""))
+    _, ours = run.labelled.pair(name)
+    return Cell(ours.figure, ours.value, str(run.labelled.difference[name]).replace(" points", ""))
 
 
 def _ranked(heading: str, cells: list[Cell], best: Callable[[list[float]], float]) -> Column:

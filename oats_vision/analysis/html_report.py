@@ -1,31 +1,30 @@
 """One self-contained page about a checkpoint: what it saves, what it cost, and then all that is known of it."""
 
+import logging
 import shlex
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from oats_vision import checkpoint
 from oats_vision.analysis import figures
-from oats_vision.analysis.compare import block_of, errors_by_block, short
+from oats_vision.analysis.compare import short
 from oats_vision.analysis.page import render, write_page
-from oats_vision.compression.record import CompressionReport, LayerReport
-from oats_vision.evaluation import Difference
-from oats_vision.evaluation.results import EXAMPLES, Cost
+from oats_vision.analysis.run import errors_by_block
+from oats_vision.analysis.spectra import spectra, spectra_of
+from oats_vision.checkpoint.place import PAGE
+from oats_vision.compression.record import CompressionReport
+from oats_vision.display import Display
+from oats_vision.errors import OatsVisionError
+from oats_vision.evaluation.results import EXAMPLES, Cost, Evaluation
 from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation, Measured, read_report
-from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+from oats_vision.evaluation.stored import Measured, read_report
+from oats_vision.evaluation.tasks import task_of_unit
 
-POINTS = 80  # of a spectrum that are drawn
-WORKERS = 8  # at most, for the sake of memory
-WORK = 2.5e11  # multiplications for spectra: some seconds
+log = logging.getLogger(__name__)
+
 # of a run: about its directory, which may have moved, and what shows by itself
 UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_remote_code", "dry_run")
 # and whether they are texts
@@ -50,6 +49,24 @@ def write_html(directory: Path, file: Path, progress: Callable[[int], None] = la
     write_page(html_report(directory, progress), file)
 
 
+def draw_page(directory: Path, file: Path, display: Display) -> None:
+    """`write_html` with a bar over the layers."""
+    layers = len(spectra_of(checkpoint.read_config(directory).report))
+    with display.counting("drawing the page", "layers", layers) as progress:
+        write_html(directory, file, progress)
+
+
+def renew_page(directory: Path, display: Display) -> None:
+    """Write the page of a checkpoint anew if it has one, since report.json has changed; if that fails, it is said."""
+    file = directory / PAGE
+    if not file.is_file():
+        return
+    try:
+        draw_page(directory, file, display)
+    except OatsVisionError as problem:  # the result is in report.json
+        log.warning("the page was not written anew: %s", problem)
+
+
 def html_report(directory: Path, progress: Callable[[int], None] = lambda layers: None) -> str:
     """The page as text, made from the directory alone."""
     measured = read_report(directory)
@@ -59,7 +76,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     sizes = checkpoint.measure(tensors.values(), report, config.storage_dtype)
     name = directory.resolve().name
     chosen = spectra_of(report)
-    spectra = _spectra([report.layers[i] for i in chosen], tensors, progress)
+    found = spectra([report.layers[i] for i in chosen], tensors, progress)
     model = source.origin_name
     return render(
         "report.html",
@@ -77,7 +94,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         error_name=report.error_name,
         headings=HEADINGS,
         rows=_rows(report),
-        spectra=spectra,
+        spectra=found,
         drawn=[report.layers[i].name for i in chosen],
         about=_tables(config, report, measured, name),
     )
@@ -133,8 +150,7 @@ def _cost(measured: Measured, name: str, unit: str) -> Headline:
             f"{first.name} beside the dense model",
             [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
         )
-    protocol, data = ("top1", "LABELLED_PICTURES") if unit == "pictures" else ("perplexity", "TEXT")
-    return Headline("What it cost", command=f"oats-vision eval {protocol} {shlex.quote(name)} --data {data}")
+    return Headline("What it cost", command=task_of_unit(unit).how_to_evaluate(shlex.quote(name)))
 
 
 def _held_out(cost: Cost) -> str:
@@ -143,14 +159,11 @@ def _held_out(cost: Cost) -> str:
 
 def _labelled(evaluation: Evaluation, agreement: list[str]) -> Headline:
     metric = str(evaluation.compared)
-    assert evaluation.dense is not None
-    values = f"{evaluation.dense.metrics[metric]} → {evaluation.compressed.metrics[metric]}"
-    change, count = evaluation.difference[metric], evaluation.compressed.count
+    dense, ours = evaluation.pair(metric)
+    values = f"{dense.figure} → {ours.figure}"
+    count = evaluation.compressed.count if evaluation.compressed else ""
     where = f"on {count} of {evaluation.where}" if count else f"on {evaluation.where}"
-    if isinstance(change, Difference):
-        value, unit, interval = f"{change.points:+.2f}", " points", f"[{change.low:+.2f}, {change.high:+.2f}]"
-    else:
-        value, unit, interval = f"{change.value:.3f}", " x", f"[{change.low:.3f}, {change.high:.3f}]"
+    value, unit, interval = evaluation.difference[metric].words
     return Headline(
         "What it cost", value, unit, f"{metric}: {values}", [f"95% interval {interval}, {where}", *agreement]
     )
@@ -159,9 +172,9 @@ def _labelled(evaluation: Evaluation, agreement: list[str]) -> Headline:
 def _accuracy(measured: Measured) -> list[list[str]]:
     """Metric, dense, compressed, the difference with its interval, protocol and data."""
     rows = [
-        [metric, dense, compressed, change, protocol, data]
+        [*row, evaluation.protocol, evaluation.where]
         for evaluation in measured.evaluations
-        for protocol, data, metric, dense, compressed, change in evaluation.rows()
+        for row in evaluation.rows()
     ]
     if cost := measured.cost:
         where = f"{cost.samples:,} held-out {cost.unit}"
@@ -175,71 +188,6 @@ def _timing_row(timing: Timing) -> list[str]:
     known = timing.low is not None and timing.high is not None
     spread = f" [{timing.low:.2f}, {timing.high:.2f}]" if known else ""
     return [timing.what, *times, f"{timing.speedup:.2f} x{spread}", *rates, timing.unit]
-
-
-def spectra_of(report: CompressionReport) -> list[int]:
-    """Places of the layers whose spectra are computed: those of all blocks, or of as many as `WORK` allows.
-
-    These are evenly spaced, with the first and the last; there is at least one, unless it alone takes minutes.
-    """
-    blocks: dict[int, list[int]] = {}
-    for i, layer in enumerate(report.layers):
-        blocks.setdefault(block_of(layer.name), []).append(i)
-    work = sum(_work(layer.spec) for layer in report.layers) / max(len(blocks), 1)
-    count = min(len(blocks), int(max(WORK // max(work, 1), work < 10 * WORK)))
-    places = {round(i * (len(blocks) - 1) / max(count - 1, 1)) for i in range(count)}
-    return [i for place, layers in enumerate(blocks.values()) if place in places for i in layers]
-
-
-def _work(spec: LayerSpec) -> float:
-    """Multiplications of two products with the own transpose, and of as many sets of eigenvalues."""
-    small, large = sorted((spec.in_features, spec.out_features))
-    return 2.0 * small**2 * (large + 3.5 * small)
-
-
-def _spectra(
-    layers: Sequence[LayerReport], tensors: dict[str, Tensor], progress: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    """The spectrum of each layer, a thread a layer: on one such matrix, threads mostly wait for each other."""
-    threads, spectra = torch.get_num_threads(), list[dict[str, Any]]()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(threads, WORKERS), initializer=partial(torch.set_num_threads, 1)) as pool:
-            for found in pool.map(lambda layer: spectrum(layer.name, layer.spec, tensors), layers):
-                spectra.append(found)
-                progress(len(spectra))
-    finally:
-        torch.set_num_threads(threads)
-    return spectra
-
-
-def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Singular values of a stored layer and of its two terms, at up to `POINTS` ranks.
-
-    Returns:
-        `rank`, from 1, and `values` of `whole`, `sparse` and `low_rank` at these.
-    """
-    layer = SparseLowRankLinear.empty(spec, torch.float32)
-    prefix = f"{name}."
-    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    layer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
-    whole, sparse = layer.dense_weight(), layer.sparse.dense()
-    count = min(whole.shape)
-    ranks = sorted({round(1 + i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
-    terms = {"whole": _singular_values(whole), "sparse": _singular_values(sparse)}
-    terms["low_rank"] = _singular_values(torch.linalg.qr(layer.packed.U_blocks()).R @ layer.low_rank.V)
-    values = {}
-    for term, singular in terms.items():
-        floor = 1e-6 * float(singular[0]) if len(singular) else 0.0  # what lies below is rounding
-        chosen = [float(singular[rank - 1]) if rank <= len(singular) else 0.0 for rank in ranks]
-        values[term] = [float(f"{value:.4g}") if value > floor else 0.0 for value in chosen]
-    return {"rank": ranks, "values": values}
-
-
-def _singular_values(matrix: Tensor) -> Tensor:
-    """In falling order, by the eigenvalues of the smaller product with the transpose."""
-    small = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
 
 
 def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:

@@ -12,7 +12,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from oats_vision.compression.record import CompressionReport
-    from oats_vision.evaluation import Perplexity, Top1
     from oats_vision.evaluation.speed import Timing
 
 CHANGES = ("dense", "compressed", "change [95% interval]")  # headings
@@ -31,21 +30,6 @@ def run_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def score_rows(dense: Top1 | Perplexity, ours: Top1 | Perplexity) -> list[list[str]]:
-    """Name, both values and the change, for each figure of an evaluation on labelled pictures, or on text."""
-    from oats_vision.evaluation import Perplexity, Top1, paired_difference, paired_ratio
-
-    if isinstance(dense, Perplexity) and isinstance(ours, Perplexity):
-        return [["perplexity", f"{dense.value:.3f}", f"{ours.value:.3f}", str(paired_ratio(dense, ours))]]
-    assert isinstance(dense, Top1)
-    assert isinstance(ours, Top1)
-    difference = paired_difference(dense.correct, ours.correct)
-    return [
-        ["top-1", f"{dense.top1:.2f}%", f"{ours.top1:.2f}%", str(difference)],
-        ["top-5", f"{dense.top5:.2f}%", f"{ours.top5:.2f}%", f"{ours.top5 - dense.top5:+.2f} points"],
-    ]
 
 
 def as_text(table: Table) -> str:
@@ -95,7 +79,7 @@ def layer_table(report: CompressionReport) -> Table:
     return table
 
 
-def comparison_table(title: str, models: list[str], rows: dict[str, list[str]], differences: dict[str, str]) -> Table:
+def models_table(title: str, models: list[str], rows: dict[str, list[str]], differences: dict[str, str]) -> Table:
     """One column a model, and the differences with their intervals where there are two.
 
     Args:

@@ -22,21 +22,28 @@ def write_json(file: Path, content: Any) -> None:
         raise CheckpointError(f"{file} cannot be written: {problem}") from problem
 
 
-def add_evaluation(path: Path, result: dict[str, Any]) -> None:
-    """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same protocol and data."""
+def add_evaluation(path: Path, result: dict[str, Any]) -> bool:
+    """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same protocol and data.
+
+    Returns:
+        Whether it could be written.
+    """
 
     def added(content: dict[str, Any]) -> dict[str, Any]:
         kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
         return {"evaluations": [*kept, result]}
 
-    change_report(path, added)
+    return change_report(path, added)
 
 
-def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
     """Give fields of a checkpoint's report.json other values; where it cannot be written, that is said.
 
     Args:
         change: from what is there, the fields that change.
+
+    Returns:
+        Whether it could be written.
 
     Raises:
         CheckpointError: the report is damaged.
@@ -51,6 +58,8 @@ def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
         write_json(file, content)
     except CheckpointError as problem:  # a shared, read-only checkpoint can be evaluated too
         log.warning("the result was not added to %s: %s", file, problem)
+        return False
+    return True
 
 
 def _what(result: dict[str, Any]) -> tuple[Any, ...]:

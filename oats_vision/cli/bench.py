@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import dtype_of, need_directory, need_transform, notes, results, warn_if_slow
+from oats_vision.cli.common import need_directory, notes, results
 from oats_vision.cli.help import MACHINE, MEASURE
 from oats_vision.cli.options import Device, Directory, Dtype, Json, LogFile, Trust, Verbose, option
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 Sizes = Annotated[
     list[int], option(MEASURE, min=1, max=2**16, metavar="N", help="pictures in a batch; may be repeated")
@@ -52,60 +48,19 @@ def bench(
     """
     logs.set_up(verbose, log_file)
     need_directory(directory)
-    import torch
+    from oats_vision.analysis.tables import bench_table
+    from oats_vision.evaluation.speed import Load
+    from oats_vision.machine import machine_line
+    from oats_vision.runs.bench import bench as run
 
-    from oats_vision import checkpoint
-    from oats_vision.analysis import tables as report
-    from oats_vision.evaluation.speed import dense_twin, plain_picture, time_pictures, time_text, weight_bytes
-    from oats_vision.evaluation.stored import read_report
-    from oats_vision.machine import choose_device, machine, machine_line
-    from oats_vision.nn.semi_structured import to_semi_structured
-    from oats_vision.runs.compress import note_speed
-
-    if threads:
-        torch.set_num_threads(threads)
-    target = choose_device(device)
-    warn_if_slow("--dtype", dtype_of(dtype), target)
-    compressed = checkpoint.load(directory, device=target, dtype=dtype_of(dtype), trust_remote_code=trust_remote_code)
-    dense = dense_twin(compressed)
-    if target.type == "cuda" and dtype != "float32":
-        to_semi_structured(compressed)  # the layers that are 2:4
-    vocabulary: int = getattr(getattr(compressed, "config", None), "vocab_size", 0)  # 0: a model of pictures
-    _see_positions(compressed, prompt, new_tokens)
-    lengths = len(prompt) + 1 if vocabulary else len(batch_size)
-    transform = checkpoint.load_transform(directory)
-    picture = None if vocabulary else plain_picture(need_transform(transform, str(directory)))
-    with Display(notes).counting("timing", "rounds", lengths * repeats) as progress:
-        if picture is None:
-            timings = time_text(dense, compressed, vocabulary, prompt, new_tokens, repeats, progress)
-        else:
-            picture = picture.to(target, dtype_of(dtype))
-            timings = time_pictures(dense, compressed, picture, batch_size, repeats, progress)
-    memory = (weight_bytes(dense), weight_bytes(compressed))
+    display, load = Display(notes), Load(batch_size, prompt, new_tokens, repeats)
+    done = run(
+        directory, load, display, device=device, dtype=dtype, threads=threads, trust_remote_code=trust_remote_code
+    )
     if as_json:
-        result = {
-            "directory": str(directory),
-            "dtype": dtype,
-            "repeats": repeats,
-            "timings": [timing.to_dict() for timing in timings],
-            "weight_bytes": {"dense": memory[0], "compressed": memory[1]},
-            "machine": machine(target),
-        }
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(done.to_dict()))
     else:
-        console = results()
-        console.print(report.bench_table(f"{directory}, {dtype}, medians of {repeats}", timings, memory))
-        console.print(machine_line(target))
-    if dtype == read_report(directory).dtype:  # last: a damaged report must not lose what was measured
-        note_speed(directory, timings, machine(target))
-
-
-def _see_positions(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> None:
-    """Raises ConfigError if a language model has no positions for so much text."""
-    from oats_vision.evaluation.speed import BEGINNING
-
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int):
-        for flag, tokens in (("--prompt", max(prompt)), ("--new-tokens", BEGINNING + new_tokens)):
-            if tokens > positions:
-                raise ConfigError(f"{flag}: the model has {positions} positions, and {tokens} tokens need as many")
+        console, title = results(), f"{directory}, {dtype}, medians of {repeats}"
+        console.print(bench_table(title, done.timings, done.weight_bytes))
+        console.print(machine_line(done.machine))
+    done.keep(display)  # last: a damaged report must not lose what was measured

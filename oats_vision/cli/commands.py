@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from oats_vision.cli import bench, compare, compress, doctor, evaluate, evaluate_text, show, sweep
+from oats_vision.cli import bench, compare, compress, doctor, inspect, models, rollout, sweep
+from oats_vision.cli.evaluate import evaluation_command
 from oats_vision.cli.help import Command, Commands
+from oats_vision.evaluation.protocols import protocols
 
 
 def _group(words: str, **options: Any) -> typer.Typer:
@@ -33,33 +35,36 @@ def _help_without_command(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-app = _group(
-    "Compress vision transformers and language models with OATS: each linear becomes sparse plus low-rank.",
-    epilog=compress.EXAMPLES,
-)
-evaluations = _group("Measure what compression cost: top-1, linear probe, k-NN, perplexity, tasks of language.")
-evaluations.callback()(_help_without_command)
-_add(app, compress.compress, examples=compress.EXAMPLES)
-app.add_typer(evaluations, name="eval")
-_add(evaluations, evaluate.top1, examples=evaluate.TOP1_EXAMPLES)
-_add(evaluations, evaluate.linear_probe, "linear-probe", evaluate.PROBE_EXAMPLES)
-_add(evaluations, evaluate.knn, examples=evaluate.KNN_EXAMPLES)
-_add(evaluations, evaluate_text.perplexity, examples=evaluate_text.PERPLEXITY_EXAMPLES)
-_add(evaluations, evaluate_text.lm, examples=evaluate_text.LM_EXAMPLES)
-_add(app, bench.bench, examples=bench.EXAMPLES)
-_add(app, show.inspect, examples=show.INSPECT_EXAMPLES)
-_add(app, sweep.sweep, examples=sweep.EXAMPLES)
-_add(app, compare.compare, examples=compare.EXAMPLES)
-_add(app, show.rollout, examples=show.ROLLOUT_EXAMPLES)
-_add(app, show.models, examples=show.MODELS_EXAMPLES)
-_add(app, doctor.doctor, examples=doctor.EXAMPLES)
+def build() -> typer.Typer:
+    """`oats-vision`, with an evaluation for each protocol that is registered by now."""
+    app = _group(
+        "Compress vision transformers and language models with OATS: each linear becomes sparse plus low-rank.",
+        epilog=compress.EXAMPLES,
+    )
+    app.callback()(_start)
+    _add(app, compress.compress, examples=compress.EXAMPLES)
+    evaluations = _group("Measure what compression cost: top-1, linear probe, k-NN, perplexity, tasks of language.")
+    evaluations.callback()(_help_without_command)
+    for protocol in sorted(protocols(), key=lambda one: one.settings.unit):  # pictures before sequences of text
+        _add(evaluations, evaluation_command(protocol), protocol.name, protocol.examples or None)
+    app.add_typer(evaluations, name="eval")
+    _add(app, bench.bench, examples=bench.EXAMPLES)
+    _add(app, inspect.inspect, examples=inspect.EXAMPLES)
+    _add(app, sweep.sweep, examples=sweep.EXAMPLES)
+    _add(app, compare.compare, examples=compare.EXAMPLES)
+    _add(app, rollout.rollout, examples=rollout.EXAMPLES)
+    _add(app, models.models, examples=models.EXAMPLES)
+    _add(app, doctor.doctor, examples=doctor.EXAMPLES)
+    return app
 
 
-@app.callback()
-def start(
+def _start(
     context: typer.Context,
     versions: Annotated[
         bool, typer.Option("--version", callback=_versions, is_eager=True, help="show the versions that matter")
     ] = False,
 ) -> None:
     _help_without_command(context)
+
+
+app = build()

@@ -33,8 +33,9 @@ def compare(
     for directory in directories:
         need_directory(directory)
     see_writable(html, directories)
-    from oats_vision.analysis.compare import alike, comparison_page, comparison_table, doubts, read_runs
+    from oats_vision.analysis.compare import alike, comparison_page, comparison_table, doubts
     from oats_vision.analysis.page import write_page
+    from oats_vision.analysis.run import read_runs
 
     runs = read_runs(directories)
     models = {run.model for run in runs}

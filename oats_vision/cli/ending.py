@@ -12,6 +12,7 @@ import typer
 
 from oats_vision import logs
 from oats_vision.cli.common import notes
+from oats_vision.cli.flags import with_flags
 from oats_vision.errors import OatsVisionError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ BUG = 70  # exit status of an error that is ours, EX_SOFTWARE of sysexits.h; 2 i
 def run(command: Callable[[], object]) -> None:
     """Run a command and exit with its status; messages go to the console and to a log file of its own."""
     logs.start("-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help", notes)
+    for handler in logging.root.handlers:
+        handler.addFilter(_in_flags)
     sys.unraisablehook = _unraisable
     threading.excepthook = _unraisable
     sys.exit(status(command))
@@ -71,7 +74,7 @@ def _of_the_machine(error: Exception) -> str | None:
 def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int:
     file = logs.written() if with_details else None
     details = f" (details: {file})" if file else ""
-    sys.stderr.write(f"error: {' '.join(message.split())}{details}\n")
+    sys.stderr.write(f"error: {' '.join(with_flags(message).split())}{details}\n")
     return status
 
 
@@ -82,6 +85,13 @@ def _usage(error: Any) -> str:
         message = f"No such option: {error.option_name}.{did_you_mean(error.option_name, possible)}"
     command = error.ctx.command_path if error.ctx else "oats-vision"
     return f"{message[:1].lower()}{message[1:]}{'.' * (not message.endswith('?'))} See {command} --help"
+
+
+def _in_flags(record: logging.LogRecord) -> bool:
+    """Let a message name flags too."""
+    if record.name.startswith("oats_vision"):
+        record.msg, record.args = with_flags(record.getMessage()), ()
+    return True
 
 
 def _unraisable(about: Any) -> None:

@@ -83,6 +83,11 @@ def suggest(name: str) -> Callable[[str], list[str]]:
     return complete
 
 
+def suggest_words(known: list[str]) -> Callable[[str], list[str]]:
+    """What a shell completes the beginning of one of these words to."""
+    return lambda incomplete: [word for word in known if word.startswith(incomplete)]
+
+
 def setting(name: str, panel: str, metavar: str) -> Any:
     """The type and the option of a field of RunConfig in a command; RunConfig parses and checks the value."""
     field = RunConfig.model_fields[name]
@@ -151,8 +156,6 @@ def option(panel: str, *flags: str, **details: Any) -> Any:
 Directory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="a compressed model", rich_help_panel=MODELS)]
 Device = Annotated[str, checked("device", MACHINE, "DEVICE", "auto (CUDA if there), cpu, cuda:1, ...")]
 Dtype = Annotated[str, checked("dtype", MACHINE, "DTYPE", "precision of weights and arithmetic")]
-Workers = Annotated[int, option(MACHINE, min=0, metavar="N", help="processes that read pictures")]
-Streaming = Annotated[bool, option(RARE, "--streaming", help="stream a Hugging Face dataset")]
 Trust = Annotated[bool, option(RARE, "--trust-remote-code", help="run model code from a hub")]
 Json = Annotated[bool, option(OUTPUT, "--json", help="print one JSON object to standard output, nothing else")]
 Verbose = Annotated[bool, option(OUTPUT, "--verbose", "-v", help="say more, also what other libraries warn of")]

@@ -4,13 +4,13 @@ import json
 
 import typer
 
-from oats_vision.analysis import tables as report
+from oats_vision.analysis import tables
 from oats_vision.checkpoint.place import MERGED, PAGE
 from oats_vision.cli.common import results
 from oats_vision.display import Display
 from oats_vision.progress import Estimate, duration, shares
 from oats_vision.runs.forecast import Forecast
-from oats_vision.runs.run import Outcome, how_to_evaluate
+from oats_vision.runs.run import Outcome
 
 
 def show_plan(planned: Forecast) -> None:
@@ -29,17 +29,14 @@ def show_outcome(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome.to_dict()))
         return
-    config, result, done = outcome.run, outcome.result, outcome.result.report
+    config, result = outcome.run, outcome.result
     console = results()
     title = f"{config.model}: {outcome.settings.summary}, stored in {outcome.settings.storage_dtype}"
-    scores = report.score_rows(*outcome.scores) if outcome.scores else []
-    console.print(report.run_table(title, [*scores, *result.rows()]))
+    scores = outcome.evaluation.rows() if outcome.evaluation else []
+    console.print(tables.run_table(title, [*scores, *result.rows()]))
     lines = [result.footnote, *_what_was_done(outcome)]
-    if not outcome.scores and result.cost is None:
-        data = "LABELLED_PICTURES" if done.unit == "pictures" else "TEXT"
-        lines.append(
-            f"What it cost was not measured: oats-vision eval {how_to_evaluate(done.unit).format(config.out, data)}"
-        )
+    if not outcome.evaluation and result.cost is None:
+        lines.append(f"What it cost was not measured: {outcome.task.how_to_evaluate(str(config.out))}")
     for line in filter(None, [*lines, *result.advice]):
         console.print(line, soft_wrap=True)
 
@@ -53,7 +50,7 @@ def _what_was_done(outcome: Outcome) -> list[str]:
     elif done.slicing:
         quality = f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
     skipped = f" ({outcome.skipped} unreadable ones skipped)" if outcome.skipped else ""
-    places = [f"{config.out} ({report.megabytes(outcome.files['model.safetensors'])})"]
+    places = [f"{config.out} ({tables.megabytes(outcome.files['model.safetensors'])})"]
     places += [f"the page {config.out / PAGE}"] * config.report
     places += [f"the dense merge {config.out / MERGED}"] * config.merge
     return [

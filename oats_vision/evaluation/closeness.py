@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,11 +16,13 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
-from oats_vision.evaluation.compare import paired_ratio
 from oats_vision.evaluation.features import pooled
 from oats_vision.evaluation.fingerprint import tensor_bytes
+from oats_vision.evaluation.intervals import mean, proportion, relative_error
+from oats_vision.evaluation.paired import paired_ratio
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
+from oats_vision.evaluation.tasks import task_of
 from oats_vision.evaluation.thumbnails import patch_maps, thumbnail
 from oats_vision.evaluation.top1 import class_logits, has_head
 from oats_vision.models.loading.load import source_of
@@ -31,7 +32,6 @@ from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sparse_low_rank import other_parameter
 
 MEMORY = 1e9  # bytes of features that are kept there; the rest on disk
-RESAMPLES, TOGETHER = 4000, 4_000_000  # draws, and how many inputs are drawn at a time
 OTHER_ORDER = (
     "the held-out data are not the same when they are read again: give a list, or a loader that neither shuffles nor "
     "augments"
@@ -55,8 +55,9 @@ def closeness(
         ModelError: the model's outputs are not finite.
     """
     data = list(held_out) if isinstance(held_out, Iterator) else held_out
-    kind = PictureCloseness if structure_of(model).family.unit == "pictures" else TextCloseness
-    return kind(model, data, transform, progress)
+    found = task_of(model).closeness(model, data, transform, progress)
+    assert isinstance(found, PictureCloseness | TextCloseness)
+    return found
 
 
 class _Closeness:
@@ -129,12 +130,12 @@ class PictureCloseness(_Closeness):
                     same.append(seen.logits.argmax(1) == self.logits[number].argmax(1))
                 self._show(number, inputs, seen, dense, last.prefix, candidates, model)
         values = {name: torch.cat(column).double().numpy() for name, column in columns.items() if column}
-        metrics = [_proportion("same class", torch.cat(same))] if same else []
+        metrics = [proportion("same class", torch.cat(same))] if same else []
         if not same:
             summary = "class" if structure_of(model).class_token else "picture"
-            metrics += [_mean(f"cosine of {summary} features", values["summary"])]
-            metrics += [_mean("cosine of patch features", values["patch"])] if "patch" in values else []
-        metrics.append(_relative_error("relative error of features", values["change"], values["size"]))
+            metrics += [mean(f"cosine of {summary} features", values["summary"])]
+            metrics += [mean("cosine of patch features", values["patch"])] if "patch" in values else []
+        metrics.append(relative_error("relative error of features", values["change"], values["size"]))
         return Cost(unit="pictures", samples=self.count, metrics=metrics), candidates.examples()
 
     def _show(
@@ -186,7 +187,7 @@ class TextCloseness(_Closeness):
         same = np.array([float((a == b).double().mean()) for a, b in zip(expected, found, strict=True)])
         metrics = [
             Metric(name="perplexity ratio", kind="ratio", value=ratio.value, low=ratio.low, high=ratio.high),
-            _mean("same next token", 100 * same, kind="percent"),
+            mean("same next token", 100 * same, kind="percent"),
         ]
         return Cost(unit="sequences", samples=self.count, metrics=metrics), []
 
@@ -302,32 +303,3 @@ def _computing_dtype(model: nn.Module) -> torch.dtype:
     """Of the model's inputs: compressed layers may be stored in a smaller one."""
     parameter = other_parameter(model)
     return torch.float32 if parameter is None else parameter.dtype
-
-
-def _proportion(name: str, hits: Tensor) -> Metric:
-    """A share in percent, with Clopper and Pearson's exact interval: all the same on 64 is no proof of 100%."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, method="exact")
-    value = 100 * float(hits.double().mean())
-    return Metric(name=name, kind="percent", value=value, low=100 * interval.low, high=100 * interval.high)
-
-
-def _mean(name: str, values: np.ndarray, kind: Any = "number") -> Metric:
-    low, high = _bootstrap(len(values), lambda draws: values[draws].mean(1))
-    return Metric(name=name, kind=kind, value=float(values.mean()), low=low, high=high)
-
-
-def _relative_error(name: str, change: np.ndarray, size: np.ndarray) -> Metric:
-    """|compressed - dense| / |dense| over all inputs, from the squares of each."""
-    low, high = _bootstrap(len(size), lambda draws: np.sqrt(change[draws].sum(1) / size[draws].sum(1)))
-    value = math.sqrt(change.sum() / size.sum())
-    return Metric(name=name, kind="number", value=value, low=low, high=high)
-
-
-def _bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic over inputs that are drawn anew, (draws, count) -> (draws,)."""
-    generator, some = np.random.default_rng(seed), max(1, min(RESAMPLES, TOGETHER // count))
-    drawn = [statistic(generator.integers(count, size=(some, count))) for _ in range(-(-RESAMPLES // some))]
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
-    return float(low), float(high)

@@ -225,11 +225,11 @@ def _read(file: Path, key: str) -> Features:
         features = Features(**tensors, classes=None, skipped=about["skipped"])
         damaged = about["content"] != _content(features)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as problem:
-        raise DataError(f"{file} in the feature cache is damaged ({problem}): delete it, or use --no-cache") from None
+        raise DataError(f"{file} in the feature cache is damaged ({problem}): delete it, or use `no_cache`") from None
     if damaged:
-        raise DataError(f"{file} in the feature cache is damaged: delete it, or use --no-cache")
+        raise DataError(f"{file} in the feature cache is damaged: delete it, or use `no_cache`")
     if about["key"] != key:
-        raise DataError(f"{file} holds the features of another model or other pictures: delete it, or use --no-cache")
+        raise DataError(f"{file} holds the features of another model or other pictures: delete it, or use `no_cache`")
     return features
 
 
@@ -242,13 +242,13 @@ def check_pair(train: Features, val: Features) -> int:
     if train.classes and val.classes and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         what = f"{only[0]} is in one of them only" if only else "they come in another order"
-        raise DataError(f"the classes of --train and --val differ: {what}")
+        raise DataError(f"the classes of `train` and `val` differ: {what}")
     classes = train.class_count
     if int(val.labels.max()) >= classes or int(min(train.labels.min(), val.labels.min())) < 0:
-        raise DataError(f"--val has labels outside the {classes} classes of --train")
-    for flag, features in (("--train", train), ("--val", val)):
+        raise DataError(f"`val` has labels outside the {classes} classes of `train`")
+    for name, features in (("train", train), ("val", val)):
         for tensor in (features.class_tokens, features.patch_mean):
             for i, part in enumerate(tensor.split(CHUNK)):
                 if not part.isfinite().all():
-                    raise DataError(f"the features of {flag} are not finite (pictures from {i * CHUNK + 1} on)")
+                    raise DataError(f"the features of `{name}` are not finite (pictures from {i * CHUNK + 1} on)")
     return classes

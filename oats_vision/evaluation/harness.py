@@ -1,25 +1,14 @@
 """Tasks of the LM evaluation harness (EleutherAI's lm-eval) on dense and compressed language models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oats_vision.errors import ConfigError, DataError
-
-# the zero-shot tasks of the OATS paper
-ZERO_SHOT = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "rte", "openbookqa", "boolq")
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Accuracy of one task in percent; `correct`: whether each document was answered right, bool (documents,)."""
-
-    accuracy: float
-    correct: Tensor = field(repr=False, compare=False)
+from oats_vision.evaluation.paired import Accuracy
 
 
 def run_tasks(
@@ -30,8 +19,8 @@ def run_tasks(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    folder: Path | None = None,
-) -> dict[str, TaskScore]:
+    task_folder: Path | None = None,
+) -> dict[str, Accuracy]:
     """Accuracy (`acc`) of each task, the members of a group (such as `mmlu`) one by one.
 
     Args:
@@ -39,7 +28,7 @@ def run_tasks(
         tasks: names of the harness.
         shots: examples in the prompt; each task's own number if None.
         limit: documents of each task at most.
-        folder: of task definitions of your own.
+        task_folder: of task definitions of your own.
 
     Raises:
         ConfigError: the harness is not installed, does not know a task, or cannot read the folder.
@@ -51,22 +40,22 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as missing:
         raise ConfigError(f"tasks need lm-eval: pip install oats_vision[llm] ({missing})") from None
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--task-folder {folder} is no folder")
+    if task_folder is not None and not task_folder.is_dir():
+        raise ConfigError(f"`task_folder` {task_folder} is no folder")
     try:
-        manager = TaskManager(include_path=str(folder) if folder else None)
+        manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     except Exception as problem:  # definitions of the user's own are YAML and Python files
-        raise ConfigError(f"--task-folder {folder} cannot be read: {_reason(problem)}") from problem
+        raise ConfigError(f"`task_folder` {task_folder} cannot be read: {_reason(problem)}") from problem
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise ConfigError(f"--tasks: the harness has no task {', '.join(unknown)}")
+        raise ConfigError(f"`tasks`: the harness has no task {', '.join(unknown)}")
     try:
         loaded = manager.load(list(tasks))["tasks"]
     except Exception as problem:  # hub, network and data errors of the harness and of `datasets`
-        raise DataError(f"--tasks {' '.join(tasks)} cannot be loaded: {_reason(problem)}") from problem
+        raise DataError(f"`tasks` {' '.join(tasks)} cannot be loaded: {_reason(problem)}") from problem
     for name, task in loaded.items():
         if "acc" not in task.aggregation() or getattr(task, "MULTIMODAL", False):
-            raise DataError(f"--tasks: {name} is not scored by the accuracy of answers to text")
+            raise DataError(f"`tasks`: {name} is not scored by the accuracy of answers to text")
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
@@ -82,8 +71,7 @@ def run_tasks(
     scores = {}
     for task, documents in found["samples"].items():
         by_document = {document["doc_id"]: bool(document["acc"]) for document in documents}
-        correct = torch.tensor([by_document[i] for i in sorted(by_document)])
-        scores[task] = TaskScore(100 * float(correct.float().mean()), correct)
+        scores[task] = Accuracy(torch.tensor([by_document[i] for i in sorted(by_document)]))
     return scores
 
 

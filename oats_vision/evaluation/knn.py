@@ -9,7 +9,7 @@ from torch import Tensor
 from oats_vision.errors import DataError
 from oats_vision.evaluation.features import Features, check_pair
 
-NEIGHBOURS = (10, 20, 100, 200)
+K = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 QUERIES, BANK = 1024, 8192  # pictures of both sets that are compared at a time
 
@@ -19,7 +19,7 @@ def knn(
     train: Features,
     val: Features,
     *,
-    neighbours: Sequence[int] = NEIGHBOURS,
+    k: Sequence[int] = K,
     temperature: float = TEMPERATURE,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, Tensor]:
@@ -28,7 +28,7 @@ def knn(
     The class token of the last block is normalised; a neighbour votes for its class with exp(cosine / temperature).
 
     Args:
-        neighbours: values of k; those above the number of training pictures are left out.
+        k: numbers of neighbours; those above the number of training pictures are left out.
 
     Returns:
         For each k: bool (pictures of `val`,).
@@ -37,20 +37,21 @@ def knn(
         DataError: the splits do not go together, or no k is possible.
     """
     classes = check_pair(train, val)
-    ks = [k for k in neighbours if k <= len(train)]
+    ks = [count for count in k if count <= len(train)]
     if not ks:
-        raise DataError(f"k must be at most the number of training pictures, {len(train)}, got {min(neighbours)}")
-    correct: dict[int, list[Tensor]] = {k: [] for k in ks}
+        raise DataError(f"`k` must be at most the number of training pictures, {len(train)}, got {min(k)}")
+    correct: dict[int, list[Tensor]] = {count: [] for count in ks}
     for start in range(0, len(val), QUERIES):
         rows = slice(start, start + QUERIES)
         similarity, nearest = _nearest(F.normalize(val.select(1, False, rows)), train, max(ks))
         # the largest weight is 1: the sum over hundreds of neighbours cannot overflow
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        for k in ks:
-            votes = torch.zeros(len(weight), classes).scatter_add_(1, train.labels[nearest[:, :k]], weight[:, :k])
-            correct[k].append(votes.argmax(1) == val.labels[rows])
+        for count in ks:
+            voters = train.labels[nearest[:, :count]]
+            votes = torch.zeros(len(weight), classes).scatter_add_(1, voters, weight[:, :count])
+            correct[count].append(votes.argmax(1) == val.labels[rows])
         progress(start + len(weight))
-    return {k: torch.cat(parts) for k, parts in correct.items()}
+    return {count: torch.cat(parts) for count, parts in correct.items()}
 
 
 def _nearest(query: Tensor, train: Features, k: int) -> tuple[Tensor, Tensor]:

@@ -206,7 +206,7 @@ def _hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     count = min(math.ceil(share * len(labels)), len(labels) - present)
     if present < 2 or count < 1:
         raise DataError(
-            f"--train has too few pictures to hold some out: {len(labels)} of {present} classes, and it needs two "
+            f"`train` has too few pictures to hold some out: {len(labels)} of {present} classes, and it needs two "
             "classes and more pictures than classes"
         )
     if int(counts[counts > 0].min()) >= 2 and share * len(labels) >= len(counts):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.evaluation.paired import paired_ratio
+from oats_vision.evaluation.results import Figure, Ratio
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class Perplexity:
     seconds: float
     losses: Tensor = field(repr=False, compare=False)
     tokens: Tensor = field(repr=False, compare=False)
+
+    def figure(self, name: str) -> Figure:
+        return Figure(name=name, kind="number", value=self.value, lower_is_better=True)
+
+    def beside(self, dense: "Perplexity") -> Ratio:
+        """What compression changed."""
+        return paired_ratio(dense, self)
 
     def to_dict(self) -> dict[str, Any]:
         count = int(self.tokens.sum())
@@ -87,6 +96,6 @@ def perplexity(
         progress(sum(map(len, losses)))
     nll = torch.cat(losses)
     if not nll.isfinite().all():
-        raise ModelError("the model's loss is not finite on this text: it diverges, or --dtype is too narrow")
+        raise ModelError("the model's loss is not finite on this text: it diverges, or its dtype is too narrow")
     value = float(torch.exp((nll * scored).sum() / scored.sum()))
     return Perplexity(value, time.perf_counter() - start, nll, scored)

@@ -25,6 +25,16 @@ from oats_vision.timing import in_turns
 BEGINNING = 16  # tokens that generation starts from
 
 
+@dataclass(frozen=True)
+class Load:
+    """What `oats-vision bench` times: pictures in a batch, tokens of a prompt, and tokens to generate after one."""
+
+    batch_size: Sequence[int] = (1, 16)
+    prompt: Sequence[int] = (128,)
+    new_tokens: int = 32
+    repeats: int = 7
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones once."""
     tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}

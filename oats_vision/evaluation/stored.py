@@ -7,87 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from oats_vision.checkpoint import REPORT
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluation import Difference, Ratio
-from oats_vision.evaluation.results import Cost, Example
+from oats_vision.evaluation.protocols import protocols
+from oats_vision.evaluation.protocols.base import rank_of
+from oats_vision.evaluation.results import (
+    LINE,
+    Cost,
+    Count,
+    Difference,
+    Evaluation,
+    Example,
+    Line,
+    Ratio,
+    Score,
+    Seconds,
+)
 from oats_vision.evaluation.speed import Timing
 
 log = logging.getLogger(__name__)
 
-PROTOCOLS = ("top1", "perplexity", "linear probe", "quick linear probe", "k-NN")  # the one that says most first
-LINE = 1_000  # characters of a line of advice at most
-
-Line = Annotated[str, Field(max_length=LINE)]
-Count = Annotated[int, Field(ge=1, lt=1 << 48)]
-Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
+WHEN_COMPRESSED = ", when compressed"  # after a protocol that `compress` itself measured by
 
 
-class Score(BaseModel):
-    """One model's figures: top-1 in percent, alone or by k or task; or a perplexity."""
-
-    top1: FiniteFloat | dict[str, FiniteFloat] | None = None
-    perplexity: FiniteFloat | None = None
-    pictures: Count | None = None
-    val_pictures: Count | None = None
-    tokens: Count | None = None
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Each figure, by the name that differences have too."""
-        if self.perplexity is not None:
-            return {"perplexity": self.perplexity}
-        if isinstance(self.top1, dict):
-            return {f"k = {k}" if k.isdecimal() else k: value for k, value in self.top1.items()}
-        return {} if self.top1 is None else {"top-1": self.top1}
-
-    @property
-    def metrics(self) -> dict[str, str]:
-        """`values` as they are shown."""
-        return {
-            name: f"{value:.3f}" if name == "perplexity" else f"{value:.2f}%" for name, value in self.values.items()
-        }
-
-    @property
-    def count(self) -> str:
-        """How much it was measured on, if the report says so."""
-        pictures = self.pictures or self.val_pictures
-        if pictures:
-            return f"{pictures:,} pictures"
-        return f"{self.tokens:,} tokens" if self.tokens else ""
+def _of_a_compressed_model(evaluation: Evaluation) -> Evaluation:
+    if evaluation.compressed is None:
+        raise ValueError("it is not of the compressed model")
+    return evaluation
 
 
-class Evaluation(BaseModel):
-    """One protocol on one set of data."""
-
-    protocol: str
-    data: str | None = None  # or
-    train: str | None = None
-    val: str | None = None
-    dense: Score | None = None
-    compressed: Score
-    difference: dict[str, Difference | Ratio] = {}
-
-    @property
-    def where(self) -> str:
-        """The data that it was measured on."""
-        return self.data or f"{self.train} → {self.val}"
-
-    @property
-    def compared(self) -> str | None:
-        """The first metric of which both values and their difference are known."""
-        both = self.compressed.values.keys() & (self.dense.values.keys() if self.dense else set())
-        return next((metric for metric in self.difference if metric in both), None)
-
-    def rows(self) -> list[list[str]]:
-        """Protocol, data, metric, dense, compressed and change, for each metric."""
-        dense = self.dense.metrics if self.dense else {}
-        return [
-            [self.protocol, self.where, metric, dense.get(metric, ""), value, str(self.difference.get(metric, ""))]
-            for metric, value in self.compressed.metrics.items()
-        ]
+_OfACheckpoint = Annotated[Evaluation, AfterValidator(_of_a_compressed_model)]
 
 
 class _Run(BaseModel):
@@ -95,23 +46,13 @@ class _Run(BaseModel):
     eval_data: str | None = None
 
 
-class _WhenCompressed(BaseModel):
-    """What `compress` itself measured, before and after."""
+class _Both(BaseModel):
+    """What `compress` measured, by versions that named neither the protocol nor the metric that changed."""
 
     dense: Score
     compressed: Score
     difference: Difference | None = None
     ratio: Ratio | None = None
-
-    def evaluation(self, protocol: str, run: _Run) -> Evaluation:
-        metric, change = ("top-1", self.difference) if protocol == "top1" else ("perplexity", self.ratio)
-        return Evaluation(
-            protocol=f"{protocol}, when compressed",
-            data=run.eval_data or run.model,
-            dense=self.dense,
-            compressed=self.compressed,
-            difference={metric: change} if change else {},
-        )
 
 
 class _Timing(BaseModel):
@@ -149,9 +90,8 @@ class Measured:
     def labelled(self) -> Evaluation | None:
         """The evaluation that says most of what compression cost: of the best protocol the last one."""
 
-        def place(evaluation: Evaluation) -> int:
-            protocol = evaluation.protocol.removesuffix(", when compressed")
-            return PROTOCOLS.index(protocol) if protocol in PROTOCOLS else len(PROTOCOLS)
+        def place(evaluation: Evaluation) -> tuple[int, bool]:
+            return rank_of(evaluation.protocol.removesuffix(WHEN_COMPRESSED))
 
         return min((one for one in reversed(self.evaluations) if one.compared), key=place, default=None)
 
@@ -187,15 +127,18 @@ def read_report(directory: Path) -> Measured:
             yield from one(kind, value, f"{singular} {i}")
 
     def when_compressed() -> Iterator[Evaluation]:
-        for protocol in ("top1", "perplexity"):
-            if content.get(protocol) is not None:
-                for run in one(_Run, content.get("run"), protocol):
-                    for scores in one(_WhenCompressed, content[protocol], protocol):
-                        yield scores.evaluation(protocol, run)
+        for name in sorted({protocol.name for protocol in protocols()} & content.keys()):
+            if isinstance(content[name], dict) and "protocol" in content[name]:
+                for found in one(_OfACheckpoint, content[name], name):
+                    yield found.model_copy(update={"protocol": f"{found.protocol}{WHEN_COMPRESSED}"})
+            elif content[name] is not None:
+                for run in one(_Run, content.get("run"), name):
+                    for both in one(_Both, content[name], name):
+                        yield _of_an_earlier_version(name, run, both)
 
     times = known(dict, "seconds") or {}
     return Measured(
-        evaluations=(*when_compressed(), *each(Evaluation, "evaluations", "evaluation")),
+        evaluations=(*when_compressed(), *each(_OfACheckpoint, "evaluations", "evaluation")),
         cost=known(Cost, "cost"),
         speed=tuple(Timing(**timing.model_dump()) for timing in each(_Timing, "speed", "speed")),
         advice=tuple(each(Line, "advice", "advice")),
@@ -205,6 +148,17 @@ def read_report(directory: Path) -> Measured:
         machine=_plain(known(dict, "speed_machine") or known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,
         peak_memory=known(Count, "peak_memory"),
+    )
+
+
+def _of_an_earlier_version(protocol: str, run: _Run, both: _Both) -> Evaluation:
+    change = both.difference or both.ratio
+    return Evaluation(
+        protocol=f"{protocol}{WHEN_COMPRESSED}",
+        data=run.eval_data or run.model,
+        dense=both.dense,
+        compressed=both.compressed,
+        difference={both.compressed.names[0]: change} if change else {},
     )
 
 

@@ -23,13 +23,13 @@ from oats_vision.display import Display
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.results import Cost, Example
-from oats_vision.evaluation.speed import BEGINNING, Timing, dense_twin, time_inputs, time_text
+from oats_vision.evaluation.speed import Timing, dense_twin
 from oats_vision.evaluation.stored import read_report
+from oats_vision.evaluation.tasks import task_of
 from oats_vision.kernels import native
 from oats_vision.models.adapters import Family
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
-PROMPT, NEW_TOKENS = 128, 32  # of text that is timed
 # a layer is named whose error is so many times the median of the model's layers, and so large
 FAR, NOTABLE = 3.0, 0.1
 SLOWER = 0.97  # times as fast: below it the difference is no noise
@@ -260,16 +260,14 @@ def speed(
     twin, first = dense_twin(model), close.first
     sizes = sorted({1, batch_size or len(first.tensor)})
     with display.counting("timing dense and compressed", "rounds", 2 * ROUNDS) as tell:
-        if isinstance(close, PictureCloseness) or not (hasattr(model, "generate") and hasattr(model, "config")):
-            return time_inputs(twin, model, first, close.dtype, sizes, ROUNDS, tell, SECONDS)
-        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        length = min(first.tensor.shape[1], PROMPT)
-        new = max(1, min(NEW_TOKENS, first.tensor.shape[1] - BEGINNING))
-        return time_text(twin, model, vocabulary, [length], new, ROUNDS, tell, SECONDS)
+        return task_of(model).time(twin, model, first, close.dtype, sizes, ROUNDS, tell, SECONDS)
 
 
-def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> None:
+def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> bool:
     """Put other measurements of speed into a checkpoint's report.json, with the advice that follows from them.
+
+    Returns:
+        Whether it could be written.
 
     Raises:
         CheckpointError: the report is damaged.
@@ -278,7 +276,8 @@ def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, An
     kept = (line for line in read_report(directory).advice if not line.startswith((SLOW, BUSY, UNTIMED)))
     advice = [*_advice_on_speed(timings, settings), *kept]
     speed = [timing.to_dict() for timing in timings]
-    checkpoint.change_report(directory, lambda content: {"speed": speed, "advice": advice, "speed_machine": machine})
+    changed = {"speed": speed, "advice": advice, "speed_machine": machine}
+    return checkpoint.change_report(directory, lambda content: changed)
 
 
 def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -91,16 +91,6 @@ class RunConfig(CompressionOptions):
                     f"{flag(name)} {given} does not exist: give a folder of pictures, a text, hf:name or "
                     f"{', '.join(KNOWN_DATA)}.{close}"
                 )
-
-    def completed(self, unit: Literal["pictures", "sequences"]) -> "RunConfig":
-        """With the defaults that depend on what the model reads."""
-        samples, batch_size, split = (2048, 64, "validation") if unit == "pictures" else (128, 4, "test")
-        changes = {
-            "samples": self.samples or samples,
-            "batch_size": self.batch_size or batch_size,
-            "eval_split": self.eval_split or split,
-        }
-        return self.model_copy(update=changes)
 
     def settings(self, storage_dtype: str | None = None) -> CompressionSettings:
         """The settings that decide the result.

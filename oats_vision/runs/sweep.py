@@ -16,13 +16,14 @@ from typing import Any
 from torch import nn
 
 from oats_vision import checkpoint
-from oats_vision.analysis.compare import Run, comparison_page
+from oats_vision.analysis.compare import comparison_page
 from oats_vision.analysis.page import write_page
+from oats_vision.analysis.run import Run
 from oats_vision.analysis.tables import as_text
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError
-from oats_vision.evaluation import Perplexity, Top1
+from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import duration
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
 from oats_vision.runs.run import Draw, Prepared, compress_and_write, measure_stored, prepare
@@ -115,7 +116,7 @@ class _Dense:
 
     model: nn.Module
     prepared: Prepared
-    score: Top1 | Perplexity | None = None
+    score: Measurement | None = None
 
 
 def _do(
@@ -131,7 +132,7 @@ def _do(
         draw = dense.prepared.draw(dense.model, dense.prepared.open(seed), display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
-            state = write_state(config, dense.prepared.unit, weights)
+            state = write_state(config, dense.prepared.task.unit, weights)
         for settings, _ in jobs:
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from oats_vision import checkpoint
 from oats_vision.errors import CheckpointError, ConfigError
+from oats_vision.evaluation.tasks import TASKS, task_of_unit
 from oats_vision.machine import choose_device
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import AXES, FOR_ONE_RUN, SweepConfig
@@ -29,7 +30,7 @@ FREE = {*AXES, *FOR_ONE_RUN, "out", "workers", "activation_memory", "report", "d
 
 def _shared(base: RunConfig, unit: Any) -> dict[str, Any]:
     """The settings that all cells of a sweep share, and every figure may depend on."""
-    fields = base.completed(unit).model_dump(mode="json", exclude=FREE)
+    fields = task_of_unit(unit).completed(base).model_dump(mode="json", exclude=FREE)
     return fields | {"device": str(choose_device(base.device))}
 
 
@@ -50,7 +51,7 @@ def read_state(config: SweepConfig) -> dict[str, Any] | None:
     try:
         state = json.loads((out / STATE).read_text())
         shared, unit = dict(state["shared"]), state["unit"]
-        ours = state["format"] == FORMAT and "dense_sha256" in state
+        ours = state["format"] == FORMAT and "dense_sha256" in state and unit in TASKS
     except FileNotFoundError:
         ours = False
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:

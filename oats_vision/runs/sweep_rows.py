@@ -10,11 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from oats_vision.analysis.compare import Run
+from oats_vision.analysis.run import Run
 from oats_vision.compression import methods
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluation import Difference
 from oats_vision.files import replacing
 from oats_vision.runs.grid import AXES, cell_name
 
@@ -118,13 +117,13 @@ def csv_row(row: Row) -> dict[str, Any]:
         line[f"{name}_ms"] = _rounded(1e3 * timing.compressed)
         line[f"{name}_dense_ms"] = _rounded(1e3 * timing.dense)
         line[f"{name}_speedup"] = _rounded(timing.speedup)
-    if run.labelled and run.labelled.compared and run.labelled.dense:
+    if run.labelled and run.labelled.compared:
         compared = run.labelled.compared
         name, change = _column(compared), run.labelled.difference[compared]
-        line[name] = _rounded(run.labelled.compressed.values[compared])
-        line[f"{name}_dense"] = _rounded(run.labelled.dense.values[compared])
-        value = change.points if isinstance(change, Difference) else change.value
-        line |= _with_interval(f"{name}_change", value, change.low, change.high)
+        dense, ours = run.labelled.pair(compared)
+        line[name] = _rounded(ours.value)
+        line[f"{name}_dense"] = _rounded(dense.value)
+        line |= _with_interval(f"{name}_change", change.value, change.low, change.high)
     return line | {"seconds": _rounded(row.seconds)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from oats_vision.analysis.compare import Run, short
+from oats_vision.analysis.compare import short
+from oats_vision.analysis.run import Run
 from oats_vision.compression import methods
-from oats_vision.evaluation import Difference, Ratio
-from oats_vision.evaluation.results import Metric
+from oats_vision.evaluation import results
+from oats_vision.evaluation.results import Evaluation, Metric
 from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation
 from oats_vision.runs.grid import AXES
 
 if TYPE_CHECKING:
@@ -114,10 +113,8 @@ def _figures(row: Row) -> dict[str, Figure]:
         found[metric.name] = _of_metric(metric)
     if run.labelled and run.labelled.compared:
         name = run.labelled.compared
-        change = run.labelled.difference[name]
-        unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
-        small = str(change).replace(" points", "")
-        found[name] = Figure(run.labelled.compressed.values[name], digits, unit, small)
+        small = str(run.labelled.difference[name]).replace(" points", "")
+        found[name] = _of_labelled(run.labelled.pair(name)[1], small)
     error = row.error if row.output_error is None else row.output_error
     if not run.cost and error is not None:
         found["error of layers"] = Figure(error, 4)
@@ -136,11 +133,14 @@ def _dense(rows: Sequence[Row]) -> dict[str, Figure]:
     for what in dict.fromkeys(timing.what for row in rows for timing in row.run.speed):
         seconds = statistics.median(timing.dense for row in rows for timing in row.run.speed if timing.what == what)
         found[short(what)] = Figure(1, 2, " x", f"{seconds * 1e3:.1f} ms")
-    if run.labelled and run.labelled.dense and run.labelled.compared:
-        name = run.labelled.compared
-        unit, digits = ("", 3) if name == "perplexity" else ("%", 2)
-        found[name] = Figure(run.labelled.dense.values[name], digits, unit)
+    if run.labelled and run.labelled.compared:
+        found[run.labelled.compared] = _of_labelled(run.labelled.pair(run.labelled.compared)[0])
     return found
+
+
+def _of_labelled(figure: results.Figure, small: str = "") -> Figure:
+    unit, digits = ("%", 2) if figure.kind == "percent" else ("", 3)
+    return Figure(figure.value, digits, unit, small)
 
 
 def mean_runs(rows: Sequence[Row]) -> list[Run]:
@@ -181,14 +181,10 @@ def _mean_metric(seen: Sequence[Metric]) -> Metric:
 
 def _mean_labelled(seen: Sequence[Evaluation], metric: str) -> Evaluation:
     changes = [evaluation.difference[metric] for evaluation in seen]
-    value, low, high = _spread(
-        [change.points if isinstance(change, Difference) else change.value for change in changes]
-    )
-    change: Difference | Ratio
-    change = Difference(value, low, high, math.nan) if isinstance(changes[0], Difference) else Ratio(value, low, high)
-    score = statistics.mean(evaluation.compressed.values[metric] for evaluation in seen)
-    field = "perplexity" if metric == "perplexity" else "top1"
-    compressed = seen[0].compressed.model_copy(update={field: score})
+    change = changes[0].moved(*_spread([change.value for change in changes]))
+    figures = [evaluation.pair(metric)[1] for evaluation in seen]
+    mean = figures[0].model_copy(update={"value": statistics.mean(figure.value for figure in figures)})
+    compressed = results.Score(metrics=[mean])
     return seen[0].model_copy(update={"compressed": compressed, "difference": {metric: change}})
 
 

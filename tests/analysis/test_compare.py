@@ -14,26 +14,22 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.analysis.compare import (
-    Run,
     alike,
     columns,
     comparison_page,
     comparison_table,
     doubts,
-    errors_by_block,
-    read_runs,
     scatters,
 )
 from oats_vision.analysis.page import write_page
+from oats_vision.analysis.run import Run, errors_by_block, read_runs
 from oats_vision.checkpoint import measure, read_config, read_weights
 from oats_vision.cli.commands import app
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError, ConfigError
-from oats_vision.evaluation import Difference
-from oats_vision.evaluation.results import Cost, Metric
+from oats_vision.evaluation.results import Cost, Difference, Evaluation, Metric, Score
 from oats_vision.evaluation.speed import Timing
-from oats_vision.evaluation.stored import Evaluation, Score
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 from pages import DESKTOP, PHONE, check_accessible, check_dark, check_quiet, check_width, show
 

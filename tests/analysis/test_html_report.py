@@ -14,12 +14,13 @@ from selenium.webdriver.support.ui import Select
 from torch import Tensor, nn
 
 import oats_vision as ov
-from oats_vision.analysis.html_report import EXAMPLES, spectra_of, spectrum, write_html
+from oats_vision.analysis.html_report import write_html
+from oats_vision.analysis.spectra import spectra_of, spectrum
 from oats_vision.checkpoint import add_evaluation, read_config, read_weights
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluation.results import Answer, Cost, Example, Metric
+from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.evaluation.speed import Timing
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part
 from pages import DESKTOP, PHONE, check_accessible, check_dark, check_quiet, check_width, show

@@ -31,7 +31,7 @@ def test_names_are_shown_as_they_are_in_messages_tables_and_bars(name):
     console = plain_console(file=io.StringIO(), width=100)
     console.print(f"Written to {name}.")
     console.print(report.key_values(name, {name: name}))
-    console.print(report.comparison_table("title", [name], {"metric": [name]}, {"metric": name}))
+    console.print(report.models_table("title", [name], {"metric": [name]}, {"metric": name}))
     with Display(console).counting(name, name, 3) as counting:
         counting(3)
     with Display(console).compression() as progress:

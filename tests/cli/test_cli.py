@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from command import run
-from oats_vision.cli.comparison import Models
 from oats_vision.data.pictures import load_pictures
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
-from oats_vision.evaluation import evaluate_top1
+from oats_vision.evaluation.models import Models
+from oats_vision.evaluation.top1 import evaluate_top1
 from oats_vision.models.loading.load import note_source, source_of
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.run import run as run_here
@@ -242,10 +242,10 @@ def test_signals_end_a_run_as_errors_do(number):
     assert done.stderr == f"stopped by {number.name}\n"
 
 
-@pytest.mark.parametrize("part", ["_score", "save_plain", "checkpoint.write_json"])
+@pytest.mark.parametrize("part", ["Prepared.score", "save_plain", "checkpoint.write_json"])
 def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path, monkeypatch, part):
     def full(model, *args, **kwargs):
-        if part != "_score" or args[2] != "dense":
+        if part != "Prepared.score" or args[1] != "dense":
             raise OSError("No space left on device")
 
     monkeypatch.setattr(f"oats_vision.runs.run.{part}", full)
@@ -259,25 +259,29 @@ def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path
     assert not (out / "merged").exists()
 
 
-def test_a_comparison_is_with_the_weights_that_were_compressed(model_directory, pictures, tmp_path, capsys):
+def test_a_comparison_is_with_the_weights_that_were_compressed(model_directory, pictures, tmp_path, caplog):
     dense = tmp_path / "dense"
     shutil.copytree(model_directory, dense)
     model, _ = ov.load_model(dense)
     ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
     ov.save(model, tmp_path / "out")
 
+    said: list[str] = []
+
     def load(name=None):
-        return Models(str(tmp_path / "out"), name, False, "cpu", "float32", False).loaders["dense"]()
+        return Models(str(tmp_path / "out"), name, device="cpu", say=said.append).loaders["dense"]()
 
     load()
-    assert f"the dense model that {tmp_path / 'out'} was made from: {dense}" in capsys.readouterr().err
+    assert said == [
+        f"the dense model that {tmp_path / 'out'} was made from: {dense} (`dense` gives another, `no_dense` none)"
+    ]
     tensors = load_file(dense / "model.safetensors")
     tensors["head.bias"][0] += 1
     save_file(tensors, dense / "model.safetensors")
     with pytest.raises(ModelError, match="they have changed since"):
         load()
     load(str(dense))
-    assert "warning: the weights" in capsys.readouterr().err
+    assert "the weights of" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["folder", "checkpoint"])
@@ -288,6 +292,6 @@ def test_a_checkpoint_does_not_name_code_as_its_dense_model(model_directory, tmp
     name = f"hub:{tmp_path}:entry" if where == "folder" else str(tmp_path / "out")
     note_source(model, dataclasses.replace(source, origin={"name": name}))
     ov.save(model, tmp_path / "out")
-    models = Models(str(tmp_path / "out"), None, False, "cpu", "float32", True)
+    models = Models(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     with pytest.raises(OatsVisionError, match="names code in a folder" if where == "folder" else "compressed already"):
         models.loaders["dense"]()

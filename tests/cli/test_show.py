@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.cli.commands import app
+from oats_vision.cli.flags import with_flags
 from oats_vision.errors import OatsVisionError
 
 
@@ -38,7 +39,7 @@ def _run(*arguments: object) -> tuple[int, str, str]:
     """Exit status, standard output, and the one line of the error; anything but an error of ours is raised."""
     done = CliRunner().invoke(app, list(map(str, arguments)))
     if isinstance(done.exception, OatsVisionError):
-        return 1, done.stdout, str(done.exception)
+        return 1, done.stdout, with_flags(str(done.exception))
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.exit_code, done.stdout, done.stderr

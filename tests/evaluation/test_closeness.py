@@ -152,15 +152,15 @@ def test_what_is_not_finite_or_empty_is_said(tiny_vit, many):
 
 def test_intervals_hold_what_they_say():
     """95% of the exact intervals of draws from a known share hold it, and of the bootstrap's about as many."""
-    from oats_vision.evaluation import closeness as module
+    from oats_vision.evaluation import intervals as module
 
     generator = np.random.default_rng(0)
-    exact = [module._proportion("", torch.from_numpy(generator.random(100) < 0.93)) for _ in range(300)]
+    exact = [module.proportion("", torch.from_numpy(generator.random(100) < 0.93)) for _ in range(300)]
     assert sum(metric.low <= 93 <= metric.high for metric in exact) >= 0.94 * 300
-    means = [module._mean("", generator.exponential(1.0, 100)) for _ in range(300)]
+    means = [module.mean("", generator.exponential(1.0, 100)) for _ in range(300)]
     assert sum(metric.low <= 1 <= metric.high for metric in means) >= 0.90 * 300
     x = generator.exponential(1.0, (300, 100))
-    errors = [module._relative_error("", 0.04 * row * generator.exponential(1.0, 100), row) for row in x]
+    errors = [module.relative_error("", 0.04 * row * generator.exponential(1.0, 100), row) for row in x]
     assert sum(metric.low <= 0.2 <= metric.high for metric in errors) >= 0.90 * 300
 
 

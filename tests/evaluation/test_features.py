@@ -245,7 +245,7 @@ def test_damaged_and_foreign_cache_files_are_errors(tiny_vit, tmp_path):
     flipped[-20] ^= 1
     for content in (b"", good[:100], good[:-8], bytes(flipped)):
         file.write_bytes(content)
-        with pytest.raises(DataError, match=r"feature cache is damaged.*--no-cache"):
+        with pytest.raises(DataError, match=r"feature cache is damaged.*`no_cache`"):
             cached_features(tiny_vit, _Fixed().batches, tmp_path)
     file.write_bytes(good)
     cached_features(tiny_vit, _Fixed(seed=1).batches, tmp_path)

@@ -26,13 +26,13 @@ def folder(tmp_path) -> Path:
 def test_tasks_that_cannot_be_run_are_said(language_directory, folder):
     model, _ = ov.load_model(str(language_directory))
     tokenizer = ov.load_tokenizer(str(language_directory))
-    with pytest.raises(ConfigError, match=r"--task-folder .*cats\.yaml is no folder"):
-        run_tasks(model, tokenizer, ["cats"], folder=folder / "cats.yaml")
-    with pytest.raises(DataError, match=r"--tasks gone cannot be loaded: .*none\.jsonl"):
-        run_tasks(model, tokenizer, ["gone"], folder=folder)
+    with pytest.raises(ConfigError, match=r"`task_folder` .*cats\.yaml is no folder"):
+        run_tasks(model, tokenizer, ["cats"], task_folder=folder / "cats.yaml")
+    with pytest.raises(DataError, match=r"`tasks` gone cannot be loaded: .*none\.jsonl"):
+        run_tasks(model, tokenizer, ["gone"], task_folder=folder)
     model.register_forward_pre_hook(lambda *_: pytest.fail("it is known before anything runs"))
-    with pytest.raises(DataError, match="--tasks: scored is not scored by the accuracy"):
-        run_tasks(model, tokenizer, ["cats", "scored"], folder=folder)
+    with pytest.raises(DataError, match="`tasks`: scored is not scored by the accuracy"):
+        run_tasks(model, tokenizer, ["cats", "scored"], task_folder=folder)
 
 
 def test_an_error_of_the_model_is_no_error_of_the_data(language_directory, folder):
@@ -43,4 +43,4 @@ def test_an_error_of_the_model_is_no_error_of_the_data(language_directory, folde
 
     model.register_forward_pre_hook(broken)
     with pytest.raises(ZeroDivisionError, match="a fault of ours"):
-        run_tasks(model, ov.load_tokenizer(str(language_directory)), ["cats"], folder=folder)
+        run_tasks(model, ov.load_tokenizer(str(language_directory)), ["cats"], task_folder=folder)

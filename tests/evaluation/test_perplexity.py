@@ -6,7 +6,8 @@ import transformers as hf
 from torchmetrics.text import Perplexity as Reference
 
 from oats_vision.errors import ConfigError, DataError, ModelError
-from oats_vision.evaluation import Perplexity, paired_ratio, perplexity
+from oats_vision.evaluation.paired import paired_ratio
+from oats_vision.evaluation.perplexity import Perplexity, perplexity
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def _features(count: int, seed: int, classes: int = 4, names: list[str] | None =
 
 def test_knn_is_scikit_learns_with_the_same_weights():
     train, val = _features(400, 1), _features(150, 2)
-    ours = knn(train, val, neighbours=(1, 10, 60))
+    ours = knn(train, val, k=(1, 10, 60))
     x, y = train.select(1, False).numpy(), train.labels.numpy()
     for k, correct in ours.items():
         reference = KNeighborsClassifier(
@@ -131,11 +131,11 @@ def test_probes_never_hold_a_set_in_float32(monkeypatch):
 
 def test_neighbours_are_the_same_whatever_is_compared_at_a_time(monkeypatch):
     train, val = _features(200, 1), _features(50, 2)
-    whole = knn(train, val, neighbours=(1, 7, 150))
+    whole = knn(train, val, k=(1, 7, 150))
     module = sys.modules[knn.__module__]
     monkeypatch.setattr(module, "BANK", 9)
     monkeypatch.setattr(module, "QUERIES", 7)
-    for k, correct in knn(train, val, neighbours=(1, 7, 150)).items():
+    for k, correct in knn(train, val, k=(1, 7, 150)).items():
         assert torch.equal(correct, whole[k])
 
 
@@ -143,7 +143,7 @@ def test_features_that_are_not_finite_and_grids_that_diverge_are_errors():
     train, val = _features(60, 1), _features(20, 2)
     bad = Features(train.class_tokens.clone(), train.patch_mean, train.labels, None)
     bad.class_tokens[50, 3, 2] = float("inf")
-    for splits, flag in (((bad, val), "--train"), ((train, bad), "--val")):
+    for splits, flag in (((bad, val), "`train`"), ((train, bad), "`val`")):
         with pytest.raises(DataError, match=f"the features of {flag} are not finite"):
             knn(*splits)
     with pytest.raises(DataError, match="no classifier of the grid has a finite loss"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from oats_vision.checkpoint import add_evaluation
 from oats_vision.errors import CheckpointError
+from oats_vision.evaluation.results import Evaluation
 from oats_vision.evaluation.stored import Measured, read_report
 
 GOOD = {
@@ -19,12 +21,17 @@ GOOD = {
     "difference": {"top-1": {"points": -0.75, "low": -1.2, "high": -0.3, "p_value": 0.01}},
     "machine": {"device": "cpu"},
 }
-ROW = ["top1", "imagenet/val", "top-1", "91.00%", "90.25%", "-0.75 points [-1.20, -0.30]"]
+ROW = ["top1", "imagenet/val", ["top-1", "91.00%", "90.25%", "-0.75 points [-1.20, -0.30]"]]
 
 
 def _write(directory: Path, content: object) -> Path:
     (directory / "report.json").write_text(json.dumps(content))
     return directory
+
+
+def _shown(evaluations: Sequence[Evaluation]) -> list[list[object]]:
+    """Protocol, data and rows of each."""
+    return [[one.protocol, one.where, *one.rows()] for one in evaluations]
 
 
 def test_every_kind_of_evaluation_has_its_rows(tmp_path):
@@ -37,11 +44,10 @@ def test_every_kind_of_evaluation_has_its_rows(tmp_path):
             {"protocol": "k-NN", "train": "a", "val": "b", "compressed": {"top1": {"10": 50.0}}, "difference": {}},
         ],
     }
-    rows = [row for evaluation in read_report(_write(tmp_path, content)).evaluations for row in evaluation.rows()]
-    assert rows == [
-        ["perplexity, when compressed", "a/model", "perplexity", "8.000", "10.000", "1.2500 x [1.2000, 1.3000]"],
+    assert _shown(read_report(_write(tmp_path, content)).evaluations) == [
+        ["perplexity, when compressed", "a/model", ["perplexity", "8.000", "10.000", "1.2500 x [1.2000, 1.3000]"]],
         ROW,
-        ["k-NN", "a → b", "k = 10", "", "50.00%", ""],
+        ["k-NN", "a → b", ["k = 10", "", "50.00%", ""]],
     ]
     assert read_report(tmp_path / "none") == Measured()
 
@@ -65,11 +71,11 @@ ODD = {
 def test_an_odd_evaluation_is_left_out_and_said(odd, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         found = read_report(_write(tmp_path, {"evaluations": [odd, GOOD]})).evaluations
-    assert [evaluation.rows() for evaluation in found] == [[ROW]]
+    assert _shown(found) == [ROW]
     assert "report.json: evaluation 1 is left out: " in caplog.text
 
 
-METRIC = {"name": "same class", "kind": "percent", "value": 98.4, "low": 91.0, "high": 99.7}
+METRIC = {"name": "same class", "kind": "percent", "value": 98.4, "lower_is_better": False, "low": 91.0, "high": 99.7}
 COST = {"unit": "pictures", "samples": 64, "metrics": [METRIC]}
 SPEED = {"what": "forward, batch 1", "units": 1, "unit": "pictures", "dense": 0.2, "compressed": 0.1, "speedup": 2.0}
 EXAMPLE = {
@@ -158,7 +164,7 @@ def test_the_last_evaluation_of_the_best_protocol_says_most(tmp_path):
 @pytest.mark.parametrize("odd", [[], 5, {"dense": 1, "compressed": None}, {"dense": {}, "compressed": {"top1": {}}}])
 def test_what_compress_measured_may_be_odd_too(odd, tmp_path):
     content = {"run": ["demo"], "top1": odd, "perplexity": odd, "evaluations": [GOOD]}
-    assert [evaluation.rows() for evaluation in read_report(_write(tmp_path, content)).evaluations] == [[ROW]]
+    assert _shown(read_report(_write(tmp_path, content)).evaluations) == [ROW]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from torch import nn
 
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
-from oats_vision.evaluation import evaluate_top1
+from oats_vision.evaluation.top1 import evaluate_top1
 
 
 def _classifier(classes: int) -> nn.Module:

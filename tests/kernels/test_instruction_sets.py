@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import oats_vision as ov
 from oats_vision.cli.commands import app
 from oats_vision.data.pictures import Batches
-from oats_vision.evaluation import evaluate_top1
+from oats_vision.evaluation.top1 import evaluate_top1
 from oats_vision.kernels import native
 from oats_vision.nn.sparse_low_rank import merge
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import oats_vision as ov
-from oats_vision.evaluation import paired_ratio, perplexity
+from oats_vision.evaluation.paired import paired_ratio
+from oats_vision.evaluation.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import bootstrap, chi2
 
-from oats_vision.evaluation.compare import paired_difference
+from oats_vision.evaluation.paired import paired_difference
 
 
 def _pair(n: int, lost: int, won: int) -> tuple[torch.Tensor, torch.Tensor]:

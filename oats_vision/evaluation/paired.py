@@ -1,49 +1,38 @@
-"""Dense against compressed on the same pictures: the difference, and how sure it is."""
+"""Dense against compressed on the same samples: the difference, and how sure it is."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oats_vision.evaluation.perplexity import Perplexity
+from oats_vision.evaluation.results import Difference, Figure, Ratio
+
+if TYPE_CHECKING:
+    from oats_vision.evaluation.perplexity import Perplexity
 
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Compressed minus dense, in points of accuracy, with a 95% confidence interval.
+class Accuracy:
+    """A share of pictures or questions that were answered right; correct: each of them, bool (samples,)."""
 
-    p_value: of McNemar's exact test that both are equally accurate.
-    """
+    correct: Tensor
 
-    points: float
-    low: float
-    high: float
-    p_value: float
+    @property
+    def percent(self) -> float:
+        return 100 * float(self.correct.float().mean())
 
-    def __str__(self) -> str:
-        return f"{self.points:+.2f} points [{self.low:+.2f}, {self.high:+.2f}]"
+    def figure(self, name: str) -> Figure:
+        return Figure(name=name, kind="percent", value=self.percent)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Compressed perplexity as a multiple of the dense one, with a 95% confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} x [{self.low:.4f}, {self.high:.4f}]"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def beside(self, dense: Accuracy) -> Difference:
+        """What compression changed."""
+        return paired_difference(dense.correct, self.correct)
 
 
 def paired_ratio(dense: Perplexity, compressed: Perplexity, seed: int = 0) -> Ratio:

@@ -1,0 +1,146 @@
+"""One compressed model as comparisons show it, read from its files."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from oats_vision.checkpoint import read_config
+from oats_vision.checkpoint.weights import WeightsFile
+from oats_vision.compression.record import CompressionReport
+from oats_vision.compression.settings import CompressionSettings
+from oats_vision.errors import ConfigError
+from oats_vision.evaluation.results import Cost, Evaluation
+from oats_vision.evaluation.speed import Timing
+from oats_vision.evaluation.stored import read_report
+
+MOST = 20  # runs that are read for one comparison
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compressed model, as the table and the page of a comparison show it.
+
+    bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
+    an evaluation with a `compared` metric. errors: mean relative error of each block's linears, by the block's number.
+    dense_sha256: of the weights that were compressed, if known. machine: that the speed was measured on. seed: if it
+    tells the runs apart.
+    """
+
+    name: str
+    model: str
+    settings: CompressionSettings
+    bytes: int
+    dense_bytes: int
+    speed: Sequence[Timing] = ()
+    cost: Cost | None = None
+    labelled: Evaluation | None = None
+    errors: Mapping[int, float] = field(default_factory=dict)
+    dense_sha256: str | None = None
+    machine: str = ""
+    seed: int | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "Run":
+        """A checkpoint's: of its config.json, its report.json and the header of its weights.
+
+        Raises:
+            CheckpointError: the directory is no checkpoint, or a file of it is damaged.
+        """
+        config, measured = read_config(directory), read_report(directory)
+        report = config.report
+        with WeightsFile(directory) as file:
+            stored = sum(tensor.end - tensor.start for tensor in file.tensors.values())
+        removed = (report.dense_parameters - report.parameters) * config.storage_dtype.itemsize
+        positions = sum(spec.out_features * spec.row_bytes for spec in config.specs.values())
+        source = config.source
+        return cls(
+            name=directory.resolve().name,
+            model=source.origin_name,
+            settings=report.settings,
+            bytes=stored,
+            dense_bytes=stored - positions + removed,
+            speed=measured.speed,
+            cost=measured.cost,
+            labelled=measured.labelled,
+            errors=mean_errors(report),
+            dense_sha256=source.dense_sha256,
+            machine=", ".join(value for _, value in measured.machine),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "settings": self.settings.model_dump(),
+            "bytes": self.bytes,
+            "dense_bytes": self.dense_bytes,
+            "speed": [timing.to_dict() for timing in self.speed],
+            "cost": self.cost.model_dump() if self.cost else None,
+            "labelled": self.labelled.to_dict() if self.labelled else None,
+            "errors": {str(block): error for block, error in self.errors.items()},
+            "dense_sha256": self.dense_sha256,
+            "machine": self.machine,
+            "seed": self.seed,
+        }
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """The runs of several checkpoints, under names that tell them apart.
+
+    Raises:
+        ConfigError: there are fewer than 2 or more than 20 directories, or one twice.
+        CheckpointError: one is no checkpoint, or a file of it is damaged.
+    """
+    if not 2 <= len(directories) <= MOST:
+        raise ConfigError(f"compare takes 2 to {MOST} checkpoints, got {len(directories)}")
+    places = [directory.resolve() for directory in directories]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise ConfigError(f"{directories[i]} is given twice: give each checkpoint once")
+    runs = [Run.read(directory) for directory in directories]
+    names: list[str] = []
+    for parts in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def errors_by_block(report: CompressionReport) -> dict[str, dict[int, float]]:
+    """Mean relative error of each kind of linear (its name within a block), by the block's number.
+
+    Experts of a block count as one kind.
+    """
+    gathered: dict[str, dict[int, list[float]]] = {}
+    for layer in report.layers:
+        block, kind = _place(layer.name)
+        gathered.setdefault(kind, {}).setdefault(block, []).append(layer.error)
+    return {kind: {block: sum(es) / len(es) for block, es in blocks.items()} for kind, blocks in gathered.items()}
+
+
+def mean_errors(report: CompressionReport) -> dict[int, float]:
+    """Mean relative error of all linears of each block, by the block's number."""
+    gathered: dict[int, list[float]] = {}
+    for layer in report.layers:
+        gathered.setdefault(block_of(layer.name), []).append(layer.error)
+    return {block: sum(es) / len(es) for block, es in gathered.items()}
+
+
+def block_of(name: str) -> int:
+    """The number of a linear's block."""
+    return _place(name)[0]
+
+
+def _place(name: str) -> tuple[int, str]:
+    """The number of a linear's block, and its name within the block with `*` for the number of an expert.
+
+    >>> _place("blocks.0.11.mlp.fc1"), _place("model.layers.3.mlp.experts.5.w1"), _place("head")
+    ((11, 'mlp.fc1'), (3, 'mlp.experts.*.w1'), (0, 'head'))
+    """
+    found = re.match(r"(?:.*?\.)??(?:[0-9]+\.)*([0-9]{1,9})\.(.*)", name, re.DOTALL)
+    if not found:
+        return 0, name
+    return int(found[1]), re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", found[2])

@@ -1,0 +1,63 @@
+"""A protocol on the compressed and on the dense model, and what their difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from oats_vision.display import Display
+from oats_vision.evaluation.models import Models
+from oats_vision.evaluation.protocols.base import Given, Measurement, Protocol
+from oats_vision.evaluation.protocols.settings import Settings
+from oats_vision.evaluation.results import Evaluation
+from oats_vision.evaluation.tasks import task_of_unit
+
+
+def measure_models(
+    protocol: Protocol[Any], settings: Settings, models: Models, display: Display
+) -> dict[str, Measurement]:
+    """What the protocol finds of each of the models, `dense` first; data are opened before a model is loaded.
+
+    Raises:
+        OatsVisionError: data or a model cannot be read, or do not go together.
+    """
+    reader = task_of_unit(settings.unit).reader(models.name, models.transform)
+    data = settings.open(reader)
+    return {
+        which: protocol.function(load(), Given(settings, data, reader, which, display))
+        for which, load in models.loaders.items()
+    }
+
+
+def evaluation_of(
+    protocol: Protocol[Any],
+    settings: Settings,
+    found: Mapping[str, Measurement],
+    *,
+    model: str = "",
+    machine: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """What was found as it is written down, with the differences if it is of both models.
+
+    Args:
+        found: of `dense`, of `compressed`, or of both.
+        model: directory of the compressed one.
+        machine: that it was measured on.
+    """
+    dense, ours = found.get("dense"), found.get("compressed")
+    differences = {}
+    if dense and ours:
+        both = [name for name in dense.compared if name in ours.compared]
+        differences = {name: ours.compared[name].beside(dense.compared[name]) for name in both}
+    return Evaluation(
+        protocol=f"{settings.variant} {protocol.title}".strip(),
+        data=settings.where.get("data"),
+        train=settings.where.get("train"),
+        val=settings.where.get("val"),
+        settings=settings.model_dump(mode="json", exclude={*settings.where}),
+        model=model,
+        dense=dense.score() if dense else None,
+        compressed=ours.score() if ours else None,
+        difference=differences,
+        machine=dict(machine or {}),
+    )

@@ -1,0 +1,131 @@
+"""What a protocol of evaluation is, and the registry of all of them; light, since the command line reads it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Protocol as Interface
+
+from oats_vision.display import Display
+from oats_vision.evaluation.protocols.settings import Settings
+from oats_vision.evaluation.results import Difference, Figure, Ratio, Score
+
+if TYPE_CHECKING:
+    from torch import nn
+
+S = TypeVar("S", bound=Settings)
+
+
+class Comparable(Interface):
+    """What one model reached on each sample, such as an `Accuracy` or a `Perplexity`."""
+
+    def figure(self, name: str) -> Figure:
+        """The value of the whole, under a metric's name."""
+
+    def beside(self, dense: Any) -> Difference | Ratio:
+        """The change from what the dense model reached on the same samples."""
+
+
+@dataclass(frozen=True)
+class Given(Generic[S]):
+    """What a protocol is given beside the model.
+
+    data: what the settings opened, by the name of each source. reader: the model's transform of pictures, or its
+    tokenizer. which: of the two models it is, in words. display: for progress.
+    """
+
+    settings: S
+    data: Mapping[str, Any]
+    reader: Any = None
+    which: str = "model"
+    display: Display = field(default_factory=Display)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a protocol found of one model.
+
+    compared: by metric, the one that says most first; the difference of two models is told from these. figures: others.
+    samples: that it was measured on, in `unit`. details: fields of the JSON beside the metrics. lines: of the table in
+    a terminal, beside the metrics.
+    """
+
+    compared: Mapping[str, Comparable]
+    samples: int
+    unit: str = "pictures"
+    figures: Sequence[Figure] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    lines: Mapping[str, str] = field(default_factory=dict)
+
+    def score(self) -> Score:
+        """As it is written down."""
+        metrics = [one.figure(name) for name, one in self.compared.items()]
+        return Score(metrics=[*metrics, *self.figures], samples=self.samples, unit=self.unit, **self.details)
+
+
+@dataclass(frozen=True)
+class Protocol(Generic[S]):
+    """A way to measure a model.
+
+    name: of the command. title: in tables, pages and JSON. settings: what it needs, with defaults and ranges, and
+    which data. rank: among those of the same task, 1 for the one that says most of what compression cost.
+    """
+
+    name: str
+    title: str
+    settings: type[S]
+    function: Callable[[nn.Module, Given[S]], Measurement]
+    rank: int
+    examples: str
+
+    @property
+    def words(self) -> str:
+        """What it is, for its help."""
+        return inspect.getdoc(self.function) or self.title
+
+
+_protocols: dict[str, Protocol[Any]] = {}
+
+
+def protocol(
+    name: str, settings: type[S], *, title: str = "", rank: int = 100, examples: str = ""
+) -> Callable[[Callable[[nn.Module, Given[S]], Measurement]], Callable[[nn.Module, Given[S]], Measurement]]:
+    """Register a function (model, given) -> measurement as a protocol; its docstring is the help of its command.
+
+    Args:
+        name: of the command.
+        settings: a subclass of `LabelledPictures`, `TrainAndVal`, `OneText`, `OnPictures` or `OnText`; its fields are
+            the command's options, and what it inherits says which data are opened.
+        title: in tables, pages and JSON; the name if not given.
+        rank: 1 if no other says more of what compression cost.
+        examples: commands, for the help.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(function: Callable[[nn.Module, Given[S]], Measurement]) -> Callable[..., Measurement]:
+        if name in _protocols:
+            raise ValueError(f"a protocol named {name!r} is registered already")
+        _protocols[name] = Protocol(name, title or name, settings, function, rank, examples)
+        return function
+
+    return register
+
+
+def protocols() -> list[Protocol[Any]]:
+    """All registered protocols, those that say most first."""
+    return sorted(_protocols.values(), key=lambda one: one.rank)
+
+
+def find_protocol(name: str) -> Protocol[Any]:
+    """The protocol of a name."""
+    return _protocols[name]
+
+
+def rank_of(title: str) -> tuple[int, bool]:
+    """How early a protocol comes, by its title as it is written down; a variant such as `quick ...` comes after it."""
+    places = [(one.rank, title != one.title) for one in _protocols.values() if title.endswith(one.title)]
+    return min(places, default=(1000, True))

@@ -1,0 +1,147 @@
+"""What a task must say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from oats_vision.progress import Unit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from oats_vision.data.batches import Inputs
+    from oats_vision.evaluation.protocols.base import Protocol
+    from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.models.transforms import Transform
+    from oats_vision.runs.config import RunConfig
+
+ENOUGH = 64  # inputs held out to measure the cost on
+
+Progress = Callable[[int], None]
+
+
+class Task(ABC):
+    """Pictures or text.
+
+    unit: what calibration data are counted in. samples, batch_size, eval_split: of a run, where none are given.
+    measured_by: the protocol that a run measures with, where it has labelled data. placeholder: for such data.
+    """
+
+    unit: ClassVar[Unit]
+    samples: ClassVar[int]
+    batch_size: ClassVar[int]
+    eval_split: ClassVar[str]
+    measured_by: ClassVar[str]
+    placeholder: ClassVar[str]
+
+    @property
+    def protocol(self) -> Protocol[Any]:
+        """The protocol that a run measures with."""
+        from oats_vision.evaluation.protocols import find_protocol
+
+        return find_protocol(self.measured_by)
+
+    def how_to_evaluate(self, directory: str, data: str = "") -> str:
+        """The command that measures a checkpoint on data, or on what there is a placeholder for."""
+        return f"oats-vision eval {self.measured_by} {directory} --data {data or self.placeholder}"
+
+    def completed(self, run: RunConfig) -> RunConfig:
+        """The run with the defaults that depend on what the model reads."""
+        changes = {
+            "samples": run.samples or self.samples,
+            "batch_size": run.batch_size or self.batch_size,
+            "eval_split": run.eval_split or self.eval_split,
+        }
+        return run.model_copy(update=changes)
+
+    def held_out(self, run: RunConfig) -> int:
+        """How many inputs to keep apart to measure the cost on."""
+        return max(ENOUGH, (run.samples or self.samples) // 8) if run.eval else 0
+
+    @abstractmethod
+    def reader(self, name: str, transform: Transform | None) -> Any:
+        """What turns data into the model's inputs: its transform of pictures, or its tokenizer.
+
+        Args:
+            name: of the model, as `load_model` takes it, or of a compressed one's directory.
+            transform: that came with the model.
+
+        Raises:
+            ModelError: there is none.
+        """
+
+    def transform(self, reader: Any) -> Transform | None:
+        """The reader, if it is a transform of pictures: pictures are shown in the colours that it undoes."""
+        return None
+
+    def tokenizer(self, reader: Any) -> Any:
+        """The reader, if it is a tokenizer, which is stored beside the model."""
+        return None
+
+    def check(self, model: nn.Module, run: RunConfig) -> None:  # noqa: B027  # most runs fit
+        """Raises ConfigError if the model cannot read what the run gives it."""
+
+    @abstractmethod
+    def calibration(self, run: RunConfig, reader: Any) -> Any:
+        """The calibration data of a completed run, with some held out."""
+
+    @abstractmethod
+    def evaluation(self, run: RunConfig) -> Settings | None:
+        """What the task's protocol is asked for in a completed run; None without labelled data."""
+
+    @abstractmethod
+    def example(self, model: nn.Module, run: RunConfig, reader: Any) -> Tensor:
+        """One input as the model takes it; what it holds does not matter."""
+
+    @abstractmethod
+    def closeness(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> Any:
+        """What the dense model says of inputs without labels; use the function of this name."""
+
+    @abstractmethod
+    def time(
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        first: Inputs,
+        dtype: torch.dtype,
+        batch_sizes: Sequence[int],
+        rounds: int,
+        progress: Progress,
+        limit: float,
+    ) -> list[Timing]:
+        """Both models in turns on inputs such as they are used on.
+
+        Args:
+            first: batch of held-out inputs.
+            dtype: of floating inputs.
+            rounds, limit: number and seconds of each measurement.
+        """
+
+    @abstractmethod
+    def bench(
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        transform: Transform | None,
+        load: Load,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> list[Timing]:
+        """Both models in turns on inputs that are made up.
+
+        Args:
+            transform: of the compressed model.
+            dtype: of floating inputs.
+
+        Raises:
+            ConfigError: the model has no positions for so much text.
+            ModelError: the outputs are not finite, or the transform is missing that a picture needs.
+        """
+
+    @abstractmethod
+    def measurements(self, load: Load) -> int:
+        """How many measurements `bench` makes."""

@@ -1,0 +1,122 @@
+"""Models that read pictures: classifiers and backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from oats_vision.errors import ModelError
+from oats_vision.evaluation.tasks.base import Progress, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from oats_vision.data.batches import Inputs
+    from oats_vision.data.pictures import Batches
+    from oats_vision.evaluation.closeness import PictureCloseness
+    from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.models.transforms import Transform
+    from oats_vision.runs.config import RunConfig
+
+
+class Pictures(Task):
+    """Read through a transform."""
+
+    unit = "pictures"
+    samples = 2048
+    batch_size = 64
+    eval_split = "validation"
+    measured_by = "top1"
+    placeholder = "LABELLED_PICTURES"
+
+    def reader(self, name: str, transform: Transform | None) -> Transform:
+        if transform is None:
+            raise ModelError(
+                f"{name} says nothing about its preprocessing: use the Python API with batches of your own"
+            )
+        return transform
+
+    def transform(self, reader: Any) -> Transform | None:
+        return reader
+
+    def calibration(self, run: RunConfig, reader: Any) -> Batches:
+        from oats_vision.data.pictures import load_pictures
+
+        return load_pictures(
+            run.data or "demo",
+            reader,
+            samples=run.samples,
+            split=run.split,
+            held_out=self.held_out(run),
+            batch_size=run.batch_size or self.batch_size,
+            seed=run.seed,
+            streaming=run.streaming,
+            workers=run.workers,
+        )
+
+    def evaluation(self, run: RunConfig) -> Settings | None:
+        from oats_vision.evaluation.protocols import LabelledPictures
+
+        source = run.eval_data or ("demo" if run.model == "demo" and run.eval else None)
+        if source is None:
+            return None
+        asked = {
+            "data": source,
+            "split": run.eval_split or self.eval_split,
+            "samples": run.eval_samples,
+            "batch_size": run.batch_size or self.batch_size,
+            "seed": run.seed,
+            "streaming": run.streaming,
+            "workers": run.workers,
+        }
+        return LabelledPictures.model_validate(asked)
+
+    def example(self, model: nn.Module, run: RunConfig, reader: Any) -> Tensor:
+        from oats_vision.evaluation.speed import plain_picture
+        from oats_vision.models.structure import floating
+
+        first = floating(model)
+        return plain_picture(reader)[None].to(first.device, first.dtype)
+
+    def closeness(
+        self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress
+    ) -> PictureCloseness:
+        from oats_vision.evaluation.closeness import PictureCloseness
+
+        return PictureCloseness(model, held_out, transform, progress)
+
+    def time(
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        first: Inputs,
+        dtype: torch.dtype,
+        batch_sizes: Sequence[int],
+        rounds: int,
+        progress: Progress,
+        limit: float,
+    ) -> list[Timing]:
+        from oats_vision.evaluation.speed import time_inputs
+
+        return time_inputs(dense, compressed, first, dtype, batch_sizes, rounds, progress, limit)
+
+    def bench(
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        transform: Transform | None,
+        load: Load,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> list[Timing]:
+        from oats_vision.evaluation.speed import plain_picture, time_pictures
+        from oats_vision.models.structure import floating
+
+        reader = self.reader("the checkpoint", transform)
+        picture = plain_picture(reader).to(floating(compressed).device, dtype)
+        return time_pictures(dense, compressed, picture, load.batch_size, load.repeats, progress)
+
+    def measurements(self, load: Load) -> int:
+        return len(load.batch_size)

@@ -1,0 +1,102 @@
+"""A protocol of one's own: one registration, and it is a command, runs, is written down, and is on the page."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import Field
+from torch import nn
+from typer.testing import CliRunner
+
+import oats_vision as ov
+from oats_vision.analysis.html_report import write_html
+from oats_vision.cli.commands import build
+from oats_vision.errors import ConfigError
+from oats_vision.evaluation.paired import Accuracy
+from oats_vision.evaluation.protocols import Given, LabelledPictures, Measurement, base, protocol, protocols
+from oats_vision.evaluation.stored import read_report
+
+
+@pytest.fixture
+def sure() -> Iterator[None]:
+    """A protocol that is registered for one test."""
+    before = dict(base._protocols)
+
+    class Settings(LabelledPictures):
+        share: float = Field(0.5, gt=0, lt=1, description="of the probability, to be sure of a class")
+
+    @protocol("sure", Settings, title="certainty", examples="  oats-vision eval sure vit_b_50 --data imagenet/val")
+    def sure(model: nn.Module, given: Given[Settings]) -> Measurement:
+        """How often the model is sure of its answer."""
+        with torch.inference_mode():
+            shares = torch.cat([model(pictures).softmax(1).amax(1) for pictures, _ in given.data["data"]])
+        accuracy = Accuracy(shares > given.settings.share)
+        return Measurement({"sure": accuracy}, samples=len(shares), details={"mean_share": float(shares.mean())})
+
+    yield
+    base._protocols.clear()
+    base._protocols.update(before)
+
+
+@pytest.fixture
+def checkpoint(model_directory, tmp_path) -> Path:
+    model, _ = ov.load_model(model_directory)
+    ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
+    ov.save(model, tmp_path / "out")
+    write_html(tmp_path / "out", tmp_path / "out" / "report.html")
+    return tmp_path / "out"
+
+
+@pytest.mark.usefixtures("sure")
+def test_a_protocol_of_ones_own_is_a_command_with_its_options_and_its_place_on_the_page(checkpoint):
+    shown = CliRunner().invoke(build(), ["eval", "--help"]).stdout
+    assert "How often the model is sure of its answer." in shown
+    shown = CliRunner().invoke(build(), ["eval", "sure", "--help"], env={"COLUMNS": "120"}).stdout
+    assert "--share X" in shown
+    assert "of the probability, to be sure of a class [in (0, 1); default: 0.5]" in shown
+    assert "--data DATA" in shown
+
+    options = ["--data", "demo", "--samples", "20", "--share", "0.12"]
+    done = CliRunner().invoke(build(), ["eval", "sure", str(checkpoint), *options, "--json"], catch_exceptions=False)
+    result = json.loads(done.stdout)
+    assert (result["protocol"], result["data"], result["settings"]["share"]) == ("certainty", "demo", 0.12)
+    for which in ("dense", "compressed"):
+        assert result[which]["samples"] == 20
+        assert result[which]["metrics"][0]["name"] == "sure"
+        assert 0.1 < result[which]["mean_share"] < 1
+    points = result["compressed"]["metrics"][0]["value"] - result["dense"]["metrics"][0]["value"]
+    assert result["difference"]["sure"]["points"] == pytest.approx(points)
+    assert json.loads((checkpoint / "report.json").read_text())["evaluations"] == [result]
+    (found,) = read_report(checkpoint).evaluations
+    assert found.to_dict() == result
+    assert "certainty" in (checkpoint / "report.html").read_text()
+
+    table = CliRunner().invoke(build(), ["eval", "sure", str(checkpoint), *options], catch_exceptions=False).stdout
+    assert "certainty of" in table
+    assert "sure" in table
+    wrong = CliRunner().invoke(build(), ["eval", "sure", str(checkpoint), "--data", "demo", "--share", "2"])
+    assert str(wrong.exception) == "--share must be in (0, 1), got 2"
+
+
+def test_a_page_that_cannot_be_written_anew_is_said_in_one_line(checkpoint, monkeypatch, caplog):
+    before = (checkpoint / "report.html").read_text()
+
+    def full(*arguments: object) -> str:
+        raise ConfigError("no page today")
+
+    monkeypatch.setattr("oats_vision.analysis.html_report.html_report", full)
+    arguments = ["eval", "top1", str(checkpoint), "--data", "demo", "--samples", "8", "--no-dense", "--json"]
+    done = CliRunner().invoke(build(), arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "the page was not written anew: no page today" in caplog.text
+    assert (checkpoint / "report.html").read_text() == before
+    assert json.loads((checkpoint / "report.json").read_text())["evaluations"] == [json.loads(done.stdout)]
+
+
+def test_names_are_taken_once_and_the_one_that_says_most_is_first():
+    assert [one.name for one in protocols() if one.settings.unit == "pictures"] == ["top1", "linear-probe", "knn"]
+    assert [one.name for one in protocols() if one.settings.unit == "sequences"] == ["perplexity", "lm"]
+    with pytest.raises(ValueError, match="'knn' is registered already"):
+        protocol("knn", LabelledPictures)(lambda model, given: Measurement({}, 1))
