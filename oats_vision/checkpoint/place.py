@@ -48,7 +48,7 @@ def locked(path: Path) -> Iterator[None]:
     try:
         handle = _lock(file)
     except BlockingIOError:
-        raise CheckpointError(f"{path} is being written by another run: give another path") from None
+        raise CheckpointError(f"{path} is being written by another run: give another `path`") from None
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be written: {problem}") from problem
     try:
@@ -87,13 +87,13 @@ def check_target(path: Path, overwrite: bool) -> None:
     place = _resolved(path)
     if place.exists():
         if not overwrite:
-            raise CheckpointError(f"{path} exists: give another path, or overwrite=True")
+            raise CheckpointError(f"{path} exists: give another `path`, or `overwrite=True`")
         if not place.is_dir() or (any(place.iterdir()) and not is_checkpoint(place)):
-            raise CheckpointError(f"{path} is not a checkpoint of ours, and is not overwritten: give another path")
+            raise CheckpointError(f"{path} is not a checkpoint of ours, and is not overwritten: give another `path`")
         if (foreign := _foreign(place)) is not None:
             raise CheckpointError(
                 f"{path} holds {foreign.relative_to(place)}, which is not ours and would be lost: move it, "
-                "or give another path"
+                "or give another `path`"
             )
     _check_parent(place)
 
@@ -196,9 +196,9 @@ def _resolved(path: Path) -> Path:
 
 def _check_parent(place: Path) -> None:
     if not place.parent.is_dir():
-        raise CheckpointError(f"{place.parent} does not exist: make it first, or give another path")
+        raise CheckpointError(f"{place.parent} does not exist: make it first, or give another `path`")
     if not os.access(place.parent, os.W_OK):
-        raise CheckpointError(f"{place.parent} is not writable: give another path")
+        raise CheckpointError(f"{place.parent} is not writable: give another `path`")
 
 
 def _escaped(name: str) -> str:

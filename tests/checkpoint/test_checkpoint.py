@@ -214,7 +214,7 @@ def test_uncompressed_model_is_an_error(tiny_vit, tmp_path):
 
 
 def test_existing_directory_needs_overwrite_and_foreign_ones_are_never_replaced(compressed, saved, tmp_path):
-    with pytest.raises(CheckpointError, match="exists: give another path, or overwrite=True"):
+    with pytest.raises(CheckpointError, match="exists: give another `path`, or `overwrite=True`"):
         ov.save(compressed, saved)
     ov.save(compressed, saved, overwrite=True)
     (tmp_path / "photos").mkdir()

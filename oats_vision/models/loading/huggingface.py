@@ -61,7 +61,7 @@ class HuggingFace(Provider):
         if Path(place).is_dir():
             return Directory().load(place, wanted)
         failed = f"model {name!r} cannot be loaded"
-        advice = timm.WITHOUT_THE_HUB if wanted.pretrained else "give a local directory as model"
+        advice = timm.WITHOUT_THE_HUB if wanted.pretrained else "give a local directory as `model`"
         with network.hub(failed, advice, ModelError):
             file = Path(library(failed, hf_hub_download, place, "config.json"))
             config = read_json(file)
@@ -228,7 +228,9 @@ def _check_closed(config: Any, failed: str) -> None:
 
     for field in ("_attn_implementation", "_experts_implementation"):
         if "/" in str(getattr(config, field, None)):
-            raise ModelError(f"{failed}: its {field[1:]} is code of a hub: give trust_remote_code=True if you trust it")
+            raise ModelError(
+                f"{failed}: its {field[1:]} is code of a hub: give `trust_remote_code=True` if you trust it"
+            )
     _closed(plain(config.to_dict()))
     if config.model_type in ("timm_wrapper", "timm_backbone"):  # their arguments reach timm whole
         raise ModelError(f"a {config.model_type} without its timm architecture: load it by its name in timm")

@@ -39,7 +39,7 @@ _CFG = (
     "first_conv",
     "classifier",
 )
-WITHOUT_THE_HUB = "give a local directory as model, or try a run with random weights: pretrained=False"
+WITHOUT_THE_HUB = "give a local directory as `model`, or try a run with random weights: `pretrained=False`"
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
 
@@ -68,7 +68,9 @@ class Timm(Provider):
         if not wanted.pretrained:
             model = library(failed, timm.create_model, name, pretrained=False, **args)
         elif not timm.is_model_pretrained(name) and architecture in timm.list_models():  # timm leads older names on
-            raise ModelError(f"timm has no weights for {name!r}: give pretrained=False (random weights, to try a run)")
+            raise ModelError(
+                f"timm has no weights for {name!r}: give `pretrained=False` (random weights, to try a run)"
+            )
         else:
             with network.hub(failed, WITHOUT_THE_HUB, ModelError):
                 _fetch(name)

@@ -52,7 +52,7 @@ def _call(repository: str, entry: str, pretrained: bool, trust_remote_code: bool
     import torch
 
     if not trust_remote_code:
-        raise ModelError(f"{entry} runs code from {repository}: give trust_remote_code=True if you trust it")
+        raise ModelError(f"{entry} runs code from {repository}: give `trust_remote_code=True` if you trust it")
     where: Literal["local", "github"] = "local" if Path(repository).is_dir() else "github"
     return torch.hub.load(repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained)
 
