@@ -1,9 +1,7 @@
 """Compress an architecture of your own: say where its blocks are, and which linears hold several matrices.
 
-    python examples/own_model.py                                    # random weights
-    python examples/own_model.py --tiny                             # smaller ones
-
-With a model and data of yours, the rest stays.
+python examples/own_model.py                                    # random weights and pictures
+python examples/own_model.py --tiny                             # smaller ones
 """
 
 import argparse
@@ -27,10 +25,21 @@ class Block(nn.Module):
 class Tower(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.embed, self.trunk = nn.Linear(48, width), nn.ModuleList(Block(width) for _ in range(depth))
+        self.embed, self.trunk = nn.Linear(48, width), nn.Sequential(*(Block(width) for _ in range(depth)))
 
     def forward(self, patches: Tensor) -> Tensor:
-        return nn.Sequential(self.embed, *self.trunk)(patches).mean(1)
+        return self.trunk(self.embed(patches)).mean(1)
+
+
+@ov.register_family
+class TowerFamily(ov.Family):
+    name, serves, fused = "example_tower", "the tower of examples/own_model.py", {"qkv": ("q", "k", "v")}
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, Tower)
+
+    def blocks(self, model: nn.Module) -> str:
+        return "trunk"
 
 
 def main() -> None:
@@ -40,22 +49,11 @@ def main() -> None:
     args = parser.parse_args()
     size = (64, 2) if args.tiny else (768, 6)
     model, batches = Tower(*size).eval(), torch.randn(5, 16, 32, 48).unbind()  # yours: trained, and real patches
-    result = ov.compress(model, batches[:4], held_out=batches[4:], rate=0.4)
-    print(result)
-    result.save(args.out, overwrite=True)
-    again = ov.load(args.out, model=Tower(*size))  # your class is given again: nothing else can build it
-    assert torch.equal(again(batches[4]), model(batches[4]))
+    print(ov.compress(model, batches[:4], held_out=batches[4:], rate=0.4))
+    ov.save(model, args.out, overwrite=True)
+    again = ov.load(args.out, model=Tower(*size))(batches[4])  # your class is given again: only you can build it
+    assert torch.equal(again, model(batches[4]))
 
-
-ov.register_adapter(
-    ov.Adapter(
-        name="example_tower",
-        serves="the tower of examples/own_model.py",
-        matches=lambda model: isinstance(model, Tower),
-        blocks=lambda model: "trunk",
-        fused={"qkv": ("q", "k", "v")},
-    )
-)
 
 if __name__ == "__main__":
     main()
