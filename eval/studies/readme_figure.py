@@ -36,7 +36,7 @@ def main() -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "overview", "font.size": 10})
     for theme in COLOURS:
         file = args.out / f"overview-{theme}.svg"
-        draw(matrices, errors(), theme).savefig(file, metadata={"Date": None}, transparent=True)
+        draw(matrices, errors(), theme).savefig(file, metadata={"Date": None}, transparent=True, bbox_inches="tight")
         print(file)
 
 

@@ -2,6 +2,7 @@
 
     python eval/studies/structure.py                        # this checkout
     python eval/studies/structure.py --root ../another       # another one
+    python eval/studies/structure.py --against ../another    # both, as the table of docs/architecture.md
     python eval/studies/structure.py --walk rate             # the functions that handle a name
     python eval/studies/structure.py --mermaid               # the layers as a graph, for docs/architecture.md
 
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[2], help="a checkout [default: this one]")
     parser.add_argument("--package", default="oats_vision", help="the package in it [default: oats_vision]")
     parser.add_argument("--mermaid", action="store_true", help="print the layers as a Mermaid graph")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="an earlier checkout to print beside it")
     parser.add_argument("--walk", metavar="NAME", help="count the functions that handle a name, such as rate")
     args = parser.parse_args()
     found = modules(args.root / args.package)
@@ -165,6 +167,8 @@ def main() -> None:
     short = len(args.package) + 1  # of a name, what all begin with
     if args.mermaid:
         print(mermaid(between_layers(arrows(found), layers(found))))
+    elif args.against:
+        print(table(modules(args.against / args.package), found))
     elif args.walk:
         handling = handled(found, args.walk)
         print(f"{args.walk}: {sum(handling.values())} functions of {len(handling)} modules")
@@ -195,6 +199,17 @@ def figures(found: Mapping[str, Path]) -> list[tuple[str, int, list[str]]]:
         ("  pairs with arrows both ways", sum((b, a) in counts for a, b in counts) // 2, []),
         *([("  arrows that go up", len(up), up)] if ordered else []),
     ]
+
+
+def table(before: Mapping[str, Path], after: Mapping[str, Path]) -> str:
+    """The figures of two checkouts, and what a rate passes in them, in Markdown."""
+    old = {what: f"{figure:,}" for what, figure, _ in figures(before)}
+    rows = [(what.strip(), old.get(what, "no order"), f"{figure:,}") for what, figure, _ in figures(after)]
+    passed = [
+        f"{sum(counts.values())} in {len(counts)} modules" for counts in (handled(p, "rate") for p in (before, after))
+    ]
+    lines = [("", "before", "after"), ("---",) * 3, *rows, ("functions that handle `rate`", *passed)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
