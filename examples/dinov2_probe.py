@@ -27,7 +27,7 @@ def features(model: nn.Module, pictures: Labelled) -> tuple[Tensor, Tensor]:
 
 def accuracy(model: nn.Module, train: Labelled, val: Labelled) -> float:
     """Top-1 in percent of a logistic regression on the features."""
-    probe = LogisticRegression(max_iter=200).fit(*features(model, train))
+    probe = LogisticRegression(max_iter=2000).fit(*features(model, train))
     return 100 * probe.score(*features(model, val))
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
+import oats_vision as ov
 from oats_vision.cli.commands import app
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +113,10 @@ def test_links_lead_to_files(page):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["cff-version"], citation["type"], citation["version"]) == ("1.2.0", "software", ov.__version__)
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Zhang", "Papyan"]
