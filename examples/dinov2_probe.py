@@ -49,10 +49,9 @@ def main() -> None:
     val = ov.load_pictures(args.val, transform, labelled=True, split="test", **reading)
 
     before = accuracy(model, train, val)
-    result = ov.compress(model, train, rate=args.rate, progress=True)
-    result.save(args.out, overwrite=True)
+    print(ov.compress(model, train, rate=args.rate, progress=True))
+    ov.save(model, args.out, overwrite=True)
     after = accuracy(ov.load(args.out), train, val)
-    print(result)
     print(f"linear probe: {before:.2f}% -> {after:.2f}%")
 
 
