@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up a fresh environment (in VENV, .venv-test by default), check style and types, run the tests.
+# Set up a fresh environment (in VENV, .venv-test by default), check style and types, build the documentation, run the
+# tests.
 set -euo pipefail
 cd "$(dirname "$0")"
 # the report's page is tested in a browser
@@ -17,9 +18,11 @@ python3 -m venv --clear "$venv"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
 "$venv/bin/mypy"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build -q --strict --site-dir "$scratch/site" # a link that leads nowhere fails
 # the compiled kernels once more, built so that reads and writes out of bounds and undefined behaviour stop them
-sanitized=$(mktemp -d)
-trap 'rm -rf "$sanitized"' EXIT
+sanitized=$scratch/sanitized
 "$venv/bin/pip" install -q --no-deps --target "$sanitized" -C cmake.define.OATS_VISION_SANITIZE=ON .
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
   PYTHONPATH=$sanitized "$venv/bin/pytest" -q -p no:cacheprovider tests/kernels/test_kernels.py

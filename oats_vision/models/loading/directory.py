@@ -1,11 +1,10 @@
 """Directories in timm's or Hugging Face's format."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from oats_vision.errors import ModelError
-from oats_vision.models.loading.provider import Loaded, Provider, Wanted
+from oats_vision.models.loading.provider import Loaded, Provider, Wanted, read_json
 from oats_vision.models.loading.registry import provider
 
 TOKENIZER = "tokenizer"  # folder of a compressed language model's directory
@@ -40,14 +39,3 @@ class Directory(Provider):
 
         inside = Path(name) / TOKENIZER
         return tokenizer_at(name, str(inside if inside.is_dir() else name))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises ModelError if the file holds no JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise ModelError(f"{file} cannot be read: {problem}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no JSON object")
-    return content

@@ -16,9 +16,8 @@ from oats_vision.models.adapters.hf_family import HuggingFaceFamily
 from oats_vision.models.adapters.registry import is_shipped
 from oats_vision.models.library import library
 from oats_vision.models.loading import timm
-from oats_vision.models.loading.directory import Directory, read_json
-from oats_vision.models.loading.provider import Loaded, Provider, Wanted
-from oats_vision.models.loading.registry import provider
+from oats_vision.models.loading.provider import Loaded, Provider, Wanted, read_json
+from oats_vision.models.loading.registry import provider, provider_of
 from oats_vision.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class HuggingFace(Provider):
 
         place = name.removeprefix("hf:")
         if Path(place).is_dir():
-            return Directory().load(place, wanted)
+            return provider_of(place).load(place, wanted)
         failed = f"model {name!r} cannot be loaded"
         advice = timm.WITHOUT_THE_HUB if wanted.pretrained else "give a local directory as `model`"
         with network.hub(failed, advice, ModelError):
@@ -74,7 +73,7 @@ class HuggingFace(Provider):
     def load_tokenizer(self, name: str) -> Any:
         place = name.removeprefix("hf:")
         if Path(place).is_dir():
-            return Directory().load_tokenizer(place)
+            return provider_of(place).load_tokenizer(place)
         with network.hub(f"{name} has no tokenizer that can be loaded", "give a local directory", ModelError):
             return tokenizer_at(name, place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,3 +90,14 @@ class Provider:
         from safetensors.torch import save_file
 
         save_file({n: t.clone() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ModelError if the file holds no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ModelError(f"{file} cannot be read: {problem}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object")
+    return content
