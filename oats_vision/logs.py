@@ -59,7 +59,7 @@ def set_up(verbose: bool = False, log_file: Path | None = None) -> None:
         try:
             log_file.open("a").close()
         except OSError as problem:
-            raise ConfigError(f"--log-file {log_file} cannot be written: {problem.strerror}") from None
+            raise ConfigError(f"`log_file` {log_file} cannot be written: {problem.strerror}") from None
         others = [handler for handler in logging.root.handlers if not isinstance(handler, _LogFile)]
         logging.root.handlers = [*others, _LogFile(log_file)]
 

@@ -108,7 +108,7 @@ def github(failed: str, cached: bool) -> Iterator[None]:
 
     advice = (
         f"What is downloaded once is kept in {torch.hub.get_dir()}. Without a network give a clone, as "
-        "hub:DIRECTORY:ENTRY, and for its architecture with random weights --no-pretrained"
+        "hub:DIRECTORY:ENTRY, and for its architecture with random weights `pretrained=False`"
     )
     down = None if cached else unreachable("https://github.com")
     if down:

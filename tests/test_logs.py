@@ -144,7 +144,7 @@ def test_a_file_of_the_users_own_takes_all_and_no_other_is_removed(console, tmp_
     assert "Retrying" in (tmp_path / "mine.log").read_text()
     assert len(list(tmp_path.glob("*.log"))) == 21
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(ConfigError, match=r"--log-file .*/none/mine.log cannot be written: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"`log_file` .*/none/mine.log cannot be written: No such file or directory"):
         logs.set_up(log_file=tmp_path / "none" / "mine.log")
 
 

@@ -47,9 +47,9 @@ def hub(endpoint, model_directory, language_directory) -> Iterator[list[str]]:
 
 
 SOURCES = {
-    "a model of timm": (lambda: ov.load_model("vit_tiny_patch16_224"), ModelError, "--no-pretrained"),
+    "a model of timm": (lambda: ov.load_model("vit_tiny_patch16_224"), ModelError, "`pretrained=False`"),
     "an alias": (lambda: ov.load_model("dinov2_vits14"), ModelError, "model 'dinov2_vits14' cannot be loaded"),
-    "a model of the hub": (lambda: ov.load_model("hf:org/other"), ModelError, "a local directory as --model"),
+    "a model of the hub": (lambda: ov.load_model("hf:org/other"), ModelError, "a local directory as `model`"),
     "its architecture": (lambda: ov.load_model("hf:org/other", pretrained=False), ModelError, "a local directory"),
     "a tokenizer": (lambda: ov.load_tokenizer("hf:org/other"), ModelError, "has no tokenizer"),
     "pictures": (lambda: _pictures("hf:org/other"), DataError, "a local folder"),

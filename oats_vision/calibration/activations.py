@@ -73,7 +73,7 @@ class ActivationStore:
             raise DataError(
                 f"TMPDIR {tempfile.gettempdir()} has no room for the next {size:,} bytes of activations "
                 f"({self.on_disk:,} are there, {max(size - free, 0):,} are missing): point TMPDIR to a larger disk, "
-                f"raise --activation-memory (activation_memory, {self.memory_limit / 1e9:g} GB) or use fewer samples"
+                f"raise `activation_memory` ({self.memory_limit / 1e9:g} GB) or use fewer samples"
             ) from None
         finally:
             os.close(handle)

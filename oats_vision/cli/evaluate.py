@@ -12,13 +12,12 @@ import typer
 from oats_vision import logs
 from oats_vision.cli.common import notes, results
 from oats_vision.cli.fields import field_option, given_fields
-from oats_vision.cli.flags import with_flags
+from oats_vision.cli.flags import flag, with_flags
 from oats_vision.cli.help import DATA, MACHINE, MEASURE, MODELS, RARE
 from oats_vision.cli.options import Device, Dtype, Json, LogFile, Trust, Verbose, option, suggest
 from oats_vision.display import Display
 from oats_vision.evaluation.protocols import Protocol
 from oats_vision.fields import validated
-from oats_vision.runs.config import flag
 
 if TYPE_CHECKING:
     from oats_vision.runs.evaluate import Evaluated

@@ -7,11 +7,11 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel
 
-from oats_vision.cli.flags import with_flags
+from oats_vision.cli.flags import flag, with_flags
 from oats_vision.cli.help import Facts
 from oats_vision.cli.options import option, suggest_words
 from oats_vision.fields import allowed, choices
-from oats_vision.runs.config import KNOWN_DATA, flag
+from oats_vision.runs.config import KNOWN_DATA
 
 # what stands for a value, where neither the field's name nor its type says it
 METAVARS = {"data": "DATA", "train": "DATA", "val": "DATA", "tasks": "TASK"}

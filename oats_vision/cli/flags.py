@@ -4,7 +4,12 @@ import re
 from typing import Any
 
 # arguments of the Python API that have another name on the command line
-NAMES = {"length": "sequence_length"}
+NAMES = {"length": "sequence_length", "path": "out"}
+
+
+def flag(name: str) -> str:
+    """The flag that sets a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def with_flags(message: str) -> str:
@@ -22,10 +27,9 @@ def _flag(found: re.Match[str]) -> str:
     name, value = NAMES.get(found[1], found[1]), found[2]
     if name not in _options():
         return found[0]
-    flag = f"--{name.replace('_', '-')}"
     if value in (None, "True"):
-        return flag
-    return f"--no-{flag[2:]}" if value == "False" else f"{flag} {value}"
+        return flag(name)
+    return flag(f"no_{name}") if value == "False" else f"{flag(name)} {value}"
 
 
 def _options() -> frozenset[str]:

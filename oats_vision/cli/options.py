@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from oats_vision.cli.flags import flag, with_flags
 from oats_vision.cli.help import (
     CALIBRATION,
     EVALUATION,
@@ -23,7 +24,7 @@ from oats_vision.cli.help import (
 from oats_vision.compression.settings import PATTERNS
 from oats_vision.fields import allowed, choices, validated
 from oats_vision.models.aliases import known_models
-from oats_vision.runs.config import DEVICES, KNOWN_DATA, RunConfig, flag
+from oats_vision.runs.config import DEVICES, KNOWN_DATA, RunConfig
 
 Command = Callable[..., None]
 
@@ -108,7 +109,7 @@ def setting(name: str, panel: str, metavar: str) -> Any:
 def _words_of(name: str) -> tuple[str, str]:
     """A field's description, and its default: what the description says, if that depends on something."""
     field = RunConfig.model_fields[name]
-    words, _, default = str(field.description).partition(" [default: ")
+    words, _, default = with_flags(str(field.description)).partition(" [default: ")
     if default or field.default in (None, ()):
         return words, default.rstrip("]")
     return words, f"{field.default:g}" if isinstance(field.default, float) else str(field.default)

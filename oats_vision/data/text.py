@@ -92,8 +92,7 @@ def load_sequences(
     rows = len(ids) // length
     if not rows:
         raise DataError(
-            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}: give more text or a smaller "
-            "--sequence-length"
+            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}: give more text or a smaller `length`"
         )
     table = torch.tensor(ids[: rows * length]).view(rows, length)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from oats_vision.compression import methods
-from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype, resolve
+from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype
 from oats_vision.errors import ConfigError, DataError, did_you_mean, near
 from oats_vision.fields import validated
 
@@ -51,10 +51,11 @@ class RunConfig(CompressionOptions):
     dtype: Dtype = Field("float32", description="precision of the arithmetic")
     activation_memory: float = Field(8.0, gt=0, description="for activations, the rest on disk")
     out: Path = Field(Path("oats_compressed"), description="folder to write")
-    overwrite: bool = Field(False, description="replace the checkpoint in --out")
+    overwrite: bool = Field(False, description="replace the checkpoint in `out`")
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
     report: bool = Field(True, description="write OUT/report.html")
     dry_run: bool = Field(False, description="say what would be done, and stop")
+    _settings: CompressionSettings = PrivateAttr()
 
     @field_validator("device")
     @classmethod
@@ -66,11 +67,11 @@ class RunConfig(CompressionOptions):
 
     @model_validator(mode="after")
     def _possible(self) -> "RunConfig":
-        self.resolved()
+        self._settings = self.resolved()
         if self.merge and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
         if self.eval_data and not self.eval:
-            raise ValueError("eval_data is given, and nothing is to be evaluated (--no-eval): leave one of them out")
+            raise ValueError("eval_data is given, and nothing is to be evaluated (`eval=False`): leave one of them out")
         return self
 
     def check_data(self) -> None:
@@ -82,29 +83,23 @@ class RunConfig(CompressionOptions):
         """
         if self.data is None and self.model != "demo":
             raise ConfigError(
-                "--data must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
+                "`data` must be given for a model that is not the demo: a folder of pictures, a text or hf:name"
             )
         for name, given in (("data", self.data), ("eval_data", self.eval_data)):
             if given and given not in KNOWN_DATA and not given.startswith("hf:") and not Path(given).exists():
                 close = near(given) or did_you_mean(given, KNOWN_DATA)
                 raise DataError(
-                    f"{flag(name)} {given} does not exist: give a folder of pictures, a text, hf:name or "
+                    f"`{name}` {given} does not exist: give a folder of pictures, a text, hf:name or "
                     f"{', '.join(KNOWN_DATA)}.{close}"
                 )
 
-    def settings(self, storage_dtype: str | None = None) -> CompressionSettings:
-        """The settings that decide the result.
+    def settings(self, storage_dtype: str) -> CompressionSettings:
+        """The settings that decide the result, which were resolved when the run was.
 
         Args:
             storage_dtype: where none was given.
         """
-        given = {name: getattr(self, name) for name in CompressionOptions.model_fields}
-        return resolve(**given | {"storage_dtype": self.storage_dtype or storage_dtype})
-
-
-def flag(name: str) -> str:
-    """The flag that sets a field."""
-    return f"--{name.replace('_', '-')}"
+        return self._settings.model_copy(update={"storage_dtype": self.storage_dtype or storage_dtype})
 
 
 class _Loader(yaml.SafeLoader):
@@ -132,12 +127,12 @@ def read_fields(path: Path | None) -> dict[str, Any]:
     try:
         fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise ConfigError(f"--config {path}: {' '.join(str(problem).split())}") from None
+        raise ConfigError(f"`config` {path}: {' '.join(str(problem).split())}") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"--config {path}: must be a mapping of settings, got {type(fields).__name__}")
+        raise ConfigError(f"`config` {path}: must be a mapping of settings, got {type(fields).__name__}")
     odd = [name for name in fields if not isinstance(name, str)]
     if odd:
-        raise ConfigError(f"--config {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+        raise ConfigError(f"`config` {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
     return fields
 
 
@@ -154,9 +149,9 @@ def with_flags(
     """
     fields, given = read_fields(path), {name: value for name, value in flags.items() if value is not None}
     try:
-        return build(fields | given, lambda name: name if name in fields.keys() - given else flag(name))
+        return build(fields | given, lambda name: name if name in fields.keys() - given else f"`{name}`")
     except ConfigError as wrong:
-        raise ConfigError(f"--config {path}: {wrong}" if path else str(wrong)) from None
+        raise ConfigError(f"`config` {path}: {wrong}" if path else str(wrong)) from None
 
 
 def load_run_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:

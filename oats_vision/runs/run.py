@@ -120,9 +120,10 @@ class Prepared:
         """Of text."""
         return self.task.tokenizer(self.reader)
 
-    def settings(self, run: RunConfig) -> CompressionSettings:
-        """Those of a run, with the precision that weights are stored in."""
-        return run.settings(self.source.dtype)
+    @property
+    def settings(self) -> CompressionSettings:
+        """Those of the run, with the precision that weights are stored in."""
+        return self.run.settings(self.source.dtype)
 
     def open(self, seed: int) -> Batches | Sequences:
         """The calibration data that a seed chooses."""
@@ -135,7 +136,7 @@ class Prepared:
         return forecast(
             model,
             structure_of(model),
-            self.settings(run),
+            self.settings,
             self.task.example(model, run, self.reader),
             name=run.model,
             data=run.data or "demo",
@@ -180,7 +181,7 @@ def _run(config: RunConfig, display: Display) -> Outcome:
     display.lines("plan", prepared.forecast(model, calibration).lines())
     draw = prepared.draw(model, calibration, display)
     before = prepared.score(model, "dense", display)
-    outcome = compress_and_write(model, prepared.run, prepared, draw, display)
+    outcome = compress_and_write(model, prepared.run, prepared.settings, prepared, draw, display)
     with _after_the_checkpoint(outcome.run, prepared.task):
         del model
         measure_stored(outcome, prepared, draw, before, display)
@@ -209,7 +210,7 @@ def dry_run(
     checkpoint.check_target(config.out, config.overwrite)
     model, prepared = prepare(config, display)
     calibration = prepared.open(config.seed)
-    planned, settings = prepared.forecast(model, calibration), prepared.settings(prepared.run)
+    planned, settings = prepared.forecast(model, calibration), prepared.settings
     tell(planned)
     with display.compression() as progress:
         return planned, trial(model, calibration, settings, samples=planned.samples, progress=progress)
@@ -245,9 +246,10 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
     return model, Prepared(run, device, task, source_of(model), parameters, reader, asked, test)
 
 
-def compress_and_write(model: nn.Module, run: RunConfig, prepared: Prepared, draw: Draw, display: Display) -> Outcome:
-    """Compress the model, in place, and write it to `run.out`, both as the run's settings say."""
-    settings = prepared.settings(run)
+def compress_and_write(
+    model: nn.Module, run: RunConfig, settings: CompressionSettings, prepared: Prepared, draw: Draw, display: Display
+) -> Outcome:
+    """Compress the model, in place, as the settings say, and write it to `run.out`."""
     with display.compression() as progress:
         report = compress(model, draw.calibration, settings, activation_memory=run.activation_memory, progress=progress)
     with display.status(f"writing {run.out}"):

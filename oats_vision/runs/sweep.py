@@ -157,7 +157,8 @@ def _cell(
     with _directory(config, row_name(settings, seed)) as directory:
         own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
         run = prepared.run.model_copy(update=settings.model_dump() | own)
-        outcome = compress_and_write(copy.deepcopy(dense.model), run, prepared, draw, display)
+        stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
+        outcome = compress_and_write(copy.deepcopy(dense.model), run, stored, prepared, draw, display)
         measure_stored(outcome, prepared, draw, dense.score, display)
         outcome.seconds = time.perf_counter() - start
         outcome.write(display)

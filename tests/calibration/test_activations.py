@@ -39,7 +39,7 @@ def test_a_full_disk_is_an_error_that_says_what_is_missing_and_leaves_nothing(fo
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with (
         ActivationStore(0) as store,
-        pytest.raises(DataError, match=rf"TMPDIR {folder} has no room for the next 4,000 bytes .* --activation-memory"),
+        pytest.raises(DataError, match=rf"TMPDIR {folder} has no room for the next 4,000 bytes .* `activation_memory`"),
     ):
         store.append(torch.zeros(1000))
     assert not list(folder.iterdir())

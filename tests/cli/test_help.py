@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from oats_vision.cli import ending
 from oats_vision.cli.commands import app
+from oats_vision.cli.flags import flag
 from oats_vision.cli.help import PANELS
 from oats_vision.cli.options import SETTINGS
 from oats_vision.errors import did_you_mean
-from oats_vision.runs.config import RunConfig, flag
+from oats_vision.runs.config import RunConfig
 
 
 def _commands() -> list[list[str]]:

@@ -62,7 +62,7 @@ def features_of(model: nn.Module, given: Given[Any]) -> tuple[Features, Features
 
     found = []
     for name in ("train", "val"):
-        batches, what = given.data[name], f"features of --{name}, {given.which}"
+        batches, what = given.data[name], f"features of {name} data, {given.which}"
         with given.display.counting(what, "pictures", batches.total) as progress:
             found.append(
                 cached_features(
