@@ -66,7 +66,7 @@ class Bars(Progress):
         text = page.file.getvalue().rstrip()  # type: ignore[attr-defined]  # a StringIO
         content = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
         if self._output is None:
-            self._output = display(content, raw=True, display_id=True)
+            self._output = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]  # of IPython
         else:
             self._output.update(content, raw=True)
 

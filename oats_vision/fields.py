@@ -95,7 +95,8 @@ def allowed(kind: type[BaseModel], name: str) -> str:
 @cache
 def _schemas(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """The JSON schemas of the fields: what pydantic itself makes of their types and ranges."""
-    return kind.model_json_schema()["properties"]
+    schemas: dict[str, dict[str, Any]] = kind.model_json_schema()["properties"]
+    return schemas
 
 
 def _kinds(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:

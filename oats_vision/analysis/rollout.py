@@ -83,7 +83,8 @@ def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
         raise ModelError(f"{patches.shape[1]} patches are no grid of a picture of {height} x {width}")
     grid = patches.unflatten(1, (rows, -1))
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
-    return ((grid - low) / (high - low).clamp_min(1e-12)).cpu()
+    shares: Tensor = ((grid - low) / (high - low).clamp_min(1e-12)).cpu()
+    return shares
 
 
 def rollout(attentions: list[Tensor], discarded: float = DISCARDED) -> Tensor:

@@ -79,4 +79,5 @@ def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str
 def _singular_values(matrix: Tensor) -> Tensor:
     """In falling order, by the eigenvalues of the smaller product with the transpose."""
     small = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0).sqrt()
+    return values

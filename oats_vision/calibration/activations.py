@@ -29,7 +29,9 @@ class ActivationStore:
     def __enter__(self) -> "ActivationStore":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._slots.clear()
 
     def __len__(self) -> int:

@@ -101,7 +101,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory claims to be a checkpoint of this package, of any version."""
     try:
-        return json.loads((path / CONFIG).read_text()).get("format") == FORMAT
+        return bool(json.loads((path / CONFIG).read_text()).get("format") == FORMAT)
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 

@@ -19,7 +19,7 @@ def see_writable(html: Path, directories: Iterable[Path]) -> None:
         raise ConfigError(f"--html {html} is a folder: give a file, such as {html / 'report.html'}")
     if not html.resolve().parent.is_dir():
         raise ConfigError(f"--html {html}: the folder {html.resolve().parent} does not exist")
-    from oats_vision.checkpoint.place import CONFIG, REPORT, WEIGHTS
+    from oats_vision.checkpoint import CONFIG, REPORT, WEIGHTS
 
     for directory in directories:
         if html.resolve() in {(directory / name).resolve() for name in (CONFIG, WEIGHTS, REPORT)}:

@@ -286,7 +286,7 @@ def _described(structure: Structure) -> Residual:
 
 
 def _norm(block: nn.Module, name: str) -> nn.Module:
-    norm = dict(block.named_modules()).get(name)
+    norm: nn.Module | None = dict(block.named_modules()).get(name)
     if norm is None:
         raise ModelError(f"slicegpt: {type(block).__name__} has no norm {name}")
     return norm

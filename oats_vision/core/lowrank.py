@@ -46,7 +46,12 @@ def orthonormal(Y: Tensor) -> Tensor:
     for _ in range(2):
         R, failed = torch.linalg.cholesky_ex(Q.T @ Q, upper=True)
         if failed:
-            return torch.linalg.qr(Y).Q
+            return _householder(Y)
         Q = Q @ torch.linalg.solve_triangular(R, eye, upper=True)
     deviation = (Q.T @ Q).sub_(eye).abs_().amax() if Y.shape[1] else torch.zeros(())
-    return Q if deviation < 1e-4 else torch.linalg.qr(Y).Q
+    return Q if deviation < 1e-4 else _householder(Y)
+
+
+def _householder(Y: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(Y).Q
+    return Q

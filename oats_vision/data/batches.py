@@ -58,7 +58,8 @@ class Inputs:
 
     @property
     def tensor(self) -> Tensor:
-        return self.values[self.main]
+        tensor: Tensor = self.values[self.main]
+        return tensor
 
     @property
     def padding_mask(self) -> Tensor | None:

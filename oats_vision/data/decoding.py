@@ -114,5 +114,6 @@ def _eight_bits(values: np.ndarray, sixteen: bool) -> np.ndarray:
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"grey values from {low:g} to {high:g}: give 8 or 16 bits, or floats from 0 to 1")
     if values.dtype.kind == "f" and high <= 1:
-        return (values * 255).round().astype(np.uint8)
+        levels: np.ndarray = (values * 255).round().astype(np.uint8)
+        return levels
     return (values // 256 if sixteen or high > 255 else values).astype(np.uint8)

@@ -242,7 +242,9 @@ class _LastBlock:
         self.handle = block.register_forward_hook(self._keep)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.handle.remove()
 
     def _keep(self, block: nn.Module, args: Any, output: Any) -> None:

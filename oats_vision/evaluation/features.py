@@ -155,7 +155,8 @@ def pooled(model: nn.Module, structure: Structure, outputs: list[Tensor]) -> tup
 
     def patch_mean(output: Tensor) -> Tensor:
         patches = output[:, prefix:]
-        return norm(patches.mean(1)) if structure.pooled_before_norm else norm(patches).mean(1)
+        mean: Tensor = norm(patches.mean(1)) if structure.pooled_before_norm else norm(patches).mean(1)
+        return mean
 
     mean = patch_mean(outputs[-1])
     if structure.class_token:

@@ -173,7 +173,8 @@ def _all_logits(x: Tensor, heads: Sequence[nn.Linear]) -> Tensor:
     """One product for all heads: (batch, width) -> (heads, batch, classes)."""
     weight = torch.cat([head.weight for head in heads])
     bias = torch.cat([head.bias for head in heads])
-    return F.linear(x, weight, bias).unflatten(1, (len(heads), -1)).transpose(0, 1)
+    logits: Tensor = F.linear(x, weight, bias).unflatten(1, (len(heads), -1)).transpose(0, 1)
+    return logits
 
 
 @torch.inference_mode()

@@ -125,4 +125,4 @@ def _origin(source: ModelSource, directory: Path | None) -> str:
         raise ConfigError(f"{directory} does not say where its dense model is: give `dense` or `no_dense`")
     if name.startswith("hub:") and Path(name[4:].rpartition(":")[0]).exists():
         raise ConfigError(f"{directory} names code in a folder as its dense model, {name}: give `dense` or `no_dense`")
-    return name
+    return str(name)

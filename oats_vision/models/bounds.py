@@ -73,7 +73,7 @@ class _SmallTensors(TorchDispatchMode):
     """Infer each result's size on the meta device first."""
 
     def __init__(self, limits: Limits) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of PyTorch
         self.limits = limits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

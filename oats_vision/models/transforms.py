@@ -52,7 +52,8 @@ class HuggingFaceTransform:
     def __call__(self, picture: Image.Image) -> Tensor:
         if len(getattr(self.processor, "image_mean", None) or "RGB") == 1:  # a model of one channel
             picture = picture.convert("L")
-        return self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        values: Tensor = self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        return values
 
 
 def timm_transform_config(fields: Mapping[str, Any]) -> TransformConfig:
@@ -79,7 +80,8 @@ def build_transform(config: TransformConfig) -> Transform:
             error = invalid.errors()[0]
             raise ModelError(f"transform: {'.'.join(map(str, error['loc']))}: {error['msg']}") from None
         transform = timm.data.create_transform(**fields, is_training=False)
-        return Compose([Grayscale(), transform]) if fields.get("input_size", (3,))[0] == 1 else transform
+        found: Transform = Compose([Grayscale(), transform]) if fields.get("input_size", (3,))[0] == 1 else transform
+        return found
     if kind == "huggingface":
         return HuggingFaceTransform(_image_processor(config))
     raise ModelError(f"transform: kind must be 'timm' or 'huggingface', got {kind!r}")

@@ -211,7 +211,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._cache = MatrixCache()  # which would keep the memory of tensors that move to another device
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of PyTorch
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""

@@ -15,7 +15,6 @@ from torch import nn
 from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.compression import pipeline
-from oats_vision.compression.pipeline import Step
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionOptions, CompressionSettings, resolve
 from oats_vision.data.pictures import ENOUGH
@@ -28,6 +27,7 @@ from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
 from oats_vision.kernels import native
 from oats_vision.models.adapters import Family
+from oats_vision.progress import Step
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
 # a layer is named whose error is so many times the median of the model's layers, and so large

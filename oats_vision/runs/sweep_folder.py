@@ -49,7 +49,7 @@ def read_state(config: SweepConfig) -> dict[str, Any] | None:
     if all(entry.name.startswith(".") for entry in out.iterdir()):
         return None
     try:
-        state = json.loads((out / STATE).read_text())
+        state: dict[str, Any] = json.loads((out / STATE).read_text())
         shared, unit = dict(state["shared"]), state["unit"]
         ours = state["format"] == FORMAT and "dense_sha256" in state and unit in TASKS
     except FileNotFoundError:

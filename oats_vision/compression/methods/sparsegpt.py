@@ -113,6 +113,7 @@ def _inverse_cholesky(H: Tensor, damping: float) -> Tensor:
         damped.diagonal().mul_(1 + damping * 10**attempt)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
                 return upper

@@ -39,7 +39,8 @@ class Pictures(Task):
         return transform
 
     def transform(self, reader: Any) -> Transform | None:
-        return reader
+        transform: Transform | None = reader
+        return transform
 
     def calibration(self, run: RunConfig, reader: Any) -> Batches:
         from oats_vision.data.pictures import load_pictures

@@ -127,7 +127,7 @@ class GPT2(CausalLM):
 
         if type(replacement) is not nn.Linear:
             return replacement
-        conv = Conv1D(replacement.out_features, replacement.in_features)
+        conv: nn.Module = Conv1D(replacement.out_features, replacement.in_features)
         conv.weight = nn.Parameter(replacement.weight.detach().T.contiguous(), requires_grad=False)
         conv.bias = replacement.bias
         return conv

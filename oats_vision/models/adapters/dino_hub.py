@@ -96,12 +96,13 @@ class Dinov3Hub(DinoHub):
             return replacement
         kind = _class_named("LinearKMaskedBias", model)
         linear = replacement
-        masked = kind(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        masked: Any = kind(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         masked.weight, masked.bias = linear.weight, linear.bias
         if linear.bias is not None:
             masked.bias_mask = torch.ones_like(linear.bias)
             masked.bias_mask.chunk(3)[1].zero_()
-        return masked
+        built: nn.Module = masked
+        return built
 
 
 def _class_named(name: str, model: nn.Module) -> Any:

@@ -37,7 +37,7 @@ class SeparateExperts(nn.ModuleList):
 
     def fuse(self) -> nn.Module:
         """The module of transformers again, with the weights of (merged) linears."""
-        (fused,) = self._fused
+        fused: nn.Module = self._fused[0]
         for name in ("gate_up_proj", "down_proj"):
             experts: list[Any] = list(self)
             weight = torch.stack([expert[name].weight.detach() for expert in experts])

@@ -32,7 +32,7 @@ class HuggingFaceFamily(Family):
             if isinstance(module, nn.ModuleList) and len(module) and self.wanted(model, path):
                 kind = type(module[0])
                 if kind.__name__ == self.block_class and kind.__module__.startswith("transformers."):
-                    return path
+                    return str(path)
         return None
 
     def wanted(self, model: nn.Module, path: str) -> bool:

@@ -54,7 +54,10 @@ def _call(repository: str, entry: str, pretrained: bool, trust_remote_code: bool
     if not trust_remote_code:
         raise ModelError(f"{entry} runs code from {repository}: give `trust_remote_code=True` if you trust it")
     where: Literal["local", "github"] = "local" if Path(repository).is_dir() else "github"
-    return torch.hub.load(repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained)
+    model: nn.Module = torch.hub.load(
+        repository, entry, source=where, trust_repo=True, skip_validation=True, pretrained=pretrained
+    )
+    return model
 
 
 def _has_clone(repository: str) -> bool:
