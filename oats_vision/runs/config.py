@@ -93,7 +93,7 @@ class RunConfig(CompressionOptions):
                     f"{', '.join(KNOWN_DATA)}.{close}"
                 )
 
-    def settings(self, storage_dtype: str) -> CompressionSettings:
+    def settings(self, storage_dtype: str | None = None) -> CompressionSettings:
         """The settings that decide the result, which were resolved when the run was.
 
         Args:

@@ -19,6 +19,7 @@ from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from tiny import HF
 
 
+@pytest.mark.slow
 def test_random_changes_give_clear_errors_or_finite_outputs():
     """In a process of its own, whose memory is measured; more by hand: python tests/helpers/hostile.py --help."""
     done = subprocess.run(

@@ -35,6 +35,7 @@ def quick(model_directory) -> list[object]:
     return ["compress", "--model", model_directory, *options]
 
 
+@pytest.mark.slow
 def test_demo_at_rate_half_is_within_a_point_of_dense_and_small(tmp_path):
     """The README's main job, whole: bare `compress` on the demo."""
     done = run("compress", "--json", cwd=tmp_path)
@@ -110,7 +111,7 @@ BAD = {
     "rank 0": (["--rank-ratio", 0.0001], "leaves rank 0"),
     "no non-zeros": (["--rank-ratio", 0.9999], "leaves no non-zeros"),
     "pattern": (["--pattern", "4:2"], "pattern must be"),
-    "method": (["--method", "magic"], "--method must be oats, magnitude, wanda"),
+    "method": (["--method", "magic"], "--method must be oats, dsnot, magnitude"),
     "rank ratio of a baseline": (["--method", "wanda", "--rank-ratio", 0.3], "--rank-ratio must be 0 (or left out)"),
     "pattern of slicegpt": (["--method", "slicegpt", "--pattern", "2:4"], "pattern must be left out"),
     "merge of slicegpt": (["--method", "slicegpt", "--merge"], "--merge is for methods that keep"),
@@ -198,6 +199,7 @@ def test_files_of_others_are_seen_before_the_work(quick, tmp_path):
     assert "%" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_a_stopped_one_leaves_nothing(quick, tmp_path):
     (tmp_path / "tmp").mkdir()
     slow = [*quick, "--iterations", 10**6, "--tolerance", 0, "--out", tmp_path / "out"]

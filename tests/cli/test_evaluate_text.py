@@ -105,6 +105,7 @@ def task(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_harness_tasks_run_on_both_models(quick, task, tmp_path):
     out = tmp_path / "out"
     assert run(*quick, "--out", out).returncode == 0

@@ -57,6 +57,7 @@ def test_the_pages_are_found():
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=_name)
+@pytest.mark.slow
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_python(page)
@@ -93,6 +94,7 @@ def test_a_wrong_flag_is_seen(tmp_path):
         test_commands_have_these_flags(page)
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ours = [words for words in _commands(QUICKSTART) if not any("imagenet" in word for word in words)]

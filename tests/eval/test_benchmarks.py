@@ -2,19 +2,17 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from command import run
+from command import run, run_script
 
 BENCHMARKS = Path(__file__).parents[2] / "eval" / "benchmarks"
 
 
 def _script(name: str, *arguments: object) -> str:
-    done = subprocess.run([sys.executable, BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True)
+    done = run_script(BENCHMARKS / name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,6 +55,7 @@ def test_a_language_model_of_given_shapes_can_be_timed(tmp_path):
     assert [one["units"] for one in json.loads(timed.stdout)["timings"]] == [20, 2]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
     output = _script("round_profile.py", "--shapes", "96x64", "--repeats", 1)
     for words in ("sparse step", "orthonormal basis", "GFLOP/s"):

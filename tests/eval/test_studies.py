@@ -3,11 +3,12 @@
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from command import run_script
 
 STUDIES_FOLDER = Path(__file__).parents[2] / "eval" / "studies"
 STUDIES = ["method_table", "iterations_sweep", "ablations"]
@@ -19,8 +20,7 @@ FEW = {
 
 
 def _study(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(STUDIES_FOLDER / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script(STUDIES_FOLDER / f"{name}.py", *arguments)
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

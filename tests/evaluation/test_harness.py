@@ -23,6 +23,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_be_run_are_said(language_directory, folder):
     model, _ = ov.load_model(str(language_directory))
     tokenizer = ov.load_tokenizer(str(language_directory))
@@ -35,6 +36,7 @@ def test_tasks_that_cannot_be_run_are_said(language_directory, folder):
         run_tasks(model, tokenizer, ["cats", "scored"], task_folder=folder)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_model_is_no_error_of_the_data(language_directory, folder):
     model, _ = ov.load_model(str(language_directory))
 

@@ -65,6 +65,7 @@ def test_the_same_seed_gives_the_same_probe():
     assert torch.equal(a.correct, b.correct)
 
 
+@pytest.mark.slow
 def test_quick_and_full_probe_agree_within_a_point_on_the_demo():
     model, transform = ov.load_model("demo")
     loading = {"batch_size": 100, "labelled": True}

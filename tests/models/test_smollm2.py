@@ -18,6 +18,7 @@ def gguf() -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
     model, transform = ov.load_model(gguf)
     tokenizer = ov.load_tokenizer(gguf)

@@ -163,6 +163,7 @@ print(told.memory.peak, peak_memory(torch.device("cpu")))
     ("depth", "batch", "samples", "settings"),
     [(1, 16, 16, {"iterations": 2}), (1, 64, 128, {"method": "wanda"})],
 )
+@pytest.mark.slow
 def test_the_memory_foretold_is_close_to_what_a_run_takes(depth, batch, samples, settings):
     arguments = [sys.executable, "-c", MEASURE, str(depth), str(batch), str(samples), json.dumps(settings)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])

@@ -125,7 +125,7 @@ def test_a_file_gives_lists_and_flags_override_them(tmp_path):
     assert [cell_name(cell) for cell in config.grid.cells] == ["wanda-0.6-row", "wanda-0.5-2of4"]
     assert (config.seeds, config.base.samples) == ((42, 43), 9)
     file.write_text("rate: [0.3, half]\n")
-    with pytest.raises(ConfigError, match=rf"--config {file}: .*half"):
+    with pytest.raises(ConfigError, match=rf"`config` {file}: .*half"):
         load_sweep_config(file, {})
 
 
@@ -310,6 +310,7 @@ def test_warnings_are_not_repeated_for_each_cell(model_directory, tmp_path, capl
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_where_it_was(model_directory, tmp_path, number):
     out = tmp_path / "out"
     shared = ["--data", "demo", "--samples", 20, "--no-eval", "--iterations", 400, "--tolerance", 0]
