@@ -125,7 +125,7 @@ def test_a_file_gives_lists_and_flags_override_them(tmp_path):
     assert [cell_name(cell) for cell in config.grid.cells] == ["wanda-0.6-row", "wanda-0.5-2of4"]
     assert (config.seeds, config.base.samples) == ((42, 43), 9)
     file.write_text("rate: [0.3, half]\n")
-    with pytest.raises(ConfigError, match=rf"--config {file}: .*half"):
+    with pytest.raises(ConfigError, match=rf"`config` {file}: .*half"):
         load_sweep_config(file, {})
 
 
