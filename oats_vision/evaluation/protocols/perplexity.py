@@ -43,7 +43,7 @@ def perplexity(model: nn.Module, given: Given[PerplexitySettings]) -> Measuremen
     windows = max(len(ids) - length, 0) // (stride or length) + 1
     with given.display.counting(f"perplexity {given.which}", "windows", windows) as progress:
         score = text.perplexity(
-            model, ids, length=length, stride=stride, batch_size=settings.batch_size, progress=progress
+            model, ids, sequence_length=length, stride=stride, batch_size=settings.batch_size, progress=progress
         )
     details = score.to_dict()
     return Measurement(

@@ -55,7 +55,7 @@ class Text(Task):
             str(run.data),
             reader,
             samples=run.samples or self.samples,
-            length=run.sequence_length,
+            sequence_length=run.sequence_length,
             batch_size=run.batch_size or self.batch_size,
             seed=run.seed,
             split=run.split,
