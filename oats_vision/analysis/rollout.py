@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.files import replacing
-from oats_vision.models.adapters import Family
+from oats_vision.models.families import Family
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear

@@ -13,8 +13,8 @@ from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.weights import WeightsFile, check_bitmask
 from oats_vision.compression.record import CompressionRecord
 from oats_vision.errors import CheckpointError
-from oats_vision.models.adapters.registry import family_named
 from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
+from oats_vision.models.families.registry import family_named
 from oats_vision.models.library import library
 from oats_vision.models.loading.load import rebuild
 from oats_vision.models.record import note, structure_of

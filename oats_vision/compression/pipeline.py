@@ -24,8 +24,8 @@ from oats_vision.compression.record import CompressionRecord, CompressionReport,
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.models.adapters import Family, Structure
-from oats_vision.models.adapters.find import refuse_wrappers
+from oats_vision.models.families import Family, Structure
+from oats_vision.models.families.find import refuse_wrappers
 from oats_vision.models.loading.load import note_weights
 from oats_vision.models.record import note, record_of, structure_of
 from oats_vision.models.structure import all_called, check_device, floating

@@ -11,7 +11,7 @@ from oats_vision.compression.budgets import Parts
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
-from oats_vision.models.adapters import Structure
+from oats_vision.models.families import Structure
 from oats_vision.models.structure import check_replaceable
 from oats_vision.nn.sliced import SlicedBlock, Slicing
 

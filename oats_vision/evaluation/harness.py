@@ -56,10 +56,10 @@ def run_tasks(
     for name, task in loaded.items():
         if "acc" not in task.aggregation() or getattr(task, "MULTIMODAL", False):
             raise DataError(f"`tasks`: {name} is not scored by the accuracy of answers to text")
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
-            adapter,
+            wrapped,
             tasks=list(loaded.values()),
             num_fewshot=shots,
             limit=limit,

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import nn
 
 from oats_vision.errors import ModelError
-from oats_vision.models.adapters.base import Family, Structure
-from oats_vision.models.adapters.find import find_structure, outermost, structure_as
+from oats_vision.models.families.base import Family, Structure
+from oats_vision.models.families.find import find_structure, outermost, structure_as
 from oats_vision.models.source import ModelSource
 
 Self = TypeVar("Self", bound="Record")

@@ -26,7 +26,7 @@ from oats_vision.evaluation.speed import Timing, dense_twin
 from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
 from oats_vision.kernels import native
-from oats_vision.models.adapters import Family
+from oats_vision.models.families import Family
 from oats_vision.progress import Step
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`

@@ -17,7 +17,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.evaluation.closeness import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
-from oats_vision.models.adapters import Structure
+from oats_vision.models.families import Structure
 from oats_vision.models.structure import floating, in_experts
 from oats_vision.nn.sparse_low_rank import LayerSpec, Part, SparseLowRankLinear
 from oats_vision.progress import Unit, count

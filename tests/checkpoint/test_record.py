@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models.adapters import registry
+from oats_vision.models.families import registry
 from oats_vision.models.loading.load import note_source
 from oats_vision.models.source import ModelSource
 from tiny import HF

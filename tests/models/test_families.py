@@ -18,8 +18,8 @@ from oats_vision.compression.plan import plan_block
 from oats_vision.compression.settings import resolve
 from oats_vision.compression.slicing import plan_slicing, slice_blocks
 from oats_vision.errors import ConfigError, DataError, ModelError
-from oats_vision.models.adapters import families
-from oats_vision.models.adapters.find import structure_as
+from oats_vision.models.families import families
+from oats_vision.models.families.find import structure_as
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import Record, note, structure_of
 from tiny import HF
