@@ -20,7 +20,7 @@ from oats_vision.compression.settings import CompressionOptions, CompressionSett
 from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display
 from oats_vision.errors import ModelError
-from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
+from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import Timing, dense_twin
 from oats_vision.evaluation.stored import read_report
@@ -196,11 +196,11 @@ def compress(
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out
-    noted: list[PictureCloseness | TextCloseness] = []
+    references: list[Reference] = []
 
-    def note(dense: nn.Module) -> None:
+    def ask(dense: nn.Module) -> None:
         if others is not None:
-            noted.append(closeness(dense, others))
+            references.append(task_of(dense).reference(dense, others))
 
     with nullcontext(progress) if callable(progress) else display.compression() as step:
         report = pipeline.compress(
@@ -210,12 +210,12 @@ def compress(
             family=family,
             activation_memory=activation_memory,
             progress=step,
-            before=note,
+            before=ask,
         )
     result = describe(model, report, parameters)
-    for close in noted:
+    for reference in references:
         with pipeline.plain_arithmetic(model):
-            measure(result, model, close, display)
+            measure(result, model, reference, display)
     return result
 
 
@@ -234,7 +234,7 @@ def describe(model: nn.Module, report: CompressionReport, parameters: int) -> Re
 def measure(
     result: Result,
     model: nn.Module,
-    close: PictureCloseness | TextCloseness,
+    reference: Reference,
     display: Display,
     batch_size: int | None = None,
 ) -> None:
@@ -242,25 +242,23 @@ def measure(
 
     Args:
         model: the compressed one as it will be used.
-        close: what the dense model said of held-out inputs.
+        reference: what the dense model said of held-out inputs.
         batch_size: to time beside a batch of one; that of the held-out inputs if not given.
     """
-    with display.counting("compressed model, held-out", close.reader.unit, close.count) as tell:
-        result.cost, result.examples = close.compare(model, tell)
+    with display.counting("compressed model, held-out", reference.reader.unit, reference.count) as tell:
+        result.cost, result.examples = reference.compare(model, tell)
     try:
-        result.speed = speed(model, close, display, batch_size)
+        result.speed = speed(model, reference, display, batch_size)
     except (RuntimeError, MemoryError, ModelError) as problem:  # the dense twin takes memory again
         result.untimed = " ".join(str(problem).split())[:200] or type(problem).__name__
 
 
-def speed(
-    model: nn.Module, close: PictureCloseness | TextCloseness, display: Display, batch_size: int | None = None
-) -> list[Timing]:
+def speed(model: nn.Module, reference: Reference, display: Display, batch_size: int | None = None) -> list[Timing]:
     """Latency of a compressed model in turns with its dense twin, at batch 1 and at the batch size."""
-    twin, first = dense_twin(model), close.first
+    twin, first = dense_twin(model), reference.first
     sizes = sorted({1, batch_size or len(first.tensor)})
     with display.counting("timing dense and compressed", "rounds", 2 * ROUNDS) as tell:
-        return task_of(model).time(twin, model, first, close.dtype, sizes, ROUNDS, tell, SECONDS)
+        return task_of(model).time(twin, model, first, reference.dtype, sizes, ROUNDS, tell, SECONDS)
 
 
 def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.slicing import empty_sliced_blocks
-from oats_vision.evaluation.closeness import MEMORY
+from oats_vision.evaluation.reference import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
 from oats_vision.models.families import Structure
 from oats_vision.models.structure import floating, in_experts

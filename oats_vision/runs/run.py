@@ -21,10 +21,10 @@ from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement
 from oats_vision.evaluation.protocols.settings import Settings
+from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Evaluation
 from oats_vision.evaluation.tasks import Task, task_of
 from oats_vision.machine import choose_device, dtype_of, machine, peak_memory, warn_if_slow
@@ -90,7 +90,7 @@ class Draw:
     """Calibration data of one seed, and what the dense model says of the inputs that are held out of them."""
 
     calibration: Batches | Sequences
-    close: PictureCloseness | TextCloseness | None
+    reference: Reference | None
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Prepared:
         if not self.run.eval or others is None:
             return Draw(calibration, None)
         with display.counting("dense model, held-out", self.task.unit, expected_samples(others)) as progress:
-            return Draw(calibration, closeness(model, others, self.transform, progress))
+            return Draw(calibration, self.task.reference(model, others, self.transform, progress))
 
     def score(self, model: nn.Module, which: str, display: Display) -> Measurement | None:
         """What the task's protocol finds, if there are data for it."""
@@ -278,8 +278,8 @@ def measure_stored(
     result.model = checkpoint.load(
         run.out, device=prepared.device, dtype=dtype_of(run.dtype), trust_remote_code=run.trust_remote_code
     )
-    if draw.close is not None:
-        measure(result, result.model, draw.close, display, run.batch_size)
+    if draw.reference is not None:
+        measure(result, result.model, draw.reference, display, run.batch_size)
     after = prepared.score(result.model, "compressed", display)
     if prepared.asked and before and after:
         found = {"dense": before, "compressed": after}

@@ -1,4 +1,4 @@
-"""`oats-vision eval perplexity`: how well a language model foretells a text."""
+"""`oats-vision eval perplexity`: how well a language model predicts a text."""
 
 from __future__ import annotations
 

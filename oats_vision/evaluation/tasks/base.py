@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from oats_vision.data.batches import Inputs
     from oats_vision.evaluation.protocols.base import Protocol
     from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.reference import Reference
     from oats_vision.evaluation.speed import Load, Timing
     from oats_vision.models.transforms import Transform
     from oats_vision.runs.config import RunConfig
@@ -98,8 +99,25 @@ class Task(ABC):
         """One input as the model takes it; what it holds does not matter."""
 
     @abstractmethod
-    def closeness(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> Any:
-        """What the dense model says of inputs without labels; use the function of this name."""
+    def reference(
+        self,
+        model: nn.Module,
+        held_out: Any,
+        transform: Transform | None = None,
+        progress: Progress = lambda done: None,
+    ) -> Reference:
+        """What the dense model says of inputs without labels; its `compare` then tells how close another one comes.
+
+        Args:
+            model: dense, of a known family.
+            held_out: batches as for `compress`, that can be iterated again; of one pass, they are kept in memory.
+            transform: that made the pictures, to show them in their colours.
+            progress: called with the number of inputs done.
+
+        Raises:
+            DataError: there is no input, or one that the model cannot take.
+            ModelError: the model's outputs are not finite.
+        """
 
     @abstractmethod
     def time(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from oats_vision.data.batches import Inputs
     from oats_vision.data.pictures import Batches
-    from oats_vision.evaluation.closeness import PictureCloseness
     from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.reference import PictureReference
     from oats_vision.evaluation.speed import Load, Timing
     from oats_vision.models.transforms import Transform
     from oats_vision.runs.config import RunConfig
@@ -81,12 +81,16 @@ class Pictures(Task):
         first = floating(model)
         return plain_picture(reader)[None].to(first.device, first.dtype)
 
-    def closeness(
-        self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress
-    ) -> PictureCloseness:
-        from oats_vision.evaluation.closeness import PictureCloseness
+    def reference(
+        self,
+        model: nn.Module,
+        held_out: Any,
+        transform: Transform | None = None,
+        progress: Progress = lambda done: None,
+    ) -> PictureReference:
+        from oats_vision.evaluation.reference import PictureReference
 
-        return PictureCloseness(model, held_out, transform, progress)
+        return PictureReference(model, held_out, transform, progress)
 
     def time(
         self,

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from oats_vision.data.batches import Inputs
     from oats_vision.data.text import Sequences
-    from oats_vision.evaluation.closeness import TextCloseness
     from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.reference import TextReference
     from oats_vision.evaluation.speed import Load, Timing
     from oats_vision.models.transforms import Transform
     from oats_vision.runs.config import RunConfig
@@ -85,12 +85,16 @@ class Text(Task):
 
         return torch.zeros(1, run.sequence_length, dtype=torch.long, device=floating(model).device)
 
-    def closeness(
-        self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress
-    ) -> TextCloseness:
-        from oats_vision.evaluation.closeness import TextCloseness
+    def reference(
+        self,
+        model: nn.Module,
+        held_out: Any,
+        transform: Transform | None = None,
+        progress: Progress = lambda done: None,
+    ) -> TextReference:
+        from oats_vision.evaluation.reference import TextReference
 
-        return TextCloseness(model, held_out, transform, progress)
+        return TextReference(model, held_out, transform, progress)
 
     def time(
         self,
