@@ -17,7 +17,7 @@ from oats_vision.calibration.capture import BlockCalls, capture_block_calls, che
 from oats_vision.calibration.collect import check_tokens, collect_statistics
 from oats_vision.calibration.statistics import Statistic
 from oats_vision.compression import methods
-from oats_vision.compression.budgets import Parts, candidates, fastest
+from oats_vision.compression.budgets import PartBudget, candidates, fastest
 from oats_vision.compression.methods import BlockMethod, LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport, LayerReport
@@ -209,7 +209,12 @@ def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[
 
 
 def compress_block(
-    job: Job, index: int, name: str, block: nn.Module, parts: Mapping[str, Parts], begun: Callable[[], object]
+    job: Job,
+    index: int,
+    name: str,
+    block: nn.Module,
+    parts: Mapping[str, list[PartBudget]],
+    begun: Callable[[], object],
 ) -> None:
     """Replace a block's linears by what they are decomposed into.
 
@@ -242,7 +247,9 @@ def compress_block(
     clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
 
 
-def _shares_before(block: nn.Module, parts: Mapping[str, Parts], before: Sequence[LayerReport]) -> list[float]:
+def _shares_before(
+    block: nn.Module, parts: Mapping[str, list[PartBudget]], before: Sequence[LayerReport]
+) -> list[float]:
     """The share of a block's decompositions that is done when that of each linear begins.
 
     Args:
@@ -266,7 +273,13 @@ def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
 
 
 def _compress_linear(
-    job: Job, block: nn.Module, block_name: str, name: str, parts: Parts, statistic: Statistic, tokens: int
+    job: Job,
+    block: nn.Module,
+    block_name: str,
+    name: str,
+    parts: list[PartBudget],
+    statistic: Statistic,
+    tokens: int,
 ) -> LayerReport:
     """Decompose one linear of the block and put the compressed layer in its place.
 
@@ -277,7 +290,7 @@ def _compress_linear(
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     full = f"{block_name}.{name}"
-    rows = linear.weight.split([out_features for _, out_features, _ in parts])
+    rows = linear.weight.split([part.out_features for part in parts])
     choices = [parts]
     if settings.rank_ratio == "auto":
         choices = candidates(parts, linear.in_features, settings.allocation)
@@ -285,8 +298,8 @@ def _compress_linear(
     for choice in choices:
         try:
             factors = [
-                (part, job.method.decompose(weight, statistic, budget, settings))
-                for weight, (part, _, budget) in zip(rows, choice, strict=True)
+                (part.name, job.method.decompose(weight, statistic, part.budget, settings))
+                for weight, part in zip(rows, choice, strict=True)
             ]
         except ValueError as unusable:
             raise DataError(f"{full}: {unusable}") from None

@@ -30,7 +30,7 @@ from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation.results import Cost, Difference, Evaluation, Metric, Score
 from oats_vision.evaluation.speed import Timing
-from oats_vision.nn.sparse_low_rank import LayerSpec, Part
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 from pages import DESKTOP, PHONE, check_accessible, check_dark, check_quiet, check_width, show
 
 
@@ -163,7 +163,7 @@ def test_runs_that_do_not_compare_are_said(change, words):
 
 
 def test_errors_of_experts_are_one_line():
-    spec = LayerSpec(8, 8, False, (Part("w", 8, 1, 1),))
+    spec = LayerSpec(8, 8, False, (PartSpec("w", 8, 1, 1),))
     names = ["model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.experts.1.w1", "model.layers.2.mlp.experts.0.w1"]
     layers = [LayerReport(name, spec, {"w": 0.1 * i}, {}, {"w": 1}, 0.0, 1) for i, name in enumerate(names, 1)]
     found = errors_by_block(CompressionReport("x", resolve(), layers=layers))

@@ -18,7 +18,7 @@ from oats_vision.checkpoint.write import _sha256
 from oats_vision.errors import CheckpointError, ModelError
 from oats_vision.models.loading.load import note_source, source_of
 from oats_vision.models.source import ModelSource
-from oats_vision.nn.sparse_low_rank import LayerSpec, Part
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 
 NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -374,7 +374,7 @@ def test_an_architecture_that_is_not_there_is_an_error(saved):
 
 
 def test_bitmask_beyond_the_last_column_is_an_error():
-    spec = LayerSpec(5, 2, False, (Part("w", 2, 0, 2),))
+    spec = LayerSpec(5, 2, False, (PartSpec("w", 2, 0, 2),))
     check_bitmask(torch.tensor([[1], [16]], dtype=torch.uint8), spec, "x")
     with pytest.raises(CheckpointError, match="beyond the last column"):
         check_bitmask(torch.tensor([[1], [32]], dtype=torch.uint8), spec, "x")
