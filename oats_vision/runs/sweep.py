@@ -26,7 +26,7 @@ from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import duration
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
-from oats_vision.runs.run import Draw, Prepared, compress_and_write, measure_stored, prepare
+from oats_vision.runs.run import CalibrationSet, PreparedRun, compress_and_write, measure_stored, prepare
 from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
 from oats_vision.runs.sweep_rows import Failure, Row, in_order, row_name, write_csv
 from oats_vision.runs.sweep_table import SPREAD, mean_runs, sweep_table
@@ -115,7 +115,7 @@ class _Dense:
     """The dense model, all that is known of it, and its score if there are data to score it on."""
 
     model: nn.Module
-    prepared: Prepared
+    prepared: PreparedRun
     score: Measurement | None = None
 
 
@@ -129,7 +129,7 @@ def _do(
         raise ConfigError(f"{config.out}: the weights of {config.base.model} have changed since: give another out")
     failures, seconds = list[Failure](), list[float]()
     for seed, jobs in groupby(missing, lambda job: job[1]):
-        draw = dense.prepared.draw(dense.model, dense.prepared.open(seed), display)
+        calibration = dense.prepared.calibration_set(dense.model, dense.prepared.open(seed), display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
             state = write_state(config, dense.prepared.task.unit, weights)
@@ -137,7 +137,7 @@ def _do(
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()
             try:
-                row = _cell(config, dense, draw, settings, seed, display)
+                row = _cell(config, dense, calibration, settings, seed, display)
             except _OF_ONE_CELL as problem:
                 failures.append(Failure(settings, seed, " ".join(str(problem).split()) or type(problem).__name__))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
@@ -150,30 +150,35 @@ def _do(
 
 
 def _cell(
-    config: SweepConfig, dense: _Dense, draw: Draw, settings: CompressionSettings, seed: int, display: Display
+    config: SweepConfig,
+    dense: _Dense,
+    calibration: CalibrationSet,
+    settings: CompressionSettings,
+    seed: int,
+    display: Display,
 ) -> Row:
     """Compress a copy of the model, and measure it as `compress` does."""
     start, prepared = time.perf_counter(), dense.prepared
     with _directory(config, row_name(settings, seed)) as directory:
         own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
-        run = prepared.run.model_copy(update=settings.model_dump() | own)
+        own_config = prepared.config.model_copy(update=settings.model_dump() | own)
         stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
-        outcome = compress_and_write(copy.deepcopy(dense.model), run, stored, prepared, draw, display)
-        measure_stored(outcome, prepared, draw, dense.score, display)
-        outcome.seconds = time.perf_counter() - start
-        outcome.write(display)
+        finished = compress_and_write(copy.deepcopy(dense.model), own_config, stored, prepared, calibration, display)
+        measure_stored(finished, prepared, calibration, dense.score, display)
+        finished.seconds = time.perf_counter() - start
+        finished.write(display)
         figures = replace(Run.read(directory), name=cell_name(settings))
-    layers = outcome.result.report.layers
+    layers = finished.result.report.layers
     errors = [max(layer.errors.values()) for layer in layers]
     outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]
     return Row(
         settings=settings,
         seed=seed,
         run=figures,
-        parameters=outcome.result.parameters,
+        parameters=finished.result.parameters,
         error=statistics.mean(errors) if errors else None,
         output_error=statistics.mean(outputs) if outputs else None,
-        seconds=outcome.seconds,
+        seconds=finished.seconds,
     )
 
 

@@ -242,10 +242,10 @@ def test_signals_end_a_run_as_errors_do(number):
     assert done.stderr == f"stopped by {number.name}\n"
 
 
-@pytest.mark.parametrize("part", ["Prepared.score", "save_plain", "checkpoint.write_json"])
+@pytest.mark.parametrize("part", ["PreparedRun.score", "save_plain", "checkpoint.write_json"])
 def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path, monkeypatch, part):
     def full(model, *args, **kwargs):
-        if part != "Prepared.score" or args[1] != "dense":
+        if part != "PreparedRun.score" or args[1] != "dense":
             raise OSError("No space left on device")
 
     monkeypatch.setattr(f"oats_vision.runs.run.{part}", full)

@@ -46,22 +46,22 @@ class Task(ABC):
 
         return find_protocol(self.measured_by)
 
-    def how_to_evaluate(self, directory: str, data: str = "") -> str:
+    def eval_command(self, directory: str, data: str = "") -> str:
         """The command that measures a checkpoint on data, or on what there is a placeholder for."""
         return f"oats-vision eval {self.measured_by} {directory} --data {data or self.placeholder}"
 
-    def completed(self, run: RunConfig) -> RunConfig:
+    def completed(self, config: RunConfig) -> RunConfig:
         """The run with the defaults that depend on what the model reads."""
         changes = {
-            "samples": run.samples or self.samples,
-            "batch_size": run.batch_size or self.batch_size,
-            "eval_split": run.eval_split or self.eval_split,
+            "samples": config.samples or self.samples,
+            "batch_size": config.batch_size or self.batch_size,
+            "eval_split": config.eval_split or self.eval_split,
         }
-        return run.model_copy(update=changes)
+        return config.model_copy(update=changes)
 
-    def held_out(self, run: RunConfig) -> int:
+    def held_out(self, config: RunConfig) -> int:
         """How many inputs to keep apart to measure the cost on."""
-        return max(ENOUGH, (run.samples or self.samples) // 8) if run.eval else 0
+        return max(ENOUGH, (config.samples or self.samples) // 8) if config.eval else 0
 
     @abstractmethod
     def reader(self, name: str, transform: Transform | None) -> Any:
@@ -83,19 +83,19 @@ class Task(ABC):
         """The reader, if it is a tokenizer, which is stored beside the model."""
         return None
 
-    def check(self, model: nn.Module, run: RunConfig) -> None:  # noqa: B027  # most runs fit
+    def check(self, model: nn.Module, config: RunConfig) -> None:  # noqa: B027  # most runs fit
         """Raises ConfigError if the model cannot read what the run gives it."""
 
     @abstractmethod
-    def calibration(self, run: RunConfig, reader: Any) -> Any:
+    def calibration(self, config: RunConfig, reader: Any) -> Any:
         """The calibration data of a completed run, with some held out."""
 
     @abstractmethod
-    def evaluation(self, run: RunConfig) -> Settings | None:
+    def evaluation(self, config: RunConfig) -> Settings | None:
         """What the task's protocol is asked for in a completed run; None without labelled data."""
 
     @abstractmethod
-    def example(self, model: nn.Module, run: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
         """One input as the model takes it; what it holds does not matter."""
 
     @abstractmethod
