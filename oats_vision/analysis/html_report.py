@@ -11,8 +11,8 @@ from markupsafe import Markup
 from oats_vision import checkpoint
 from oats_vision.analysis import figures
 from oats_vision.analysis.compare import short
+from oats_vision.analysis.compared import errors_by_block
 from oats_vision.analysis.page import render, write_page
-from oats_vision.analysis.run import errors_by_block
 from oats_vision.analysis.spectra import spectra, spectra_of
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.record import CompressionReport

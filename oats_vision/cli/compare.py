@@ -34,10 +34,10 @@ def compare(
         need_directory(directory)
     see_writable(html, directories)
     from oats_vision.analysis.compare import alike, comparison_page, comparison_table, doubts
+    from oats_vision.analysis.compared import read_compared
     from oats_vision.analysis.page import write_page
-    from oats_vision.analysis.run import read_runs
 
-    runs = read_runs(directories)
+    runs = read_compared(directories)
     models = {run.model for run in runs}
     title = f"{len(runs)} runs of {models.pop()}" if len(models) == 1 else f"{len(runs)} runs"
     write_page(comparison_page(runs, title), html)

@@ -17,8 +17,8 @@ from torch import nn
 
 from oats_vision import checkpoint
 from oats_vision.analysis.compare import comparison_page
+from oats_vision.analysis.compared import ComparedModel
 from oats_vision.analysis.page import write_page
-from oats_vision.analysis.run import Run
 from oats_vision.analysis.tables import as_text
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
@@ -167,7 +167,7 @@ def _cell(
         measure_stored(finished, prepared, calibration, dense.score, display)
         finished.seconds = time.perf_counter() - start
         finished.write(display)
-        figures = replace(Run.read(directory), name=cell_name(settings))
+        figures = replace(ComparedModel.read(directory), name=cell_name(settings))
     layers = finished.result.report.layers
     errors = [max(layer.errors.values()) for layer in layers]
     outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]

@@ -19,7 +19,7 @@ MOST = 20  # runs that are read for one comparison
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedModel:
     """One compressed model, as the table and the page of a comparison show it.
 
     bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
@@ -42,7 +42,7 @@ class Run:
     seed: int | None = None
 
     @classmethod
-    def read(cls, directory: Path) -> "Run":
+    def read(cls, directory: Path) -> "ComparedModel":
         """A checkpoint's: of its config.json, its report.json and the header of its weights.
 
         Raises:
@@ -87,7 +87,7 @@ class Run:
         }
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
+def read_compared(directories: Sequence[Path]) -> list[ComparedModel]:
     """The runs of several checkpoints, under names that tell them apart.
 
     Raises:
@@ -100,7 +100,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     for i, place in enumerate(places):
         if place in places[:i]:
             raise ConfigError(f"{directories[i]} is given twice: give each checkpoint once")
-    runs = [Run.read(directory) for directory in directories]
+    runs = [ComparedModel.read(directory) for directory in directories]
     names: list[str] = []
     for parts in range(1, max(len(place.parts) for place in places) + 1):
         names = ["/".join(place.parts[-parts:]) for place in places]
