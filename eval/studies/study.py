@@ -55,7 +55,7 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     flags.add_argument("--batch-size", type=int)
     flags.add_argument("--device")
     flags.add_argument("--workers", type=int)
-    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the choice of calibration data")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seed for choosing the calibration data")
     flags.add_argument("--out", type=Path, default=Path(out), help="folder for the CSV file, the plot and the table")
     return flags
 

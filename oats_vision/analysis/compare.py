@@ -1,4 +1,4 @@
-"""Several compressed models beside each other: one table and one page."""
+"""Several compressed models side by side: one table and one page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

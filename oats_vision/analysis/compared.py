@@ -46,7 +46,7 @@ class ComparedModel:
         """A checkpoint's: of its config.json, its report.json and the header of its weights.
 
         Raises:
-            CheckpointError: the directory is no checkpoint, or a file of it is damaged.
+            CheckpointError: the directory is not a checkpoint, or a file of it is damaged.
         """
         config, measured = read_config(directory), read_report(directory)
         report = config.report
@@ -92,7 +92,7 @@ def read_compared(directories: Sequence[Path]) -> list[ComparedModel]:
 
     Raises:
         ConfigError: there are fewer than 2 or more than 20 directories, or one twice.
-        CheckpointError: one is no checkpoint, or a file of it is damaged.
+        CheckpointError: one is not a checkpoint, or a file of it is damaged.
     """
     if not 2 <= len(directories) <= MOST:
         raise ConfigError(f"compare takes 2 to {MOST} checkpoints, got {len(directories)}")

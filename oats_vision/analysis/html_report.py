@@ -230,7 +230,7 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
     low_rank = sum(layer.spec.parameters - layer.spec.nonzeros for layer in report.layers)
     budget: list[tuple[str, float, int | None]] = [
         ("S, values", sum(layer.spec.nonzeros for layer in report.layers) * storage, 0),
-        ("S, positions", sizes.positions, 4),
+        ("S, bitmask", sizes.positions, 4),
         ("U and V", low_rank * storage, 1),
         ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]

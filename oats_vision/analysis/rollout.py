@@ -80,7 +80,7 @@ def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     rows = max(round(math.sqrt(patches.shape[1] * height / width)), 1)
     if patches.shape[1] % rows:
-        raise ModelError(f"{patches.shape[1]} patches are no grid of a picture of {height} x {width}")
+        raise ModelError(f"{patches.shape[1]} patches do not form the grid of a picture of {height} x {width}")
     grid = patches.unflatten(1, (rows, -1))
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
     shares: Tensor = ((grid - low) / (high - low).clamp_min(1e-12)).cpu()

@@ -61,7 +61,7 @@ def load(
         if model is None:
             model = rebuild(source, trust_remote_code, limits)
             if not family.matches(model) and structure_of(model).family.name != family.name:
-                raise CheckpointError(f"{path} is damaged: {source.name} is no model of family {family.name}")
+                raise CheckpointError(f"{path} is damaged: {source.name} is not a model of family {family.name}")
         structure = structure_of(model, family)
         with bounded(limits):
             make_room(model, structure, report, layers_dtype)

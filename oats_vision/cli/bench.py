@@ -30,11 +30,13 @@ def bench(
     batch_size: Sizes = [1, 16],  # noqa: B006
     prompt: Prompts = [128],  # noqa: B006
     new_tokens: Annotated[int, option(MEASURE, min=1, metavar="N", help="tokens to generate (text)")] = 32,
-    repeats: Annotated[int, option(MEASURE, min=1, metavar="N", help="of each measurement; medians are shown")] = 7,
+    repeats: Annotated[
+        int, option(MEASURE, min=1, metavar="N", help="repeats of each measurement; medians are shown")
+    ] = 7,
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Annotated[
-        int | None, option(MACHINE, min=1, max=1024, metavar="N", help="of the CPU", show_default="PyTorch's own")
+        int | None, option(MACHINE, min=1, max=1024, metavar="N", help="CPU threads", show_default="PyTorch's own")
     ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,

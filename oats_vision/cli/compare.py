@@ -1,4 +1,4 @@
-"""`oats-vision compare`: several compressed models beside each other."""
+"""`oats-vision compare`: several compressed models side by side."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def compare(
     ),
     as_json: Json = False,
 ) -> None:
-    """Put compressed models beside each other: their bytes, their speed, and what compression cost.
+    """Compare compressed models side by side: their bytes, their speed, and what compression cost.
 
     One table, in which the best of each column is marked; and one page with the same table, accuracy against bytes and
     against latency, and errors by block.

@@ -60,7 +60,7 @@ def status(command: Callable[[], object]) -> Any:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """What is said of an error that no code can mend: no memory, no space, no permission."""
+    """What is said of an error that no code can fix: no memory, no space, no permission."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
         reason = " ".join(str(error).split())[:200]
         return f"out of memory: use a smaller --batch-size or another --device {reason}"

@@ -1,4 +1,4 @@
-"""Frozen features of a backbone: extracted once, cached under what they are made of."""
+"""Frozen features of a backbone: extracted once, cached under a digest of what they are computed from."""
 
 import hashlib
 import json

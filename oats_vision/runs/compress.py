@@ -111,7 +111,7 @@ class Result:
             ["parameters", *(f"{count / 1e6:.2f} M" for count in self.parameters), ratio(*self.parameters)],
             _bytes_row("bytes on disk", sizes.dense_total, sizes.total),
             _bytes_row("  compressed layers", sizes.dense_layers, sizes.layers),
-            ["  positions of S in them", "", megabytes(sizes.positions), ""],
+            ["  of which bitmask of S", "", megabytes(sizes.positions), ""],
         ]
 
     @property

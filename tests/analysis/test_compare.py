@@ -1,4 +1,4 @@
-"""Several checkpoints beside each other: one table, one page, and what is said of runs that do not compare."""
+"""Several checkpoints side by side: one table, one page, and what is said of runs that do not compare."""
 
 import io
 import json

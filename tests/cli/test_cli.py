@@ -148,7 +148,7 @@ def test_bad_folders_bad_config_and_existing_output(quick, tmp_path):
         (["--data", tmp_path / "broken", "--out", "out"], ["no picture could be read (1 skipped)"]),
         (
             ["--config", "run.yaml", "--out", "out"],
-            ["run.yaml", "rate must be in (0, 1), got 'half'", "speed is no setting"],
+            ["run.yaml", "rate must be in (0, 1), got 'half'", "speed is not a setting"],
         ),
         (["--out", "taken"], ["taken exists", "--overwrite"]),
     ):

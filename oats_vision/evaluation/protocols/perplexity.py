@@ -23,7 +23,9 @@ class PerplexitySettings(OneText):
 
     samples: int | None = Field(None, ge=1, description="the first windows only [default: all]")
     sequence_length: int = Field(2048, ge=2, description="tokens in a window")
-    stride: int | None = Field(None, ge=1, description="tokens that windows move by [default: `sequence_length`]")
+    stride: int | None = Field(
+        None, ge=1, description="tokens from the start of a window to the next one's [default: `sequence_length`]"
+    )
 
 
 @protocol("perplexity", PerplexitySettings, rank=1, examples=EXAMPLES)

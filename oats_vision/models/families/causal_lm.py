@@ -1,7 +1,7 @@
 """Causal language models of Hugging Face: decoders and mixtures of experts.
 
 SliceGPT's algebra does not hold for those without a `residual`: Gemma's norms add 1 to their weights, GPT-NeoX runs
-attention and MLP side by side, OPT's MLP is no module of its own.
+attention and MLP side by side, OPT's MLP is not a module of its own.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class HuggingFace(Provider):
         what = f"huggingface model {source.name!r} cannot be rebuilt"
         kind: Any = model_class(source.name)
         if kind is None:
-            raise ModelError(f"{what}: it is no model class of transformers of a known family")
+            raise ModelError(f"{what}: it is not a model class of transformers of a known family")
         args = _closed(source.args)
         _check_types(args, library(what, kind.config_class).to_dict())
         return partial(_build, kind, args)
