@@ -17,7 +17,7 @@ from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
 from oats_vision.models.families.registry import family_named
 from oats_vision.models.library import library
 from oats_vision.models.loading.load import rebuild
-from oats_vision.models.record import note, structure_of
+from oats_vision.models.record import set_record, structure_of
 from oats_vision.models.transforms import Transform, build_transform
 
 
@@ -77,7 +77,7 @@ def load(
             model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
     _check_computed(path, model, tensors)
     _set_generation(path, model, config.generation)
-    note(model, CompressionRecord(source, structure, report=report))
+    set_record(model, CompressionRecord(source, structure, report=report))
     return model.requires_grad_(False).to(device=device).eval()
 
 

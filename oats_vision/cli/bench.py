@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import need_directory, notes, results
+from oats_vision.cli.common import messages, need_directory, results
 from oats_vision.cli.help import MACHINE, MEASURE
 from oats_vision.cli.options import Device, Directory, Dtype, Json, LogFile, Trust, Verbose, option
 from oats_vision.display import Display
@@ -55,7 +55,7 @@ def bench(
     from oats_vision.machine import machine_line
     from oats_vision.runs.bench import bench as run
 
-    display, load = Display(notes), Load(batch_size, prompt, new_tokens, repeats)
+    display, load = Display(messages), Load(batch_size, prompt, new_tokens, repeats)
     done = run(
         directory, load, display, device=device, dtype=dtype, threads=threads, trust_remote_code=trust_remote_code
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from oats_vision.cli.common import need_directory, notes, results
+from oats_vision.cli.common import messages, need_directory, results
 from oats_vision.cli.help import DATA, OUTPUT
 from oats_vision.cli.options import Device, Directory, Trust, option
 from oats_vision.display import Display
@@ -39,6 +39,6 @@ def rollout(
     from oats_vision.analysis.rollouts import draw_rollouts
 
     written = draw_rollouts(
-        directory, images, out, Display(notes), limit=limit, device=device, trust_remote_code=trust_remote_code
+        directory, images, out, Display(messages), limit=limit, device=device, trust_remote_code=trust_remote_code
     )
     results().print(f"{written} pictures written to {out}.", soft_wrap=True)

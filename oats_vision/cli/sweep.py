@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import notes, results
+from oats_vision.cli.common import messages, results
 from oats_vision.cli.help import GRID, OUTPUT, WHAT
 from oats_vision.cli.options import SWEEP, Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
@@ -67,7 +67,7 @@ def sweep(
     chosen.base.check_data()
     from oats_vision.runs.sweep import sweep as run  # seconds: not before all that was given is seen to be right
 
-    done = run(chosen, Display(notes))
+    done = run(chosen, Display(messages))
     if as_json:
         typer.echo(json.dumps(done.to_dict()))
     else:

@@ -26,8 +26,8 @@ from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
-from oats_vision.models.loading.load import note_weights
-from oats_vision.models.record import note, record_of, structure_of
+from oats_vision.models.loading.load import record_weights
+from oats_vision.models.record import record_of, set_record, structure_of
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
 from oats_vision.nn.sliced import SlicedBlock
@@ -104,7 +104,7 @@ def compress(
     check_finite(model)
     check_device(model)
     refuse_wrappers(model)
-    note_weights(model)
+    record_weights(model)
     with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
         structure, plan = prepare(model, family, settings, undo)
         dtype = floating(model).dtype
@@ -145,8 +145,8 @@ def compress(
                 log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
-    noted = record_of(model)
-    note(model, CompressionRecord(noted.source, noted.structure, report=report))
+    known = record_of(model)
+    set_record(model, CompressionRecord(known.source, known.structure, report=report))
     return report
 
 
@@ -159,19 +159,19 @@ def prepare(
         undo: is given what gives the model back as it was.
     """
     training = [module for module in model.modules() if module.training]
-    noted = vars(model).get("oats_vision")
+    known = vars(model).get("oats_vision")
 
     def as_it_was() -> None:
         for module in training:
             module.training = True
-        if noted is not None:
-            note(model, noted)
+        if known is not None:
+            set_record(model, known)
         else:
             vars(model).pop("oats_vision", None)
 
     undo.callback(as_it_was)
     structure = structure_of(model, family)
-    note(model, replace(record_of(model), structure=structure))
+    set_record(model, replace(record_of(model), structure=structure))
     model.eval()
     structure.prepare(model)
     undo.callback(structure.restore, model)

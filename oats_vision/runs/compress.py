@@ -261,7 +261,7 @@ def speed(model: nn.Module, reference: Reference, display: Display, batch_size: 
         return task_of(model).time(twin, model, first, reference.dtype, sizes, ROUNDS, tell, SECONDS)
 
 
-def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> bool:
+def update_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> bool:
     """Put other measurements of speed into a checkpoint's report.json, with the advice that follows from them.
 
     Returns:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,7 +31,12 @@ from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, writ
 from oats_vision.runs.sweep_rows import Failure, Row, in_order, row_name, write_csv
 from oats_vision.runs.sweep_table import SPREAD, mean_runs, sweep_table
 
-Job = tuple[CompressionSettings, int]  # and the seed
+
+class SeededCell(NamedTuple):
+    """A cell of the grid and the seed of its calibration data."""
+
+    settings: CompressionSettings
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,14 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
     with checkpoint.locked(config.out):
         state = read_state(config)
         rows = read_rows(config.out)
-        jobs = [(settings, seed) for seed in config.seeds for settings in config.grid.cells]
-        missing = [job for job in jobs if not _is_done(config, rows, job)]
+        cells = [SeededCell(settings, seed) for seed in config.seeds for settings in config.grid.cells]
+        missing = [cell for cell in cells if not _is_done(config, rows, cell)]
         for line in [*config.grid.notes, *(f"skipped: {reason}" for reason in config.grid.skipped)]:
             display.console.print(line, soft_wrap=True)
-        if len(missing) < len(jobs):
-            display.console.print(f"{len(jobs) - len(missing)} of {len(jobs)} cells are done")
+        if len(missing) < len(cells):
+            display.console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
         if config.base.dry_run:
-            return Sweep(config, in_order(rows.values()), [], tuple(row_name(*job) for job in missing))
+            return Sweep(config, in_order(rows.values()), [], tuple(row_name(*cell) for cell in missing))
         failures: list[Failure] = []
         if missing:
             with _said_once():
@@ -120,7 +125,11 @@ class _Dense:
 
 
 def _do(
-    config: SweepConfig, state: dict[str, Any] | None, missing: Sequence[Job], rows: dict[str, Row], display: Display
+    config: SweepConfig,
+    state: dict[str, Any] | None,
+    missing: Sequence[SeededCell],
+    rows: dict[str, Row],
+    display: Display,
 ) -> list[Failure]:
     """Do the missing cells, add their rows, and return what failed."""
     dense = _Dense(*prepare(config.base, display))
@@ -128,12 +137,12 @@ def _do(
     if state is not None and state["dense_sha256"] != weights:
         raise ConfigError(f"{config.out}: the weights of {config.base.model} have changed since: give another out")
     failures, seconds = list[Failure](), list[float]()
-    for seed, jobs in groupby(missing, lambda job: job[1]):
+    for seed, cells in groupby(missing, lambda cell: cell.seed):
         calibration = dense.prepared.calibration_set(dense.model, dense.prepared.open(seed), display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
             state = write_state(config, dense.prepared.task.unit, weights)
-        for settings, _ in jobs:
+        for settings, _ in cells:
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()
             try:
@@ -192,10 +201,10 @@ def _directory(config: SweepConfig, name: str) -> Iterator[Path]:
         yield Path(temporary) / name
 
 
-def _is_done(config: SweepConfig, rows: dict[str, Row], job: Job) -> bool:
-    name = row_name(*job)
+def _is_done(config: SweepConfig, rows: dict[str, Row], cell: SeededCell) -> bool:
+    name = row_name(*cell)
     kept = not config.keep or checkpoint.is_checkpoint(config.out / name)
-    return name in rows and rows[name].settings == job[0] and kept
+    return name in rows and rows[name].settings == cell.settings and kept
 
 
 def _announcement(

@@ -16,7 +16,7 @@ from oats_vision.models.bounds import BUILDING, Limits, bounded
 from oats_vision.models.library import library
 from oats_vision.models.loading import provider_for, provider_of, providers
 from oats_vision.models.loading.provider import Wanted
-from oats_vision.models.record import note, record_of, structure_of
+from oats_vision.models.record import record_of, set_record, structure_of
 from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform, build_transform
 from oats_vision.models.weights import cast_weights, same_random_weights, weights_digest
@@ -71,10 +71,10 @@ def load_tokenizer(name: str | Path) -> Any:
 
 def note_source(model: nn.Module, source: ModelSource) -> None:
     """Note on the model how it can be rebuilt."""
-    note(model, replace(record_of(model), source=source))
+    set_record(model, replace(record_of(model), source=source))
 
 
-def note_weights(model: nn.Module) -> None:
+def record_weights(model: nn.Module) -> None:
     """Note which weights a loaded model has now: it may have been trained since.
 
     In 16 bits they cannot be told from the loaded ones, which were rounded: what was noted stays.
