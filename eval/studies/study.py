@@ -125,12 +125,12 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
 def _layers(report: ov.CompressionReport, seconds: float) -> Row:
     errors = [max(layer.errors.values()) for layer in report.layers]
     of_output = [max(layer.output_errors.values()) for layer in report.layers if layer.output_errors]
-    rounds = [max(layer.rounds.values()) for layer in report.layers]
+    iterations = [max(layer.iterations.values()) for layer in report.layers]
     return {
         "parameters": f"{report.parameters / report.dense_parameters:.4f}",
         "error": f"{statistics.mean(errors):.5f}" if errors else "",
         "output_error": f"{statistics.mean(of_output):.5f}" if of_output else "",
-        "rounds": f"{statistics.mean(rounds):.1f}" if rounds else "",
+        "rounds": f"{statistics.mean(iterations):.1f}" if iterations else "",
         "seconds": f"{seconds:.2f}",
     }
 

@@ -31,7 +31,7 @@ UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_rem
 HEADINGS = [
     ("layer", True),
     ("part", True),
-    *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "rounds")),
+    *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "iterations")),
 ]
 
 
@@ -207,7 +207,7 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (f"{kept:.1%}", f"{kept:.6f}"),
                     _number(layer.errors.get(part.name)),
                     _number(layer.output_errors.get(part.name)),
-                    (str(layer.rounds.get(part.name, "")), str(layer.rounds.get(part.name, ""))),
+                    (str(layer.iterations.get(part.name, "")), str(layer.iterations.get(part.name, ""))),
                 ]
             )
     return rows

@@ -317,7 +317,7 @@ def _compress_linear(
         spec=layer.spec,
         errors={part: f.error for part, f in factors},
         output_errors={part: f.output_error for part, f in factors if f.output_error is not None},
-        rounds={part: f.rounds for part, f in factors},
+        iterations={part: f.iterations for part, f in factors},
         seconds=time.perf_counter() - start,
         tokens=tokens,
     )

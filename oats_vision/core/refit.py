@@ -47,7 +47,7 @@ def refit(
             V = torch.linalg.pinv(U.T @ U, hermitian=True) @ (U.T @ rest)
         S = fit_values(W - U @ V, H, S, mask, steps)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
-    return Factors(S, U, V, error, factors.rounds, of_output)
+    return Factors(S, U, V, error, factors.iterations, of_output)
 
 
 def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:

@@ -170,9 +170,9 @@ def compress(
         skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
         storage_dtype: precision that the weights are rounded to and stored in; the model's if not given.
         refit: fit S's values, U and V to the inputs' full second moments by least squares; by default with `oats`.
-        iterations: rounds of alternating thresholding at most.
-        solver: `fast` is warm-started and extrapolated; `exact` takes an SVD each round, as the paper does.
-        tolerance: `fast` stops when ten rounds lower the error by less than this share; 0: never.
+        iterations: of alternating thresholding, at most.
+        solver: `fast` is warm-started and extrapolated; `exact` takes an SVD in each iteration, as the paper does.
+        tolerance: `fast` stops when ten iterations lower the error by less than this share; 0: never.
         scaling: statistic of the inputs that scales the columns.
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the best split's.
