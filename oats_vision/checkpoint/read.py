@@ -29,7 +29,9 @@ def load(
     model: nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a compressed model in eval mode; needs neither the dense weights nor a network.
+    """Load a compressed model from what `save` wrote, in eval mode; `load_model` is for dense models, by name.
+
+    It needs neither the dense weights nor a network.
 
     Args:
         path: a directory that `save` wrote.

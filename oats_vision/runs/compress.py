@@ -164,7 +164,7 @@ def compress(
             what `load_pictures(held_out=)` or `load_sequences(held_out=)` kept apart.
         method: `oats`, or a baseline to compare with: `oats-vision models` lists them.
         rate: share of the parameters removed, in (0, 1); 0.5 if not given.
-        rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the split
+        rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the ratio
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
         skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
@@ -175,7 +175,7 @@ def compress(
         tolerance: `fast` stops when ten iterations lower the error by less than this share; 0: never.
         scaling: statistic of the inputs that scales the columns.
         fused_qkv: decompose a fused qkv as three matrices or as one.
-        error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the best split's.
+        error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the lowest of all ratios.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
         family: that the model is of; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
@@ -289,7 +289,7 @@ def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -
     if not native.available():
         return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
     auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.allocation.pattern.kind != "n:m"
-    ways = ["rank ratio auto (for each layer the split that is fastest here)"] * auto + ["a higher rate"]
+    ways = ["rank ratio auto (for each layer the ratio that is fastest here)"] * auto + ["a higher rate"]
     return [f"{what} Try {' or '.join(ways)}; what is saved for certain is memory."]
 
 

@@ -24,7 +24,7 @@ from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation.models import Models
 from oats_vision.evaluation.top1 import evaluate_top1
-from oats_vision.models.loading.load import note_source, source_of
+from oats_vision.models.loading.load import record_source, source_of
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.run import run as run_here
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_does_not_name_code_as_its_dense_model(model_directory, tmp
     source = source_of(model)
     ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
     name = f"hub:{tmp_path}:entry" if where == "folder" else str(tmp_path / "out")
-    note_source(model, dataclasses.replace(source, origin={"name": name}))
+    record_source(model, dataclasses.replace(source, origin={"name": name}))
     ov.save(model, tmp_path / "out")
     models = Models(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     with pytest.raises(OatsVisionError, match="names code in a folder" if where == "folder" else "compressed already"):
