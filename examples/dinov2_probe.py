@@ -1,6 +1,6 @@
 """Does a compressed DINOv2 still tell classes apart? A linear classifier on its features, before and after.
 
-    python examples/dinov2_probe.py --train train/ --val val/       # one folder a class
+    python examples/dinov2_probe.py --train train/ --val val/       # one folder per class
     python examples/dinov2_probe.py --tiny                          # random weights, the demo's pictures, seconds
 
 `oats-vision eval linear-probe` is the whole protocol; this is the idea in a screen.

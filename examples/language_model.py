@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="hf:HuggingFaceTB/SmolLM2-135M")
     parser.add_argument("--data", default="c4", help="c4, wikitext, hf:name, a text file, demo")
     parser.add_argument("--samples", type=int, default=128, help="sequences")
-    parser.add_argument("--length", type=int, default=1024, help="tokens in each")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens in each")
     parser.add_argument("--rate", type=float, default=0.4)
     parser.add_argument("--out", default="language_model_compressed")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with random weights, and random tokens")
@@ -40,7 +40,7 @@ def main() -> None:
     else:
         model, _ = ov.load_model(args.model)
         texts = ov.load_sequences(
-            args.data, tokenizer, samples=args.samples, length=args.length, batch_size=4, held_out=64
+            args.data, tokenizer, samples=args.samples, sequence_length=args.sequence_length, batch_size=4, held_out=64
         )
         held_out = texts.held_out
 

@@ -1,6 +1,6 @@
 """Compress a timm classifier with batches of your own, and compare its top-1 before and after.
 
-    python examples/timm_classifier.py --data imagenet/train --val imagenet/val     # one folder a class
+    python examples/timm_classifier.py --data imagenet/train --val imagenet/val     # one folder per class
     python examples/timm_classifier.py --tiny                                       # random weights, seconds
 
 The compressed model is written to --out, and is what the second top-1 is of.

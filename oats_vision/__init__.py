@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from oats_vision.data.pictures import load_pictures
     from oats_vision.data.text import load_sequences, load_tokens
     from oats_vision.errors import OatsVisionError
-    from oats_vision.models.adapters import Family, register_family
+    from oats_vision.models.families import Family, register_family
     from oats_vision.models.loading.load import load_model, load_tokenizer
     from oats_vision.nn.semi_structured import to_semi_structured
     from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, merge
@@ -39,7 +39,7 @@ __all__ = [
 
 # the modules of the public names; each is imported when one of its names is first used, since PyTorch takes seconds
 _HOMES = {
-    "models.adapters": ("Family", "register_family"),
+    "models.families": ("Family", "register_family"),
     "checkpoint": ("load", "load_transform", "save"),
     "runs.compress": ("Result", "compress"),
     "data.pictures": ("load_pictures",),

@@ -1,4 +1,4 @@
-"""The errors that a user can cause and mend; the CLI prints their one line and stops."""
+"""The errors that a user can cause and fix; the CLI prints their one line and stops."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

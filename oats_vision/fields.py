@@ -64,7 +64,7 @@ def _message(kind: type[BaseModel], error: Any, called: Callable[[str], str]) ->
         return f"{called(name) if name in kind.model_fields else name} {rest}"
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"{name} is no setting" + (
+        return f"{name} is not a setting" + (
             f".{hint}"
             if (hint := did_you_mean(name, kind.model_fields))
             else f"; known: {', '.join(kind.model_fields)}"

@@ -39,7 +39,7 @@ def main() -> None:
     flags.add_argument("--csv", type=Path)
     args = flags.parse_args()
     device = choose_device(args.device)
-    headings = ["model", "what", "pictures", "pictures/s", "to forward"]
+    headings = ["model", "what", "pictures", "pictures/s", "vs. forward pass"]
     rows: list[list[str]] = []
     for name in args.model:
         pretrained = not args.no_pretrained

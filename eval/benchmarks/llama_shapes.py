@@ -3,7 +3,7 @@ r"""A compressed language model of a real one's shapes with random weights, for 
     python eval/benchmarks/llama_shapes.py llama_shapes/            # six layers of Llama-3.2-1B's shapes, 365 M
     oats-vision bench llama_shapes/ --dtype bfloat16
 
-Only where the non-zeros lie decides the speed, so that two rounds are enough. The vocabulary is a
+Only where the non-zeros lie decides the speed, so that two iterations are enough. The vocabulary is a
 quarter of the real one.
 """
 

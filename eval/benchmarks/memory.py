@@ -108,7 +108,7 @@ def main() -> None:
         "activations",
         "bound",
         "peak",
-        "of it libraries",
+        "of which libraries",
         "peak / bound",
         "without libraries",
     )

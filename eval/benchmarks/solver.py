@@ -72,7 +72,17 @@ def main() -> None:
         title=f"rate {args.rate}, rank ratio {args.rank_ratio}, {args.pattern}, float32, {threads} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}; medians of {args.repeats}"
     )
-    headings = ["layer", "shape", "rank", "solver", "rounds", "relative error", "to exact's", "seconds", "times faster"]
+    headings = [
+        "layer",
+        "shape",
+        "rank",
+        "solver",
+        "iterations",
+        "relative error",
+        "to exact's",
+        "seconds",
+        "times faster",
+    ]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("layer", "solver") else "right")
     rows = []
@@ -97,10 +107,10 @@ def main() -> None:
         shape = f"{weight.shape[0]} x {weight.shape[1]}"
         for solver, (factors, seconds) in solvers.items():
             values = [factors.error / exact.error, seconds, exact_seconds / seconds]
-            rows.append([name, shape, budget.rank, solver, factors.rounds, factors.error, *values])
+            rows.append([name, shape, budget.rank, solver, factors.iterations, factors.error, *values])
             ratio, seconds, speed = values
             numbers = (f"{factors.error:.5f}", f"{ratio:.4f}", f"{seconds:.3f}", f"{speed:.1f}")
-            table.add_row(name, shape, str(budget.rank), solver, str(factors.rounds), *numbers)
+            table.add_row(name, shape, str(budget.rank), solver, str(factors.iterations), *numbers)
     Console(width=140).print(table)
     if args.csv:
         with args.csv.open("w", newline="") as file:

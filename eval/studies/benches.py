@@ -139,7 +139,7 @@ class Texts:
             str(self.config.data),
             self.tokenizer,
             samples=self.config.samples or 1,
-            length=self.config.sequence_length,
+            sequence_length=self.config.sequence_length,
             batch_size=self.config.batch_size or 1,
             seed=seed,
             split=self.config.split,

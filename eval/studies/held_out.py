@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import oats_vision as ov
-from oats_vision.evaluation.closeness import closeness
+from oats_vision.evaluation.tasks import task_of
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         loading = {"batch_size": 64, "seed": seed}
         pictures = ov.load_pictures(args.data, transform, samples=args.samples, held_out=args.held_out, **loading)
         others = ov.load_pictures(args.eval_data, transform, samples=args.others, split="test", **loading)
-        reference = closeness(model, others)
+        reference = task_of(model).reference(model, others)
         result = ov.compress(model, pictures, rate=args.rate)
         truth, _ = reference.compare(model)
         assert result.cost is not None

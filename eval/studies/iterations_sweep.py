@@ -1,10 +1,10 @@
-r"""Top-1 and relative error against the rounds of alternating thresholding, for both solvers.
+r"""Top-1 and relative error against the iterations of alternating thresholding, for both solvers.
 
     python eval/studies/iterations_sweep.py
     python eval/studies/iterations_sweep.py --config configs/paper/vit_base.yaml \
         --data imagenet/train --eval-data imagenet/val
 
-The early stop is off, so that each run does the rounds it was asked for. Writes iterations_sweep.csv, .png and
+The early stop is off, so that each run does the iterations it was asked for. Writes iterations_sweep.csv, .png and
 .md, and the errors as iterations_sweep_error.png and .md; run it again to go on where it stopped.
 """
 

@@ -55,7 +55,7 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     flags.add_argument("--batch-size", type=int)
     flags.add_argument("--device")
     flags.add_argument("--workers", type=int)
-    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the choice of calibration data")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seed for choosing the calibration data")
     flags.add_argument("--out", type=Path, default=Path(out), help="folder for the CSV file, the plot and the table")
     return flags
 
@@ -125,12 +125,12 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
 def _layers(report: ov.CompressionReport, seconds: float) -> Row:
     errors = [max(layer.errors.values()) for layer in report.layers]
     of_output = [max(layer.output_errors.values()) for layer in report.layers if layer.output_errors]
-    rounds = [max(layer.rounds.values()) for layer in report.layers]
+    iterations = [max(layer.iterations.values()) for layer in report.layers]
     return {
         "parameters": f"{report.parameters / report.dense_parameters:.4f}",
         "error": f"{statistics.mean(errors):.5f}" if errors else "",
         "output_error": f"{statistics.mean(of_output):.5f}" if of_output else "",
-        "rounds": f"{statistics.mean(rounds):.1f}" if rounds else "",
+        "rounds": f"{statistics.mean(iterations):.1f}" if iterations else "",
         "seconds": f"{seconds:.2f}",
     }
 

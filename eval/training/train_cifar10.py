@@ -2,7 +2,7 @@
 
     python eval/training/train_cifar10.py --train cifar10/train --test cifar10/test --out cifar10_vit
 
-The data are folders of pictures, one folder a class. The last 2,500 pictures of a shuffled training set are
+The data are folders of pictures, one folder per class. The last 2,500 pictures of a shuffled training set are
 held out to watch the training; the test pictures are touched once, at the end.
 """
 

@@ -1,4 +1,4 @@
-"""Several compressed models beside each other: one table and one page."""
+"""Several compressed models side by side: one table and one page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from oats_vision.analysis import figures
+from oats_vision.analysis.compared import ComparedModel
 from oats_vision.analysis.figures import Point
 from oats_vision.analysis.page import render
-from oats_vision.analysis.run import Run
 from oats_vision.evaluation.results import Evaluation, Metric
 
 ALWAYS = ("method", "rate", "rank_ratio", "pattern")  # settings that are said even if all runs share them
@@ -36,7 +36,9 @@ class Column:
     numeric: bool = True
 
 
-def comparison_page(rows: Sequence[Run], title: str, *, notes: Sequence[str] = (), spread: str | None = None) -> str:
+def comparison_page(
+    rows: Sequence[ComparedModel], title: str, *, notes: Sequence[str] = (), spread: str | None = None
+) -> str:
     """The page as text: scatters against bytes and against latency, the table, and errors by block.
 
     Args:
@@ -61,7 +63,7 @@ def comparison_page(rows: Sequence[Run], title: str, *, notes: Sequence[str] = (
     )
 
 
-def comparison_table(rows: Sequence[Run], title: str) -> Table:
+def comparison_table(rows: Sequence[ComparedModel], title: str) -> Table:
     """The page's table for a terminal."""
     shown = columns(rows)
     starred = any(cell.best for column in shown for cell in column.cells)
@@ -76,14 +78,14 @@ def comparison_table(rows: Sequence[Run], title: str) -> Table:
     return table
 
 
-def alike(rows: Sequence[Run]) -> str:
+def alike(rows: Sequence[ComparedModel]) -> str:
     """What all runs share, and what their dense model is, in words."""
     shared = {name: texts[0] for name, texts in _what_they_are(rows).items() if len(set(texts)) == 1}
     words = ", ".join(f"{name} {text}" for name, text in shared.items() if text)
     return f"Alike in all: {words}.{_dense(rows)}" if words else _dense(rows).strip()
 
 
-def _dense(rows: Sequence[Run]) -> str:
+def _dense(rows: Sequence[ComparedModel]) -> str:
     """The dense model's size and accuracy, if there is one for all."""
     found = {f"{run.dense_bytes / 1e6:.2f} MB" for run in rows}
     accuracies = {
@@ -96,7 +98,7 @@ def _dense(rows: Sequence[Run]) -> str:
     return f" Dense: {''.join([*found, *accuracies])}."
 
 
-def doubts(rows: Sequence[Run]) -> list[str]:
+def doubts(rows: Sequence[ComparedModel]) -> list[str]:
     """What stands in the way of comparing the runs, each in one line."""
     found = []
     if len({run.model for run in rows}) > 1:
@@ -112,7 +114,7 @@ def doubts(rows: Sequence[Run]) -> list[str]:
     return found
 
 
-def columns(rows: Sequence[Run]) -> list[Column]:
+def columns(rows: Sequence[ComparedModel]) -> list[Column]:
     """The table: each run's name, the settings that tell the runs apart, bytes, speed, and what compression cost."""
     table = [Column("run", [Cell(run.name, i) for i, run in enumerate(rows)], numeric=False)]
     for name, texts in _what_they_are(rows).items():
@@ -135,7 +137,7 @@ def columns(rows: Sequence[Run]) -> list[Column]:
     return table
 
 
-def scatters(rows: Sequence[Run]) -> list[tuple[str, Markup]]:
+def scatters(rows: Sequence[ComparedModel]) -> list[tuple[str, Markup]]:
     """What the runs cost against their bytes and against their latency, with captions; the dense model is marked."""
     name, unit, values, dense = _quality(rows)
     one_model = len({run.model for run in rows}) == 1
@@ -166,7 +168,7 @@ def scatters(rows: Sequence[Run]) -> list[tuple[str, Markup]]:
 Value = tuple[float, tuple[float, float] | None]  # with its interval
 
 
-def _quality(rows: Sequence[Run]) -> tuple[str, str, list[Value | None], float | None]:
+def _quality(rows: Sequence[ComparedModel]) -> tuple[str, str, list[Value | None], float | None]:
     """What a scatter shows of how good the runs are: its name and unit, each run's value, and the dense model's.
 
     Accuracy if all were measured on the same data, else the first metric of their cost, else the layers' errors.
@@ -200,31 +202,31 @@ def _of_dense(metric: Metric) -> float:
     return 0.0 if metric.kind == "number" and metric.lower_is_better else 1.0
 
 
-def _lower_is_better(rows: Sequence[Run], name: str) -> bool:
+def _lower_is_better(rows: Sequence[ComparedModel], name: str) -> bool:
     """Of a metric on labelled data."""
     return any(
         run.labelled.pair(name)[0].lower_is_better for run in rows if run.labelled and name == run.labelled.compared
     )
 
 
-def _common_metrics(rows: Sequence[Run]) -> list[str]:
+def _common_metrics(rows: Sequence[ComparedModel]) -> list[str]:
     """Names of the metrics that every run with a cost has."""
     costs = [[metric.name for metric in run.cost.metrics] for run in rows if run.cost]
     return [name for name in dict.fromkeys(costs[0]) if all(name in names for names in costs)] if costs else []
 
 
-def _metric(run: Run, name: str) -> Metric | None:
+def _metric(run: ComparedModel, name: str) -> Metric | None:
     return next((metric for metric in run.cost.metrics if metric.name == name), None) if run.cost else None
 
 
-def _speed(run: Run, what: str) -> Cell:
+def _speed(run: ComparedModel, what: str) -> Cell:
     for timing in run.speed:
         if timing.what == what:
             return Cell(f"{timing.speedup:.2f} x", timing.speedup, f"{timing.compressed * 1e3:.1f} ms")
     return Cell()
 
 
-def _accuracy(run: Run, name: str) -> Cell:
+def _accuracy(run: ComparedModel, name: str) -> Cell:
     if not run.labelled or run.labelled.compared != name:
         return Cell()
     _, ours = run.labelled.pair(name)
@@ -239,7 +241,7 @@ def _ranked(heading: str, cells: list[Cell], best: Callable[[list[float]], float
     return Column(heading, [replace(cell, best=cell.key == best(keys)) for cell in cells])
 
 
-def _what_they_are(rows: Sequence[Run]) -> dict[str, list[str]]:
+def _what_they_are(rows: Sequence[ComparedModel]) -> dict[str, list[str]]:
     """Model and settings of each run in words: the usual settings, and others that differ."""
     settings = [run.settings.model_dump() for run in rows]
     names = [name for name in settings[0] if name in ALWAYS or len({_text(one[name]) for one in settings}) > 1]

@@ -243,7 +243,7 @@ def _random_layer(out_features: int, in_features: int, dtype: torch.dtype) -> Sp
     S = torch.randn(out_features, in_features, generator=generator)
     S = S * (torch.rand(S.shape, generator=generator) < 0.4)
     U, V = torch.randn(out_features, rank, generator=generator), torch.randn(rank, in_features, generator=generator)
-    return SparseLowRankLinear.from_factors([("weight", Factors(S, U / rank, V, error=0.0, rounds=0))], None, dtype)
+    return SparseLowRankLinear.from_factors([("weight", Factors(S, U / rank, V, error=0.0, iterations=0))], None, dtype)
 
 
 def _generator() -> torch.Generator:

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from oats_vision import checkpoint
 from oats_vision.analysis import figures
 from oats_vision.analysis.compare import short
+from oats_vision.analysis.compared import errors_by_block
 from oats_vision.analysis.page import render, write_page
-from oats_vision.analysis.run import errors_by_block
 from oats_vision.analysis.spectra import spectra, spectra_of
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.record import CompressionReport
@@ -31,7 +31,7 @@ UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_rem
 HEADINGS = [
     ("layer", True),
     ("part", True),
-    *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "rounds")),
+    *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "iterations")),
 ]
 
 
@@ -150,7 +150,7 @@ def _cost(measured: Measured, name: str, unit: str) -> Headline:
             f"{first.name} beside the dense model",
             [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
         )
-    return Headline("What it cost", command=task_of_unit(unit).how_to_evaluate(shlex.quote(name)))
+    return Headline("What it cost", command=task_of_unit(unit).eval_command(shlex.quote(name)))
 
 
 def _held_out(cost: Cost) -> str:
@@ -207,7 +207,7 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (f"{kept:.1%}", f"{kept:.6f}"),
                     _number(layer.errors.get(part.name)),
                     _number(layer.output_errors.get(part.name)),
-                    (str(layer.rounds.get(part.name, "")), str(layer.rounds.get(part.name, ""))),
+                    (str(layer.iterations.get(part.name, "")), str(layer.iterations.get(part.name, ""))),
                 ]
             )
     return rows
@@ -230,7 +230,7 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
     low_rank = sum(layer.spec.parameters - layer.spec.nonzeros for layer in report.layers)
     budget: list[tuple[str, float, int | None]] = [
         ("S, values", sum(layer.spec.nonzeros for layer in report.layers) * storage, 0),
-        ("S, positions", sizes.positions, 4),
+        ("S, bitmask", sizes.positions, 4),
         ("U and V", low_rank * storage, 1),
         ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
 from oats_vision.files import replacing
-from oats_vision.models.adapters import Family
+from oats_vision.models.families import Family
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
@@ -80,7 +80,7 @@ def rollout_map(model: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     rows = max(round(math.sqrt(patches.shape[1] * height / width)), 1)
     if patches.shape[1] % rows:
-        raise ModelError(f"{patches.shape[1]} patches are no grid of a picture of {height} x {width}")
+        raise ModelError(f"{patches.shape[1]} patches do not form the grid of a picture of {height} x {width}")
     grid = patches.unflatten(1, (rows, -1))
     low, high = grid.amin((1, 2), keepdim=True), grid.amax((1, 2), keepdim=True)
     shares: Tensor = ((grid - low) / (high - low).clamp_min(1e-12)).cpu()

@@ -29,7 +29,7 @@ def draw_rollouts(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> int:
-    """Draw what the whole model, its sparse and its low-rank term look at: one PNG a picture that can be read.
+    """Draw what the whole model, its sparse and its low-rank term attend to: one PNG per picture that can be read.
 
     Args:
         directory: a checkpoint whose layers have both terms.
@@ -66,7 +66,7 @@ def _draw(path: Path, target: Path, seen: dict[str, nn.Module], transform: Trans
     try:
         picture = open_picture(path)
     except UNREADABLE as problem:
-        log.warning("%s is no picture and is skipped: %s", path, problem)
+        log.warning("%s is not a picture and is skipped: %s", path, problem)
         return False
     maps = {view: rollout_map(one, transform(picture)[None])[0] for view, one in seen.items()}
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.analysis.run import block_of
+from oats_vision.analysis.compared import block_of
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 

@@ -56,7 +56,7 @@ def as_html(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> 
 def layer_table(report: CompressionReport) -> Table:
     """One row for each compressed layer."""
     table = Table(title="compressed layers", title_justify="left")
-    for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "output error", "rounds"):
+    for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "output error", "iterations"):
         named = heading in ("layer", "part")
         table.add_column(heading, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for layer in report.layers:
@@ -74,7 +74,7 @@ def layer_table(report: CompressionReport) -> Table:
                     f"{errors[part.name]:.4f}" if part.name in errors else ""
                     for errors in (layer.errors, layer.output_errors)
                 ),
-                str(layer.rounds.get(part.name, "")),
+                str(layer.iterations.get(part.name, "")),
             )
     return table
 

@@ -89,7 +89,7 @@ def check_tokens(
     for name, count in few.items():
         if not count:
             if not in_experts(f"{block_name}.{name}"):
-                raise ModelError(f"{block_name}.{name} was never called, and is no expert: leave it dense by skip")
+                raise ModelError(f"{block_name}.{name} was never called, and is not an expert: leave it dense by skip")
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             statistics[name].update(torch.eye(linear.in_features, device=linear.weight.device))

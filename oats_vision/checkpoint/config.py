@@ -141,7 +141,7 @@ def read_config(path: Path) -> Config:
     """
     file = path / CONFIG
     if not file.is_file():
-        raise CheckpointError(f"{path} is no compressed model: there is no {CONFIG}")
+        raise CheckpointError(f"{path} is not a compressed model: there is no {CONFIG}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as problem:
@@ -185,4 +185,4 @@ def config_digest(config: dict[str, Any]) -> str:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

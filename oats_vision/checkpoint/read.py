@@ -13,11 +13,11 @@ from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.weights import WeightsFile, check_bitmask
 from oats_vision.compression.record import CompressionRecord
 from oats_vision.errors import CheckpointError
-from oats_vision.models.adapters.registry import family_named
 from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
+from oats_vision.models.families.registry import family_named
 from oats_vision.models.library import library
 from oats_vision.models.loading.load import rebuild
-from oats_vision.models.record import note, structure_of
+from oats_vision.models.record import set_record, structure_of
 from oats_vision.models.transforms import Transform, build_transform
 
 
@@ -29,7 +29,9 @@ def load(
     model: nn.Module | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a compressed model in eval mode; needs neither the dense weights nor a network.
+    """Load a compressed model from what `save` wrote, in eval mode; `load_model` is for dense models, by name.
+
+    It needs neither the dense weights nor a network.
 
     Args:
         path: a directory that `save` wrote.
@@ -61,7 +63,7 @@ def load(
         if model is None:
             model = rebuild(source, trust_remote_code, limits)
             if not family.matches(model) and structure_of(model).family.name != family.name:
-                raise CheckpointError(f"{path} is damaged: {source.name} is no model of family {family.name}")
+                raise CheckpointError(f"{path} is damaged: {source.name} is not a model of family {family.name}")
         structure = structure_of(model, family)
         with bounded(limits):
             make_room(model, structure, report, layers_dtype)
@@ -77,7 +79,7 @@ def load(
             model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
     _check_computed(path, model, tensors)
     _set_generation(path, model, config.generation)
-    note(model, CompressionRecord(source, structure, report=report))
+    set_record(model, CompressionRecord(source, structure, report=report))
     return model.requires_grad_(False).to(device=device).eval()
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.errors import CheckpointError
-from oats_vision.models.adapters import Structure
+from oats_vision.models.families import Structure
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 

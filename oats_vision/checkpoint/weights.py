@@ -56,7 +56,7 @@ class WeightsFile:
     def __init__(self, directory: Path) -> None:
         self.path = directory / WEIGHTS
         if not self.path.is_file():  # a pipe would block
-            raise CheckpointError(f"{directory} is no compressed model: there is no {WEIGHTS}")
+            raise CheckpointError(f"{directory} is not a compressed model: there is no {WEIGHTS}")
         try:
             self._stream = self.path.open("rb")
         except OSError as problem:
@@ -182,7 +182,7 @@ def check_bitmask(bitmask: Tensor, spec: LayerSpec, where: str) -> None:
     """
     ones = int(_POPCOUNT[bitmask.int()].sum(dtype=torch.int64))
     if ones != spec.nonzeros:
-        raise CheckpointError(f"{where} is damaged: the bitmask has {ones} positions for {spec.nonzeros} values")
+        raise CheckpointError(f"{where} is damaged: the bitmask has {ones} ones for {spec.nonzeros} values")
     used = spec.in_features % 8
     if used and len(bitmask) and int((bitmask[:, -1] >> used).max()):
-        raise CheckpointError(f"{where} is damaged: the bitmask has positions beyond the last column")
+        raise CheckpointError(f"{where} is damaged: the bitmask has ones beyond the last column")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import need_directory, notes, results
+from oats_vision.cli.common import messages, need_directory, results
 from oats_vision.cli.help import MACHINE, MEASURE
 from oats_vision.cli.options import Device, Directory, Dtype, Json, LogFile, Trust, Verbose, option
 from oats_vision.display import Display
@@ -30,11 +30,13 @@ def bench(
     batch_size: Sizes = [1, 16],  # noqa: B006
     prompt: Prompts = [128],  # noqa: B006
     new_tokens: Annotated[int, option(MEASURE, min=1, metavar="N", help="tokens to generate (text)")] = 32,
-    repeats: Annotated[int, option(MEASURE, min=1, metavar="N", help="of each measurement; medians are shown")] = 7,
+    repeats: Annotated[
+        int, option(MEASURE, min=1, metavar="N", help="repeats of each measurement; medians are shown")
+    ] = 7,
     device: Device = "auto",
     dtype: Dtype = "float32",
     threads: Annotated[
-        int | None, option(MACHINE, min=1, max=1024, metavar="N", help="of the CPU", show_default="PyTorch's own")
+        int | None, option(MACHINE, min=1, max=1024, metavar="N", help="CPU threads", show_default="PyTorch's own")
     ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -53,7 +55,7 @@ def bench(
     from oats_vision.machine import machine_line
     from oats_vision.runs.bench import bench as run
 
-    display, load = Display(notes), Load(batch_size, prompt, new_tokens, repeats)
+    display, load = Display(messages), Load(batch_size, prompt, new_tokens, repeats)
     done = run(
         directory, load, display, device=device, dtype=dtype, threads=threads, trust_remote_code=trust_remote_code
     )

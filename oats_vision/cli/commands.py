@@ -43,7 +43,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_start)
     _add(app, compress.compress, examples=compress.EXAMPLES)
-    evaluations = _group("Measure what compression cost: top-1, linear probe, k-NN, perplexity, tasks of language.")
+    evaluations = _group("Measure what compression cost: top-1, linear probe, k-NN, perplexity, language tasks.")
     evaluations.callback()(_help_without_command)
     for protocol in sorted(protocols(), key=lambda one: one.settings.unit):  # pictures before sequences of text
         _add(evaluations, evaluation_command(protocol), protocol.name, protocol.examples or None)

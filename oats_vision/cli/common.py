@@ -13,7 +13,7 @@ def plain_console(**options: Any) -> Console:
     return Console(markup=False, highlight=False, emoji=False, **options)
 
 
-notes = plain_console(stderr=True)  # progress and warnings; results go to standard output
+messages = plain_console(stderr=True)  # progress and warnings; results go to standard output
 
 
 def results() -> Console:

@@ -1,4 +1,4 @@
-"""`oats-vision compare`: several compressed models beside each other."""
+"""`oats-vision compare`: several compressed models side by side."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def compare(
     ),
     as_json: Json = False,
 ) -> None:
-    """Put compressed models beside each other: their bytes, their speed, and what compression cost.
+    """Compare compressed models side by side: their bytes, their speed, and what compression cost.
 
     One table, in which the best of each column is marked; and one page with the same table, accuracy against bytes and
     against latency, and errors by block.
@@ -34,10 +34,10 @@ def compare(
         need_directory(directory)
     see_writable(html, directories)
     from oats_vision.analysis.compare import alike, comparison_page, comparison_table, doubts
+    from oats_vision.analysis.compared import read_compared
     from oats_vision.analysis.page import write_page
-    from oats_vision.analysis.run import read_runs
 
-    runs = read_runs(directories)
+    runs = read_compared(directories)
     models = {run.model for run in runs}
     title = f"{len(runs)} runs of {models.pop()}" if len(models) == 1 else f"{len(runs)} runs"
     write_page(comparison_page(runs, title), html)

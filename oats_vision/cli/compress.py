@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import notes
+from oats_vision.cli.common import messages
 from oats_vision.cli.help import WHAT
 from oats_vision.cli.options import Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
@@ -46,14 +46,14 @@ def compress(
     chosen = load_run_config(config, settings)
     provider_of(chosen.model)
     chosen.check_data()
-    from oats_vision.cli.outcome import show_outcome, show_plan, show_time
+    from oats_vision.cli.compress_output import print_finished, print_plan, print_time
     from oats_vision.runs.run import dry_run, run  # seconds: not before all that was given is seen to be right
 
     if chosen.dry_run:
-        planned, estimate = dry_run(chosen, Display(notes), (lambda planned: None) if as_json else show_plan)
+        planned, estimate = dry_run(chosen, Display(messages), (lambda planned: None) if as_json else print_plan)
         if as_json:
             typer.echo(json.dumps(planned.to_dict() | {"seconds": estimate.total}))
         else:
-            show_time(planned, estimate)
+            print_time(planned, estimate)
     else:
-        show_outcome(run(chosen, Display(notes)), as_json)
+        print_finished(run(chosen, Display(messages)), as_json)

@@ -17,7 +17,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def doctor(as_json: Json = False) -> None:
-    """Look at versions, processor, kernels, GPU, caches and network, and test the kernels; say what to mend.
+    """Check versions, processor, kernels, GPU, caches and network, test the kernels, and say what to fix.
 
     The exit status is 1 if something failed. Put the output into bug reports.
     """

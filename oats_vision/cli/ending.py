@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import notes
+from oats_vision.cli.common import messages
 from oats_vision.cli.flags import with_flags
 from oats_vision.errors import OatsVisionError, did_you_mean
 
@@ -25,7 +25,7 @@ BUG = 70  # exit status of an error that is ours, EX_SOFTWARE of sysexits.h; 2 i
 
 def run(command: Callable[[], object]) -> None:
     """Run a command and exit with its status; messages go to the console and to a log file of its own."""
-    logs.start("-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help", notes)
+    logs.start("-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help", messages)
     for handler in logging.root.handlers:
         handler.addFilter(_in_flags)
     sys.unraisablehook = _unraisable
@@ -60,7 +60,7 @@ def status(command: Callable[[], object]) -> Any:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """What is said of an error that no code can mend: no memory, no space, no permission."""
+    """What is said of an error that no code can fix: no memory, no space, no permission."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
         reason = " ".join(str(error).split())[:200]
         return f"out of memory: use a smaller --batch-size or another --device {reason}"

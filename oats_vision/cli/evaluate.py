@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import notes, results
+from oats_vision.cli.common import messages, results
 from oats_vision.cli.fields import field_option, given_fields
 from oats_vision.cli.flags import flag, with_flags
 from oats_vision.cli.help import DATA, MACHINE, MEASURE, MODELS, RARE
@@ -69,7 +69,7 @@ def evaluation_command(protocol: Protocol[Any]) -> Callable[..., None]:
         settings = validated(protocol.settings, given_fields(given), flag)
         from oats_vision.runs.evaluate import evaluate
 
-        display = Display(notes)
+        display = Display(messages)
         done = evaluate(
             protocol,
             settings,
@@ -80,7 +80,7 @@ def evaluation_command(protocol: Protocol[Any]) -> Callable[..., None]:
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            say=lambda line: notes.print(with_flags(line), soft_wrap=True),
+            say=lambda line: messages.print(with_flags(line), soft_wrap=True),
         )
         _show(done, model, as_json)
         done.keep(display)  # last: a damaged report must not lose what was measured

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 # arguments of the Python API that have another name on the command line
-NAMES = {"length": "sequence_length", "path": "out"}
+NAMES = {"path": "out"}
 
 
 def flag(name: str) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-WHAT, HOW_FAR, GRID = "What to compress", "How far", "The grid"
+WHAT, HOW_MUCH, GRID = "What to compress", "How much", "The grid"
 CALIBRATION, EVALUATION = "Calibration data", "Evaluation"
 MODELS, DATA, MEASURE = "Models", "Data", "How to measure"
 OUTPUT, MACHINE, EXPERTS, RARE = "Output", "Machine", "The algorithm, for experts", "Rarely used"
@@ -20,7 +20,7 @@ COMMANDS, HELP = "Commands", "Help"
 PANELS = (
     WHAT,
     MODELS,
-    HOW_FAR,
+    HOW_MUCH,
     GRID,
     CALIBRATION,
     DATA,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from oats_vision.cli.common import need_directory, notes, results
+from oats_vision.cli.common import messages, need_directory, results
 from oats_vision.cli.help import OUTPUT
 from oats_vision.cli.options import Directory, Json, option
 from oats_vision.cli.pages import see_writable
@@ -40,7 +40,7 @@ def inspect(
 
     found = look(directory)
     if html:
-        draw_page(directory, html, Display(notes))
+        draw_page(directory, html, Display(messages))
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
         return

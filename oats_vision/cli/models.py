@@ -10,8 +10,8 @@ from oats_vision.cli.common import results
 from oats_vision.cli.help import DATA
 from oats_vision.cli.options import Json, option
 from oats_vision.compression import methods
-from oats_vision.models.adapters import families_served
 from oats_vision.models.aliases import ALIASES, timm_models
+from oats_vision.models.families import families_served
 
 EXAMPLES = """\
   oats-vision models

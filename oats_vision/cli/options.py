@@ -13,7 +13,7 @@ from oats_vision.cli.help import (
     EVALUATION,
     EXPERTS,
     GRID,
-    HOW_FAR,
+    HOW_MUCH,
     MACHINE,
     MODELS,
     OUTPUT,
@@ -31,7 +31,7 @@ Command = Callable[..., None]
 # RunConfig's fields by panel, in the order of the help, and what stands for a value
 SETTINGS = {
     WHAT: {"model": "MODEL", "skip": "NAME", "image_size": "PIXELS", "pretrained": ""},
-    HOW_FAR: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN"},
+    HOW_MUCH: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN"},
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
     OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
@@ -51,7 +51,7 @@ SETTINGS = {
 # and of them those of a sweep; the grid's may be given several times
 SWEEP = {
     WHAT: SETTINGS[WHAT],
-    GRID: SETTINGS[HOW_FAR],
+    GRID: SETTINGS[HOW_MUCH],
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: SETTINGS[EVALUATION],
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
@@ -155,9 +155,9 @@ def option(panel: str, *flags: str, **details: Any) -> Any:
 
 
 Directory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="a compressed model", rich_help_panel=MODELS)]
-Device = Annotated[str, checked("device", MACHINE, "DEVICE", "auto (CUDA if there), cpu, cuda:1, ...")]
+Device = Annotated[str, checked("device", MACHINE, "DEVICE", "auto (CUDA if available), cpu, cuda:1, ...")]
 Dtype = Annotated[str, checked("dtype", MACHINE, "DTYPE", "precision of weights and arithmetic")]
 Trust = Annotated[bool, option(RARE, "--trust-remote-code", help="run model code from a hub")]
 Json = Annotated[bool, option(OUTPUT, "--json", help="print one JSON object to standard output, nothing else")]
-Verbose = Annotated[bool, option(OUTPUT, "--verbose", "-v", help="say more, also what other libraries warn of")]
+Verbose = Annotated[bool, option(OUTPUT, "--verbose", "-v", help="say more, and show the warnings of other libraries")]
 LogFile = Annotated[Path | None, option(OUTPUT, metavar="FILE", help="write all messages to this file")]

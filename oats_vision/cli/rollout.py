@@ -1,11 +1,11 @@
-"""`oats-vision rollout`: what the terms of a compressed model look at."""
+"""`oats-vision rollout`: what the terms of a compressed model attend to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from oats_vision.cli.common import need_directory, notes, results
+from oats_vision.cli.common import messages, need_directory, results
 from oats_vision.cli.help import DATA, OUTPUT
 from oats_vision.cli.options import Device, Directory, Trust, option
 from oats_vision.display import Display
@@ -20,12 +20,14 @@ def rollout(
     images: Annotated[
         list[Path], option(DATA, metavar="PATH", help="a picture or a folder of pictures; may be repeated")
     ],
-    out: Annotated[Path, option(OUTPUT, metavar="FOLDER", help="to write one PNG a picture to")] = Path("rollouts"),
-    limit: Annotated[int, option(DATA, min=1, metavar="N", help="pictures of a folder at most")] = 16,
+    out: Annotated[Path, option(OUTPUT, metavar="FOLDER", help="folder to write one PNG per picture to")] = Path(
+        "rollouts"
+    ),
+    limit: Annotated[int, option(DATA, min=1, metavar="N", help="pictures of a folder, at most")] = 16,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what the whole model, its sparse term alone and its low-rank term alone look at.
+    """Show what the whole model, its sparse term alone and its low-rank term alone attend to.
 
     Attention rollout (Abnar & Zuidema, 2020): heads averaged, the lowest 40% dropped, all blocks multiplied. For models
     that were compressed by method oats.
@@ -37,6 +39,6 @@ def rollout(
     from oats_vision.analysis.rollouts import draw_rollouts
 
     written = draw_rollouts(
-        directory, images, out, Display(notes), limit=limit, device=device, trust_remote_code=trust_remote_code
+        directory, images, out, Display(messages), limit=limit, device=device, trust_remote_code=trust_remote_code
     )
     results().print(f"{written} pictures written to {out}.", soft_wrap=True)

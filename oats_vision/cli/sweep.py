@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oats_vision import logs
-from oats_vision.cli.common import notes, results
+from oats_vision.cli.common import messages, results
 from oats_vision.cli.help import GRID, OUTPUT, WHAT
 from oats_vision.cli.options import SWEEP, Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
@@ -41,7 +41,7 @@ def sweep(
     ] = None,
     out: Annotated[
         Path | None,
-        option(OUTPUT, metavar="FOLDER", help="where to write, or a sweep to go on with", show_default=str(OUT)),
+        option(OUTPUT, metavar="FOLDER", help="folder to write, or that of a sweep to resume", show_default=str(OUT)),
     ] = None,
     keep: Annotated[
         bool | None, option(OUTPUT, "--keep", metavar="--keep", help=Extent.model_fields["keep"].description)
@@ -57,8 +57,8 @@ def sweep(
 ) -> None:
     """Compress a model in several ways, and show what each costs against its size and its speed.
 
-    The options of the grid may be repeated: every combination is done that can be. A sweep that was stopped goes on
-    where it was if it is started again, and with more values it does those too.
+    The options of the grid may be repeated: every possible combination is run. A sweep that was stopped resumes
+    when it is started again; with more values, it runs those too.
     """
     logs.set_up(verbose, log_file)
     own = {"seeds": seeds, "out": out, "keep": keep, "report": report}
@@ -67,7 +67,7 @@ def sweep(
     chosen.base.check_data()
     from oats_vision.runs.sweep import sweep as run  # seconds: not before all that was given is seen to be right
 
-    done = run(chosen, Display(notes))
+    done = run(chosen, Display(messages))
     if as_json:
         typer.echo(json.dumps(done.to_dict()))
     else:

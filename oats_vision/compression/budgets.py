@@ -1,11 +1,11 @@
-"""`rank_ratio auto`: the split of each layer's budget that runs fastest here, among those that lose little accuracy.
+"""`rank_ratio auto`: for each layer the ratio that runs fastest here, among those that lose little accuracy.
 
 Where the budget goes decides how a layer runs: a low-rank term is dense products, a sparse term fewer operations at a
 lower rate. Which is faster depends on the machine, the shape, and how many tokens come at a time.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,16 +16,23 @@ from oats_vision.timing import side_by_side
 RANK_RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
 REPEATS = 9
 
-Parts = list[tuple[str, int, Budget]]  # name, out_features and budget
+
+@dataclass(frozen=True)
+class PartBudget:
+    """One matrix of a fused weight, or the whole of a plain one, and what it may keep."""
+
+    name: str
+    out_features: int
+    budget: Budget
 
 
-def candidates(parts: Parts, in_features: int, allocation: Allocation) -> list[Parts]:
+def candidates(parts: list[PartBudget], in_features: int, allocation: Allocation) -> list[list[PartBudget]]:
     """The same parts with the budgets of each rank ratio that leaves them a rank, or asks for none."""
     found = []
     for ratio in RANK_RATIOS:
         try:
             other = replace(allocation, rank_ratio=ratio)
-            found.append([(name, rows, other.budget(rows, in_features)) for name, rows, _ in parts])
+            found.append([replace(part, budget=other.budget(part.out_features, in_features)) for part in parts])
         except ValueError:
             continue  # too small a weight for this ratio
     return found

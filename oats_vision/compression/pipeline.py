@@ -17,17 +17,17 @@ from oats_vision.calibration.capture import BlockCalls, capture_block_calls, che
 from oats_vision.calibration.collect import check_tokens, collect_statistics
 from oats_vision.calibration.statistics import Statistic
 from oats_vision.compression import methods
-from oats_vision.compression.budgets import Parts, candidates, fastest
+from oats_vision.compression.budgets import PartBudget, candidates, fastest
 from oats_vision.compression.methods import BlockMethod, LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
-from oats_vision.models.adapters import Family, Structure
-from oats_vision.models.adapters.find import refuse_wrappers
-from oats_vision.models.loading.load import note_weights
-from oats_vision.models.record import note, record_of, structure_of
+from oats_vision.models.families import Family, Structure
+from oats_vision.models.families.find import refuse_wrappers
+from oats_vision.models.loading.load import record_weights
+from oats_vision.models.record import record_of, set_record, structure_of
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
 from oats_vision.nn.sliced import SlicedBlock
@@ -104,7 +104,7 @@ def compress(
     check_finite(model)
     check_device(model)
     refuse_wrappers(model)
-    note_weights(model)
+    record_weights(model)
     with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
         structure, plan = prepare(model, family, settings, undo)
         dtype = floating(model).dtype
@@ -145,8 +145,8 @@ def compress(
                 log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
-    noted = record_of(model)
-    note(model, CompressionRecord(noted.source, noted.structure, report=report))
+    known = record_of(model)
+    set_record(model, CompressionRecord(known.source, known.structure, report=report))
     return report
 
 
@@ -159,19 +159,19 @@ def prepare(
         undo: is given what gives the model back as it was.
     """
     training = [module for module in model.modules() if module.training]
-    noted = vars(model).get("oats_vision")
+    known = vars(model).get("oats_vision")
 
     def as_it_was() -> None:
         for module in training:
             module.training = True
-        if noted is not None:
-            note(model, noted)
+        if known is not None:
+            set_record(model, known)
         else:
             vars(model).pop("oats_vision", None)
 
     undo.callback(as_it_was)
     structure = structure_of(model, family)
-    note(model, replace(record_of(model), structure=structure))
+    set_record(model, replace(record_of(model), structure=structure))
     model.eval()
     structure.prepare(model)
     undo.callback(structure.restore, model)
@@ -209,7 +209,12 @@ def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[
 
 
 def compress_block(
-    job: Job, index: int, name: str, block: nn.Module, parts: Mapping[str, Parts], begun: Callable[[], object]
+    job: Job,
+    index: int,
+    name: str,
+    block: nn.Module,
+    parts: Mapping[str, list[PartBudget]],
+    begun: Callable[[], object],
 ) -> None:
     """Replace a block's linears by what they are decomposed into.
 
@@ -242,7 +247,9 @@ def compress_block(
     clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
 
 
-def _shares_before(block: nn.Module, parts: Mapping[str, Parts], before: Sequence[LayerReport]) -> list[float]:
+def _shares_before(
+    block: nn.Module, parts: Mapping[str, list[PartBudget]], before: Sequence[LayerReport]
+) -> list[float]:
     """The share of a block's decompositions that is done when that of each linear begins.
 
     Args:
@@ -266,7 +273,13 @@ def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
 
 
 def _compress_linear(
-    job: Job, block: nn.Module, block_name: str, name: str, parts: Parts, statistic: Statistic, tokens: int
+    job: Job,
+    block: nn.Module,
+    block_name: str,
+    name: str,
+    parts: list[PartBudget],
+    statistic: Statistic,
+    tokens: int,
 ) -> LayerReport:
     """Decompose one linear of the block and put the compressed layer in its place.
 
@@ -277,7 +290,7 @@ def _compress_linear(
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     full = f"{block_name}.{name}"
-    rows = linear.weight.split([out_features for _, out_features, _ in parts])
+    rows = linear.weight.split([part.out_features for part in parts])
     choices = [parts]
     if settings.rank_ratio == "auto":
         choices = candidates(parts, linear.in_features, settings.allocation)
@@ -285,8 +298,8 @@ def _compress_linear(
     for choice in choices:
         try:
             factors = [
-                (part, job.method.decompose(weight, statistic, budget, settings))
-                for weight, (part, _, budget) in zip(rows, choice, strict=True)
+                (part.name, job.method.decompose(weight, statistic, part.budget, settings))
+                for weight, part in zip(rows, choice, strict=True)
             ]
         except ValueError as unusable:
             raise DataError(f"{full}: {unusable}") from None
@@ -304,7 +317,7 @@ def _compress_linear(
         spec=layer.spec,
         errors={part: f.error for part, f in factors},
         output_errors={part: f.output_error for part, f in factors if f.output_error is not None},
-        rounds={part: f.rounds for part, f in factors},
+        iterations={part: f.iterations for part, f in factors},
         seconds=time.perf_counter() - start,
         tokens=tokens,
     )

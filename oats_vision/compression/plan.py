@@ -7,11 +7,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from oats_vision.compression import methods
-from oats_vision.compression.budgets import Parts
+from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
-from oats_vision.models.adapters import Structure
+from oats_vision.models.families import Structure
 from oats_vision.models.structure import check_replaceable
 from oats_vision.nn.sliced import SlicedBlock, Slicing
 
@@ -26,7 +26,7 @@ class Plan:
 
     blocks: list[tuple[str, nn.Module]]
     linears: dict[str, nn.Linear]
-    parts: dict[str, dict[str, Parts]]
+    parts: dict[str, dict[str, list[PartBudget]]]
     slicing: Slicing | None
 
     @property
@@ -82,13 +82,13 @@ def chosen_linears(
 
 def plan_block(
     structure: Structure, block_name: str, block: nn.Module, settings: CompressionSettings
-) -> dict[str, Parts]:
+) -> dict[str, list[PartBudget]]:
     """The parts of each linear of a block and their budgets, before any work is done.
 
     Raises:
         ConfigError: the settings leave a layer without rank or non-zeros, or a fused weight does not divide.
     """
-    plan: dict[str, Parts] = {}
+    plan: dict[str, list[PartBudget]] = {}
     for name, linear in structure.named_linears(block):
         if skipped(f"{block_name}.{name}", settings):
             continue
@@ -99,7 +99,8 @@ def plan_block(
         if settings.fused_qkv == "joint":
             parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
         try:
-            plan[name] = [(part, rows, settings.allocation.budget(rows, linear.in_features)) for part, rows in parts]
+            budget = settings.allocation.budget
+            plan[name] = [PartBudget(part, rows, budget(rows, linear.in_features)) for part, rows in parts]
         except ValueError as impossible:
             raise ConfigError(f"{block_name}.{name}: {impossible}") from None
     return plan

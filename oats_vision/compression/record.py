@@ -18,14 +18,14 @@ class LayerReport:
     """What became of one linear.
 
     errors: of each part, |(W - S - U V) D| / |W D|. output_errors: of each part's output, |(W - S - U V) X| / |W X|, if
-    the method knows it. rounds: of each part. tokens: that the linear saw.
+    the method knows it. iterations: of alternating thresholding, of each part. tokens: that the linear saw.
     """
 
     name: str
     spec: LayerSpec
     errors: dict[str, float]
     output_errors: dict[str, float]
-    rounds: dict[str, int]
+    iterations: dict[str, int]
     seconds: float
     tokens: int
 
@@ -33,6 +33,17 @@ class LayerReport:
     def error(self) -> float:
         """The largest relative error of a part: of its output if that is known, else weighted by D."""
         return max((self.output_errors or self.errors).values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it, where the iterations are `rounds`."""
+        fields = {"rounds" if name == "iterations" else name: value for name, value in asdict(self).items()}
+        return fields | {"error": self.error}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LayerReport":
+        names = ("name", "errors", "output_errors", "seconds", "tokens")
+        own = {name: fields[name] for name in names}
+        return cls(**own, spec=LayerSpec.from_dict(fields["spec"]), iterations=fields["rounds"])
 
 
 @dataclass
@@ -68,7 +79,7 @@ class CompressionReport:
         return "relative error of a layer's output" if known else "relative error of a layer"
 
     def to_dict(self) -> dict[str, Any]:
-        layers = [{**asdict(layer), "error": layer.error} for layer in self.layers]
+        layers = [layer.to_dict() for layer in self.layers]
         fields = {name: value for name, value in asdict(self).items() if name != "family"}
         return {"adapter": self.family, **fields, "settings": self.settings.model_dump(), "layers": layers}
 
@@ -79,16 +90,12 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CompressionReport":
         """The inverse of `to_dict`; other fields are ignored. Raises KeyError, TypeError or ValueError."""
-        names = ("name", "errors", "output_errors", "rounds", "seconds", "tokens")
         return cls(
             family=fields["adapter"],
             settings=CompressionSettings(**fields["settings"]),
             samples=fields["samples"],
             unit=fields["unit"],
-            layers=[
-                LayerReport(spec=LayerSpec.from_dict(layer["spec"]), **{name: layer[name] for name in names})
-                for layer in fields["layers"]
-            ],
+            layers=[LayerReport.from_dict(layer) for layer in fields["layers"]],
             seconds=dict(fields["seconds"]),
             slicing=Slicing.from_dict(fields["slicing"]) if fields["slicing"] else None,
         )

@@ -27,13 +27,17 @@ class _Shared(BaseModel):
     rank_ratio: Ratio | Literal["auto"] | None
     pattern: str | None
     refit: bool | None
-    error_tolerance: float = Field(0.05, ge=0, description="of rank ratio auto: error above the best one's")
-    latency_tokens: int | None = Field(
-        None, ge=1, description="of rank ratio auto: tokens to time a layer with [default: of a picture; 1 for text]"
+    error_tolerance: float = Field(
+        0.05, ge=0, description="with rank ratio auto: share by which a layer's error may exceed the lowest"
     )
-    iterations: int = Field(80, ge=1, description="rounds of thresholding at most")
+    latency_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="with rank ratio auto: tokens to time a layer with [default: those of a picture; 1 for text]",
+    )
+    iterations: int = Field(80, ge=1, description="iterations of alternating thresholding, at most")
     solver: Solver = Field("fast", description="fast: warm-started and extrapolated; exact: SVDs")
-    tolerance: float = Field(1e-3, ge=0, lt=1, description="fast stops when ten rounds gain less; 0: never")
+    tolerance: float = Field(1e-3, ge=0, lt=1, description="fast stops when ten iterations gain less; 0: never")
     scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")
     fused_qkv: Literal["split", "joint"] = Field("split", description="decompose a fused qkv as three matrices or one")
     storage_dtype: Dtype | None = Field(None, description="precision of the stored weights [default: the model's own]")

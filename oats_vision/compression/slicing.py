@@ -21,7 +21,7 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.statistics import Gram
 from oats_vision.errors import ConfigError, ModelError
-from oats_vision.models.adapters import Residual, Structure
+from oats_vision.models.families import Residual, Structure
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sliced import SlicedBlock, SlicedNorm, SlicedReader, Slicing
 from oats_vision.progress import Stage

@@ -21,8 +21,8 @@ from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
-from oats_vision.models.adapters import Family
-from oats_vision.models.adapters.find import refuse_wrappers
+from oats_vision.models.families import Family
+from oats_vision.models.families.find import refuse_wrappers
 from oats_vision.models.structure import check_device, floating
 from oats_vision.models.values import check_finite, check_storable
 from oats_vision.progress import Clock, Estimate, Step, Unit

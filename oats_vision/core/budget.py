@@ -48,7 +48,7 @@ class Budget:
     pattern: Pattern = Pattern()
 
     def parameters(self, out_features: int, in_features: int) -> int:
-        """Parameters kept: non-zeros of S and entries of U and V (the positions of S not counted)."""
+        """Parameters kept: non-zeros of S and entries of U and V (the bitmask of S not counted)."""
         return self.nonzeros + self.rank * (out_features + in_features)
 
 

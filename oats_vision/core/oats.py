@@ -24,7 +24,7 @@ class Factors:
     S: (out_features, in_features), dense tensor with `budget.nonzeros` non-zeros at most.
     U: (out_features, rank); V: (rank, in_features).
     error: relative error |(W - S - U V) D| / |W D|, Frobenius norms.
-    rounds: rounds of alternating thresholding that were run.
+    iterations: of alternating thresholding, that were run.
     output_error: relative error of the layer's output, |(W - S - U V) X| / |W X|, if the method knows the inputs'
         full second moments.
     """
@@ -33,14 +33,14 @@ class Factors:
     U: Tensor
     V: Tensor
     error: float
-    rounds: int
+    iterations: int
     output_error: float | None = None
 
     @classmethod
     def sparse(cls, W: Tensor, S: Tensor, D: Tensor) -> "Factors":
         """Of a method that keeps a sparse matrix S of the weight W alone; D weighs the error's columns."""
         U, V = W.new_zeros(len(W), 0), W.new_zeros(0, W.shape[1])
-        return cls(S, U, V, relative_error(W, S, U, V, D), rounds=1)
+        return cls(S, U, V, relative_error(W, S, U, V, D), iterations=1)
 
     def dense(self) -> Tensor:
         """S + U V, (out_features, in_features)."""
@@ -64,11 +64,11 @@ def oats(
         weight: (out_features, in_features), any floating dtype.
         scale: D, (in_features,), finite and positive: see `column_scale`.
         budget: rank of the low-rank term and non-zeros of the sparse term.
-        iterations: rounds of alternating thresholding.
-        solver: `exact` is the paper's (a full SVD each round), `fast` a warm-started block power iteration.
-        extrapolation: of the sparse term between rounds, for `fast` only.
-        tolerance: `fast` stops when ten rounds lowered the error by less than this share of it; 0: never.
-        sparse_term: makes S of the `fast` rounds; `kernels.thresholding.sparse_term` is compiled.
+        iterations: of alternating thresholding, at most.
+        solver: `exact` is the paper's (a full SVD in each iteration), `fast` a warm-started block power iteration.
+        extrapolation: of the sparse term between iterations, for `fast` only.
+        tolerance: `fast` stops when ten iterations lowered the error by less than this share of it; 0: never.
+        sparse_term: makes S of the `fast` iterations; `kernels.thresholding.sparse_term` is compiled.
 
     Returns:
         Factors in the dtype of the arithmetic: float64 for float64 weights, else float32.
@@ -77,13 +77,13 @@ def oats(
     D = scale.to(W)
     A = W * D
     if solver == "exact":
-        S, U, V, rounds = alternating_thresholding(A, budget, iterations)
+        S, U, V, done = alternating_thresholding(A, budget, iterations)
     else:
-        S, U, V, rounds = extrapolated_thresholding(
+        S, U, V, done = extrapolated_thresholding(
             sparse_term(A, budget), budget.rank, iterations, extrapolation, tolerance
         )
     S, V = S.div_(D), V / D
-    return Factors(S, U, V, relative_error(W, S, U, V, D), rounds)
+    return Factors(S, U, V, relative_error(W, S, U, V, D), done)
 
 
 def arithmetic(weight: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def normalised(H: Tensor) -> Tensor:
 
 
 def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The paper's rounds: S, U, V with A ~ S + U V, by exact truncated SVD (OATS, Algorithm 1)."""
+    """The paper's iterations: S, U, V with A ~ S + U V, by exact truncated SVD (OATS, Algorithm 1)."""
     S = torch.zeros_like(A)
     for _ in range(iterations):
         U, V = exact_low_rank(A - S, budget.rank)
@@ -121,10 +121,10 @@ def alternating_thresholding(A: Tensor, budget: Budget, iterations: int) -> tupl
 def extrapolated_thresholding(
     sparse: SparseTerm, rank: int, iterations: int, extrapolation: float, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The same rounds with the sparse term extrapolated: L ~ A - (S + beta (S - S_previous)).
+    """The same iterations with the sparse term extrapolated: L ~ A - (S + beta (S - S_previous)).
 
     Both terms creep towards their fixed point in steps of nearly the same direction, so that a longer
-    step gets there in fewer rounds, and past the plain iteration's result. A round whose error rises
+    step gets there in fewer iterations, and past the plain iteration's result. An iteration whose error rises
     restarts the extrapolation.
     """
     low_rank, A = WarmLowRank(), sparse.A

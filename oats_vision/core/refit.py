@@ -1,7 +1,7 @@
 """Least-squares correction of a decomposition: what SparseGPT's updates do for pruning, for S + U V.
 
 OATS weighs the error of each column by its own second moment. Inputs are also correlated, so that an error in one
-column can be made up for in another. With the positions of S and the rank as OATS chose them, this minimises
+column can be made up for in another. With the support of S and the rank as OATS chose them, this minimises
 the layer's output error over the calibration inputs, trace((W - S - U V) H (W - S - U V)^T), H = mean of x x^T.
 """
 
@@ -16,7 +16,7 @@ DEAD = 1e-12  # of the mean second moment: what counts as that of a feature with
 def refit(
     weight: Tensor, factors: Factors, gram: Tensor, *, rounds: int = 3, steps: int = 5, damping: float = 0.01
 ) -> Factors:
-    """Fit the values of S, and U and V, to all second moments of the inputs; positions and rank stay.
+    """Fit the values of S, and U and V, to all second moments of the inputs; support and rank stay.
 
     Alternates the minimisers for U and V, which have a closed form, with conjugate gradients for the values of S.
 
@@ -47,7 +47,7 @@ def refit(
             V = torch.linalg.pinv(U.T @ U, hermitian=True) @ (U.T @ rest)
         S = fit_values(W - U @ V, H, S, mask, steps)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
-    return Factors(S, U, V, error, factors.rounds, of_output)
+    return Factors(S, U, V, error, factors.iterations, of_output)
 
 
 def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:

@@ -33,7 +33,7 @@ def keep_largest(x: Tensor, budget: Budget, out: Tensor | None = None) -> Tensor
 
 
 class SparseTerm:
-    """S of the alternating rounds on A, and its extrapolation.
+    """S of the alternating iterations on A, and its extrapolation.
 
     Args:
         A: (out_features, in_features), float32 or float64.

@@ -25,7 +25,7 @@ def read_documents(path: Path, source: str) -> list[str]:
     """One document, or one for each object of JSON lines or of a JSON list, which the content shows.
 
     Raises:
-        DataError: it is no UTF-8 text, no JSON in spite of its name, or has objects without text.
+        DataError: it is not UTF-8 text, no JSON in spite of its name, or has objects without text.
     """
     if path.suffix.lower() in IMG_EXTENSIONS:
         raise DataError(f"{source} is a picture: a language model needs a text or .jsonl file")

@@ -78,7 +78,7 @@ class FileExamples(Examples):
 
 
 def folder_examples(path: Path, labelled: bool) -> tuple[Examples, list[str] | None]:
-    """Pictures below a folder; with labels if it has one folder a class."""
+    """Pictures below a folder; with labels if it has one folder per class."""
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of pictures, hf:name or demo.{near(path)}")
     if not path.is_dir():

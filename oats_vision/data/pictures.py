@@ -96,12 +96,12 @@ def load_pictures(
     """Batches of preprocessed pictures.
 
     Args:
-        source: a folder (one folder a class as in ImageNet, or pictures anywhere below it), `hf:name`,
+        source: a folder (one folder per class as in ImageNet, or pictures anywhere below it), `hf:name`,
             `hf:name:config`, a directory written by `datasets`, or `demo`.
         transform: PIL picture (RGB) -> tensor (channels, height, width), or an array or `{"pixel_values"}` of one.
         samples: take that many, chosen by the seed; all of them, in order, if None. A picture that cannot be
             read is skipped and another one taken in its place as long as there are any.
-        labelled: needs labels (the folder must hold one folder a class); else the data's labels are not looked at.
+        labelled: needs labels (the folder must hold one folder per class); else the data's labels are not looked at.
         split: of a Hugging Face dataset; of the demo, `train` is the calibration set and all else the test set.
         streaming: a Hugging Face dataset.
         held_out: with `samples`, keep that many other pictures apart, in the batches' `held_out`. Where there are not

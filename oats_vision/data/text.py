@@ -55,7 +55,7 @@ def load_sequences(
     tokenizer: Any,
     *,
     samples: int = 128,
-    length: int = 2048,
+    sequence_length: int = 2048,
     batch_size: int = 8,
     seed: int = 42,
     split: str = "train",
@@ -71,7 +71,7 @@ def load_sequences(
             not, `c4`, `wikitext`, `fineweb`, `hf:name[:config]`, a directory written by `datasets`, or `demo`.
         tokenizer: of the model, see `oats_vision.load_tokenizer`.
         samples: rows to take; fewer, with a warning, if the text is too short.
-        length: tokens in a row.
+        sequence_length: tokens in a row.
         split: of a dataset.
         streaming: a dataset; `c4` and `fineweb` always are.
         held_out: keep that many other rows apart; fewer if the text is too short for both. `held_out` has windows of
@@ -81,7 +81,7 @@ def load_sequences(
         DataError: missing, without text, or shorter than one row.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    wanted, ids = (samples + held_out) * length, list[int]()
+    wanted, ids = (samples + held_out) * sequence_length, list[int]()
     source = str(source)
     documents = _documents(source, split, streaming, seed)
     for document in documents:
@@ -89,12 +89,13 @@ def load_sequences(
             ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(ids) >= wanted:
             break
-    rows = len(ids) // length
+    rows = len(ids) // sequence_length
     if not rows:
         raise DataError(
-            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}: give more text or a smaller `length`"
+            f"{source} has {len(ids)} tokens, fewer than one sequence of {sequence_length}: "
+            "give more text or a smaller `sequence_length`"
         )
-    table = torch.tensor(ids[: rows * length]).view(rows, length)
+    table = torch.tensor(ids[: rows * sequence_length]).view(rows, sequence_length)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     count, apart = shared_out(rows, samples, held_out)
     if count < samples:
@@ -102,7 +103,7 @@ def load_sequences(
             "%s has %d sequences of %d tokens, of which %d are held out: fewer than the %d asked for",
             source,
             rows,
-            length,
+            sequence_length,
             apart,
             samples,
         )

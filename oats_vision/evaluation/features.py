@@ -1,4 +1,4 @@
-"""Frozen features of a backbone: extracted once, cached under what they are made of."""
+"""Frozen features of a backbone: extracted once, cached under a digest of what they are computed from."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes
 from oats_vision.evaluation.top1 import autocast
 from oats_vision.files import replacing
-from oats_vision.models.adapters import Structure
+from oats_vision.models.families import Structure
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
 from oats_vision.nn.outputs import first_output

@@ -41,7 +41,7 @@ def run_tasks(
     except ImportError as missing:
         raise ConfigError(f"tasks need lm-eval: pip install oats_vision[llm] ({missing})") from None
     if task_folder is not None and not task_folder.is_dir():
-        raise ConfigError(f"`task_folder` {task_folder} is no folder")
+        raise ConfigError(f"`task_folder` {task_folder} is not a folder")
     try:
         manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     except Exception as problem:  # definitions of the user's own are YAML and Python files
@@ -56,10 +56,10 @@ def run_tasks(
     for name, task in loaded.items():
         if "acc" not in task.aggregation() or getattr(task, "MULTIMODAL", False):
             raise DataError(f"`tasks`: {name} is not scored by the accuracy of answers to text")
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
-            adapter,
+            wrapped,
             tasks=list(loaded.values()),
             num_fewshot=shots,
             limit=limit,

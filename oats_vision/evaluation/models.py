@@ -24,7 +24,7 @@ def check_names(model: str, dense: str | None, no_dense: bool) -> None:
 
     Raises:
         ConfigError: they contradict each other.
-        ModelError: one is no model's.
+        ModelError: one is not a model's.
     """
     if dense and no_dense:
         raise ConfigError("give either `dense` or `no_dense`")
@@ -58,7 +58,7 @@ class Models:
             say: told which dense model a checkpoint says that it came from.
 
         Raises:
-            OatsVisionError: the names contradict each other, or one is no model's.
+            OatsVisionError: the names contradict each other, or one is not a model's.
         """
         check_names(model, dense, no_dense)
         from oats_vision import checkpoint
@@ -105,7 +105,7 @@ class Models:
             raise ModelError(f"the dense model: {problem} (give `dense`, or `no_dense`)") from None
         found = source_of(module)
         if not found.is_architecture_of(source):
-            raise ConfigError(f"`dense` {name} is no {source.name} as in {self.directory}")
+            raise ConfigError(f"`dense` {name} is not a {source.name} as in {self.directory}")
         if source.dense_sha256 and found.dense_sha256 != source.dense_sha256:
             changed = f"the weights of {name} differ from those that {self.directory} was compressed from"
             if not given:

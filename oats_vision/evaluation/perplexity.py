@@ -49,7 +49,7 @@ def perplexity(
     model: nn.Module,
     ids: Tensor,
     *,
-    length: int = 2048,
+    sequence_length: int = 2048,
     stride: int | None = None,
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda done: None,
@@ -58,13 +58,13 @@ def perplexity(
 
     Windows that do not overlap are the convention of published WikiText-2 figures: each is scored by itself but for
     its first token, and an incomplete last window is left out. With a stride each window after the first scores
-    only its last `stride` tokens, so that every one has at least `length - stride` tokens before it.
+    only its last `stride` tokens, so that every one has at least `sequence_length - stride` tokens before it.
 
     Args:
         model: token ids (batch, length) -> an output with `.logits` (batch, length, vocabulary).
         ids: the text, (tokens,), int64.
-        length: tokens in a window.
-        stride: tokens that windows move by, in [1, length]; `length` (no overlap) if None.
+        sequence_length: tokens in a window.
+        stride: tokens that windows move by, in [1, sequence_length]; `sequence_length` (no overlap) if None.
         progress: called with the number of windows done.
 
     Raises:
@@ -72,17 +72,20 @@ def perplexity(
         ConfigError: the stride is out of range, or the window does not fit the model's positions.
         ModelError: the loss is not finite.
     """
-    stride = length if stride is None else stride
-    if not 1 <= stride <= length or length < 2:
-        raise ConfigError(f"stride must be in [1, {length}] and the sequence length at least 2, got {stride}")
-    if len(ids) < length:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {length}: use a shorter one")
+    stride = sequence_length if stride is None else stride
+    if not 1 <= stride <= sequence_length or sequence_length < 2:
+        raise ConfigError(f"`stride` must be in [1, {sequence_length}] and `sequence_length` at least 2, got {stride}")
+    if len(ids) < sequence_length:
+        raise DataError(
+            f"the text has {len(ids)} tokens, fewer than one window of {sequence_length}: "
+            "use a smaller `sequence_length`"
+        )
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ConfigError(f"the sequence length must be at most the model's {positions} positions, got {length}")
-    windows = ids.unfold(0, length, stride)  # (windows, length)
-    scored = torch.full((len(windows),), length - 1 if stride == length else stride)
-    scored[0] = length - 1
+    if positions is not None and sequence_length > positions:
+        raise ConfigError(f"`sequence_length` must be at most the model's {positions} positions, got {sequence_length}")
+    windows = ids.unfold(0, sequence_length, stride)  # (windows, length)
+    scored = torch.full((len(windows),), sequence_length - 1 if stride == sequence_length else stride)
+    scored[0] = sequence_length - 1
     device = next(model.parameters()).device
     losses: list[Tensor] = []
     start = time.perf_counter()
@@ -91,7 +94,7 @@ def perplexity(
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")  # (batch, length - 1)
-        kept = torch.arange(length - 1, device=device) >= length - 1 - counts[:, None].to(device)
+        kept = torch.arange(sequence_length - 1, device=device) >= sequence_length - 1 - counts[:, None].to(device)
         losses.append(((loss * kept).sum(1, dtype=torch.float64) / counts.to(device)).cpu())
         progress(sum(map(len, losses)))
     nll = torch.cat(losses)

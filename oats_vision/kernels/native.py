@@ -126,14 +126,14 @@ def address(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...
 def sparse_step(
     A: Tensor, L: Tensor, S: Tensor, next: Tensor, threshold: Tensor, *, keep: int, extrapolation: float
 ) -> float:
-    """The sparse half of a round: keep the largest magnitudes of A - L, and extrapolate.
+    """The sparse half of an iteration: keep the largest magnitudes of A - L, and extrapolate.
 
     With R = A - L and S' the `keep` largest magnitudes of each row of R: S becomes S', `next` becomes
     A - (S' + extrapolation (S' - S)).
 
     Args:
         A, L, S, next: (rows, columns), float32, contiguous, on the CPU; `next` may be L.
-        threshold: (rows,), float32: each row's smallest magnitude kept in the last round, or 0; updated.
+        threshold: (rows,), float32: each row's smallest magnitude kept in the last iteration, or 0; updated.
 
     Returns:
         |R - S'|^2.

@@ -89,7 +89,7 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
         return Matrix(PackedWeight.of_sparse(values, bitmask, in_features)).expand()
     mask = unpack(bitmask, in_features)
     if only_runs and int(mask.sum()) != len(values):
-        raise ValueError(f"the bitmask has {int(mask.sum())} positions for {len(values)} values")
+        raise ValueError(f"the bitmask has {int(mask.sum())} ones for {len(values)} values")
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 

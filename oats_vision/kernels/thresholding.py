@@ -1,4 +1,4 @@
-"""The sparse half of OATS's rounds by a compiled kernel: one pass over the matrices in place of six."""
+"""The sparse half of OATS's iterations by a compiled kernel: one pass over the matrices in place of six."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from oats_vision.kernels import native
 
 
 def sparse_term(A: Tensor, budget: Budget) -> SparseTerm:
-    """S of the rounds on A (out_features, in_features), compiled where the kernel takes it: for `oats(sparse_term=)`.
+    """S of each iteration on A (out_features, in_features), compiled where possible, for `oats(sparse_term=)`.
 
     The kernel takes float32 on the CPU under pattern `row`; the results are those of `SparseTerm`.
     """
@@ -18,7 +18,7 @@ def sparse_term(A: Tensor, budget: Budget) -> SparseTerm:
 
 
 class CompiledSparseTerm(SparseTerm):
-    """S of the rounds, updated in place."""
+    """S of the iterations, updated in place."""
 
     def __init__(self, A: Tensor, budget: Budget) -> None:
         super().__init__(A, budget)

@@ -37,7 +37,7 @@ def known_models() -> list[str]:
 
 
 def unknown_model(name: str) -> ModelError:
-    """What to say of a name that is no model's."""
+    """What to say of a name that is not a model's."""
     path = Path(name)
     if path.is_file():
         return ModelError(f"{name} is a file: give the model's directory, or a .gguf file")

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import nn
 
 from oats_vision.errors import ModelError
-from oats_vision.models.adapters.base import Family, Structure
-from oats_vision.models.adapters.find import find_structure, outermost, structure_as
+from oats_vision.models.families.base import Family, Structure
+from oats_vision.models.families.find import find_structure, outermost, structure_as
 from oats_vision.models.source import ModelSource
 
 Self = TypeVar("Self", bound="Record")
@@ -38,9 +38,9 @@ def record_of(model: nn.Module) -> Record:
     Raises:
         ModelError: it wraps several compressed models.
     """
-    noted = getattr(model, "oats_vision", None)  # which a compiled model passes on
-    if isinstance(noted, Record):
-        return noted
+    known = getattr(model, "oats_vision", None)  # which a compiled model passes on
+    if isinstance(known, Record):
+        return known
     inside = outermost(model, _is_changed)
     if len(inside) > 1:
         raise ModelError(
@@ -50,11 +50,11 @@ def record_of(model: nn.Module) -> Record:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    noted = vars(module).get("oats_vision")
-    return isinstance(noted, Record) and noted.structure is not None
+    known = vars(module).get("oats_vision")
+    return isinstance(known, Record) and known.structure is not None
 
 
-def note(model: nn.Module, record: Record) -> None:
+def set_record(model: nn.Module, record: Record) -> None:
     """Keep a record on its model, in the place of an earlier one."""
     model.oats_vision = record  # type: ignore[assignment]  # a plain attribute
 
@@ -68,7 +68,7 @@ def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
     Raises:
         ModelError: no family fits the model, or several fit parts of it, or it is wrapped for replicas or compiled.
     """
-    noted = record_of(model).structure
-    if noted is not None and (family is None or family.name == noted.family.name):
-        return noted  # its blocks may be of other classes by now
+    known = record_of(model).structure
+    if known is not None and (family is None or family.name == known.family.name):
+        return known  # its blocks may be of other classes by now
     return find_structure(model) if family is None else structure_as(model, family)

@@ -104,7 +104,7 @@ def _image_processor(config: TransformConfig) -> Any:
     name = config.get("image_processor_type")
     found = getattr(transformers, name, None) if isinstance(name, str) and _PROCESSORS.fullmatch(name) else None
     if not (isinstance(found, type) and issubclass(found, ImageProcessingMixin)):
-        raise ModelError(f"transform: {name!r} is no image processor of a known model family")
+        raise ModelError(f"transform: {name!r} is not an image processor of a known model family")
     processor: Any = found
     fields = {name: value for name, value in config.items() if name != "kind" and not name.startswith("_")}
     leading = {"auto_map", "trust_remote_code", "custom_pipelines"} & fields.keys()

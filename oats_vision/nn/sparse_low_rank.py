@@ -18,7 +18,7 @@ from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_li
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSpec:
     """One matrix of a layer: the whole weight, or one of q, k and v of a fused qkv."""
 
     name: str
@@ -34,7 +34,7 @@ class LayerSpec:
     in_features: int
     out_features: int
     bias: bool
-    parts: tuple[Part, ...]
+    parts: tuple[PartSpec, ...]
 
     @property
     def nonzeros(self) -> int:
@@ -60,7 +60,7 @@ class LayerSpec:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LayerSpec":
         """Raises KeyError, TypeError or ValueError if a field is missing, unknown or impossible."""
-        spec = cls(**{**fields, "parts": tuple(Part(**part) for part in fields["parts"])})
+        spec = cls(**{**fields, "parts": tuple(PartSpec(**part) for part in fields["parts"])})
         counts = [spec.in_features, spec.out_features, *(x for p in spec.parts for x in (p.rank, p.nonzeros))]
         if any(not isinstance(count, int) or count < 0 for count in counts):
             raise ValueError(f"counts must be whole numbers, got {counts}")
@@ -180,7 +180,7 @@ class SparseLowRankLinear(nn.Module):
             out_features=U.shape[0],
             bias=bias is not None,
             parts=tuple(
-                Part(name, factors.U.shape[0], factors.U.shape[1], int(torch.count_nonzero(s)))
+                PartSpec(name, factors.U.shape[0], factors.U.shape[1], int(torch.count_nonzero(s)))
                 for (name, factors), s in zip(parts, S, strict=True)
             ),
         )

@@ -17,7 +17,7 @@ from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
 from oats_vision.machine import choose_device, dtype_of, machine, warn_if_slow
 from oats_vision.nn.semi_structured import to_semi_structured
-from oats_vision.runs.compress import note_speed
+from oats_vision.runs.compress import update_speed
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Bench:
         Raises:
             CheckpointError: report.json is damaged.
         """
-        if self.dtype == read_report(self.directory).dtype and note_speed(self.directory, self.timings, self.machine):
+        if self.dtype == read_report(self.directory).dtype and update_speed(self.directory, self.timings, self.machine):
             renew_page(self.directory, display)
 
 

@@ -20,13 +20,13 @@ from oats_vision.compression.settings import CompressionOptions, CompressionSett
 from oats_vision.data.pictures import ENOUGH
 from oats_vision.display import Display
 from oats_vision.errors import ModelError
-from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
+from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import Timing, dense_twin
 from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
 from oats_vision.kernels import native
-from oats_vision.models.adapters import Family
+from oats_vision.models.families import Family
 from oats_vision.progress import Step
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
@@ -111,7 +111,7 @@ class Result:
             ["parameters", *(f"{count / 1e6:.2f} M" for count in self.parameters), ratio(*self.parameters)],
             _bytes_row("bytes on disk", sizes.dense_total, sizes.total),
             _bytes_row("  compressed layers", sizes.dense_layers, sizes.layers),
-            ["  positions of S in them", "", megabytes(sizes.positions), ""],
+            ["  of which bitmask of S", "", megabytes(sizes.positions), ""],
         ]
 
     @property
@@ -164,18 +164,18 @@ def compress(
             what `load_pictures(held_out=)` or `load_sequences(held_out=)` kept apart.
         method: `oats`, or a baseline to compare with: `oats-vision models` lists them.
         rate: share of the parameters removed, in (0, 1); 0.5 if not given.
-        rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the split
+        rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the ratio
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
         skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
         storage_dtype: precision that the weights are rounded to and stored in; the model's if not given.
         refit: fit S's values, U and V to the inputs' full second moments by least squares; by default with `oats`.
-        iterations: rounds of alternating thresholding at most.
-        solver: `fast` is warm-started and extrapolated; `exact` takes an SVD each round, as the paper does.
-        tolerance: `fast` stops when ten rounds lower the error by less than this share; 0: never.
+        iterations: of alternating thresholding, at most.
+        solver: `fast` is warm-started and extrapolated; `exact` takes an SVD in each iteration, as the paper does.
+        tolerance: `fast` stops when ten iterations lower the error by less than this share; 0: never.
         scaling: statistic of the inputs that scales the columns.
         fused_qkv: decompose a fused qkv as three matrices or as one.
-        error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the best split's.
+        error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the lowest of all ratios.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
         family: that the model is of; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
@@ -196,11 +196,11 @@ def compress(
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out
-    noted: list[PictureCloseness | TextCloseness] = []
+    references: list[Reference] = []
 
-    def note(dense: nn.Module) -> None:
+    def ask(dense: nn.Module) -> None:
         if others is not None:
-            noted.append(closeness(dense, others))
+            references.append(task_of(dense).reference(dense, others))
 
     with nullcontext(progress) if callable(progress) else display.compression() as step:
         report = pipeline.compress(
@@ -210,12 +210,12 @@ def compress(
             family=family,
             activation_memory=activation_memory,
             progress=step,
-            before=note,
+            before=ask,
         )
     result = describe(model, report, parameters)
-    for close in noted:
+    for reference in references:
         with pipeline.plain_arithmetic(model):
-            measure(result, model, close, display)
+            measure(result, model, reference, display)
     return result
 
 
@@ -234,7 +234,7 @@ def describe(model: nn.Module, report: CompressionReport, parameters: int) -> Re
 def measure(
     result: Result,
     model: nn.Module,
-    close: PictureCloseness | TextCloseness,
+    reference: Reference,
     display: Display,
     batch_size: int | None = None,
 ) -> None:
@@ -242,28 +242,26 @@ def measure(
 
     Args:
         model: the compressed one as it will be used.
-        close: what the dense model said of held-out inputs.
+        reference: what the dense model said of held-out inputs.
         batch_size: to time beside a batch of one; that of the held-out inputs if not given.
     """
-    with display.counting("compressed model, held-out", close.reader.unit, close.count) as tell:
-        result.cost, result.examples = close.compare(model, tell)
+    with display.counting("compressed model, held-out", reference.reader.unit, reference.count) as tell:
+        result.cost, result.examples = reference.compare(model, tell)
     try:
-        result.speed = speed(model, close, display, batch_size)
+        result.speed = speed(model, reference, display, batch_size)
     except (RuntimeError, MemoryError, ModelError) as problem:  # the dense twin takes memory again
         result.untimed = " ".join(str(problem).split())[:200] or type(problem).__name__
 
 
-def speed(
-    model: nn.Module, close: PictureCloseness | TextCloseness, display: Display, batch_size: int | None = None
-) -> list[Timing]:
+def speed(model: nn.Module, reference: Reference, display: Display, batch_size: int | None = None) -> list[Timing]:
     """Latency of a compressed model in turns with its dense twin, at batch 1 and at the batch size."""
-    twin, first = dense_twin(model), close.first
+    twin, first = dense_twin(model), reference.first
     sizes = sorted({1, batch_size or len(first.tensor)})
     with display.counting("timing dense and compressed", "rounds", 2 * ROUNDS) as tell:
-        return task_of(model).time(twin, model, first, close.dtype, sizes, ROUNDS, tell, SECONDS)
+        return task_of(model).time(twin, model, first, reference.dtype, sizes, ROUNDS, tell, SECONDS)
 
 
-def note_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> bool:
+def update_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, Any]) -> bool:
     """Put other measurements of speed into a checkpoint's report.json, with the advice that follows from them.
 
     Returns:
@@ -291,7 +289,7 @@ def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -
     if not native.available():
         return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
     auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.allocation.pattern.kind != "n:m"
-    ways = ["rank ratio auto (for each layer the split that is fastest here)"] * auto + ["a higher rate"]
+    ways = ["rank ratio auto (for each layer the ratio that is fastest here)"] * auto + ["a higher rate"]
     return [f"{what} Try {' or '.join(ways)}; what is saved for certain is memory."]
 
 

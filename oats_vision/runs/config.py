@@ -46,10 +46,10 @@ class RunConfig(CompressionOptions):
     batch_size: int | None = Field(None, ge=1, description="pictures or sequences at a time [default: 64; 4 for text]")
     sequence_length: int = Field(2048, ge=2, description="tokens in a sequence (text)")
     workers: int = Field(0, ge=0, description="processes that read pictures")
-    seed: int = Field(42, description="of the choice of calibration data")
-    device: str = Field("auto", description="auto (CUDA if there), cpu, cuda:1, ...")
+    seed: int = Field(42, description="seed for choosing the calibration data")
+    device: str = Field("auto", description="auto (CUDA if available), cpu, cuda:1, ...")
     dtype: Dtype = Field("float32", description="precision of the arithmetic")
-    activation_memory: float = Field(8.0, gt=0, description="for activations, the rest on disk")
+    activation_memory: float = Field(8.0, gt=0, description="memory for activations; the rest goes to disk")
     out: Path = Field(Path("oats_compressed"), description="folder to write")
     overwrite: bool = Field(False, description="replace the checkpoint in `out`")
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
@@ -75,7 +75,7 @@ class RunConfig(CompressionOptions):
         return self
 
     def check_data(self) -> None:
-        """See that there are calibration data, and that what is no dataset's name is there: it takes no time.
+        """See that there are calibration data, and that what is not a dataset's name is there: it takes no time.
 
         Raises:
             ConfigError: no data are given; a file of settings may leave that to a flag.
@@ -132,7 +132,7 @@ def read_fields(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"`config` {path}: must be a mapping of settings, got {type(fields).__name__}")
     odd = [name for name in fields if not isinstance(name, str)]
     if odd:
-        raise ConfigError(f"`config` {path}: {odd[0]!r} is no setting; known: {', '.join(RunConfig.model_fields)}")
+        raise ConfigError(f"`config` {path}: {odd[0]!r} is not a setting; known: {', '.join(RunConfig.model_fields)}")
     return fields
 
 

@@ -15,11 +15,11 @@ from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.slicing import empty_sliced_blocks
-from oats_vision.evaluation.closeness import MEMORY
+from oats_vision.evaluation.reference import MEMORY
 from oats_vision.machine import memory_in_use, peak_memory
-from oats_vision.models.adapters import Structure
+from oats_vision.models.families import Structure
 from oats_vision.models.structure import floating, in_experts
-from oats_vision.nn.sparse_low_rank import LayerSpec, Part, SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec, SparseLowRankLinear
 from oats_vision.progress import Unit, count
 
 STARTED = 100 << 20  # bytes of the CPU's threads, compiled products and allocator, once they have worked
@@ -191,7 +191,9 @@ def _emptied(shell: nn.Module, structure: Structure, plan: Plan, settings: Compr
     for block, linears in plan.parts.items():
         for name, parts in linears.items():
             linear = plan.linears[f"{block}.{name}"]
-            stored = tuple(Part(part, rows, budget.rank, budget.nonzeros) for part, rows, budget in parts)
+            stored = tuple(
+                PartSpec(part.name, part.out_features, part.budget.rank, part.budget.nonzeros) for part in parts
+            )
             spec = LayerSpec(linear.in_features, linear.out_features, linear.bias is not None, stored)
             report.layers.append(LayerReport(f"{block}.{name}", spec, {}, {}, {}, 0.0, 0))
             shell.set_submodule(f"{block}.{name}", SparseLowRankLinear.empty(spec, linear.weight.dtype))

@@ -21,10 +21,10 @@ from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError
-from oats_vision.evaluation.closeness import PictureCloseness, TextCloseness, closeness
 from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement
 from oats_vision.evaluation.protocols.settings import Settings
+from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Evaluation
 from oats_vision.evaluation.tasks import Task, task_of
 from oats_vision.machine import choose_device, dtype_of, machine, peak_memory, warn_if_slow
@@ -43,14 +43,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Outcome:
+class FinishedRun:
     """What a run made and measured; `to_dict` is the checkpoint's report.json.
 
     task: what the model reads. evaluation: on labelled pictures or on text, if there were any. files: bytes of each in
     the checkpoint's directory. peak_memory: bytes.
     """
 
-    run: RunConfig
+    config: RunConfig
     settings: CompressionSettings
     result: Result
     files: dict[str, int]
@@ -64,7 +64,7 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         figures = self.result.to_dict()
         return {
-            "run": self.run.model_dump(mode="json"),
+            "run": self.config.model_dump(mode="json"),
             **figures,
             "settings": self.settings.model_dump(),
             "skipped_pictures": self.skipped,
@@ -73,35 +73,35 @@ class Outcome:
             "seconds": {**figures["seconds"], "command": self.seconds},
             "peak_memory": self.peak_memory,
             "machine": self.machine,
-            "out": str(self.run.out),
+            "out": str(self.config.out),
         }
 
     def write(self, display: Display) -> None:
         """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
-        out, examples = self.run.out, self.result.examples if self.run.report else []
+        out, examples = self.config.out, self.result.examples if self.config.report else []
         content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
         checkpoint.write_json(out / checkpoint.REPORT, content)
-        if self.run.report:
+        if self.config.report:
             draw_page(out, out / PAGE, display)
 
 
 @dataclass
-class Draw:
+class CalibrationSet:
     """Calibration data of one seed, and what the dense model says of the inputs that are held out of them."""
 
-    calibration: Batches | Sequences
-    close: PictureCloseness | TextCloseness | None
+    batches: Batches | Sequences
+    reference: Reference | None
 
 
 @dataclass
-class Prepared:
+class PreparedRun:
     """What comes before a compression, and is the same for every compression of a model.
 
-    run: with the defaults that depend on what the model reads. parameters: of the dense model. reader: its transform
+    config: with the defaults that depend on what the model reads. parameters: of the dense model. reader: its transform
     of pictures, or its tokenizer. asked, test: what the task's protocol is asked for and its data, if there are any.
     """
 
-    run: RunConfig
+    config: RunConfig
     device: torch.device
     task: Task
     source: ModelSource
@@ -123,36 +123,36 @@ class Prepared:
     @property
     def settings(self) -> CompressionSettings:
         """Those of the run, with the precision that weights are stored in."""
-        return self.run.settings(self.source.dtype)
+        return self.config.settings(self.source.dtype)
 
     def open(self, seed: int) -> Batches | Sequences:
         """The calibration data that a seed chooses."""
-        found: Batches | Sequences = self.task.calibration(self.run.model_copy(update={"seed": seed}), self.reader)
+        found: Batches | Sequences = self.task.calibration(self.config.model_copy(update={"seed": seed}), self.reader)
         return found
 
     def forecast(self, model: nn.Module, calibration: Batches | Sequences) -> Forecast:
         """What compressing on these data will come to."""
-        run, others = self.run, calibration.held_out
+        config, others = self.config, calibration.held_out
         return forecast(
             model,
             structure_of(model),
             self.settings,
-            self.task.example(model, run, self.reader),
-            name=run.model,
-            data=run.data or "demo",
+            self.task.example(model, config, self.reader),
+            name=config.model,
+            data=config.data or "demo",
             samples=expected_samples(calibration),
             held_out=0 if others is None else expected_samples(others) or 0,
-            batch_size=run.batch_size or 1,
-            activation_memory=run.activation_memory,
+            batch_size=config.batch_size or 1,
+            activation_memory=config.activation_memory,
         )
 
-    def draw(self, model: nn.Module, calibration: Batches | Sequences, display: Display) -> Draw:
+    def calibration_set(self, model: nn.Module, batches: Batches | Sequences, display: Display) -> CalibrationSet:
         """Ask the dense model about what is held out of the calibration data."""
-        others = calibration.held_out
-        if not self.run.eval or others is None:
-            return Draw(calibration, None)
+        others = batches.held_out
+        if not self.config.eval or others is None:
+            return CalibrationSet(batches, None)
         with display.counting("dense model, held-out", self.task.unit, expected_samples(others)) as progress:
-            return Draw(calibration, closeness(model, others, self.transform, progress))
+            return CalibrationSet(batches, self.task.reference(model, others, self.transform, progress))
 
     def score(self, model: nn.Module, which: str, display: Display) -> Measurement | None:
         """What the task's protocol finds, if there are data for it."""
@@ -161,7 +161,7 @@ class Prepared:
         return self.task.protocol.function(model, Given(self.asked, self.test, self.reader, which, display))
 
 
-def run(config: RunConfig, display: Display) -> Outcome:
+def run(config: RunConfig, display: Display) -> FinishedRun:
     """Do what `oats-vision compress` does, and return what it made.
 
     Raises:
@@ -173,27 +173,27 @@ def run(config: RunConfig, display: Display) -> Outcome:
         return _run(config, display)
 
 
-def _run(config: RunConfig, display: Display) -> Outcome:
+def _run(config: RunConfig, display: Display) -> FinishedRun:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
     model, prepared = prepare(config, display)
-    calibration = prepared.open(config.seed)
-    display.lines("plan", prepared.forecast(model, calibration).lines())
-    draw = prepared.draw(model, calibration, display)
+    batches = prepared.open(config.seed)
+    display.lines("plan", prepared.forecast(model, batches).lines())
+    calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
-    outcome = compress_and_write(model, prepared.run, prepared.settings, prepared, draw, display)
-    with _after_the_checkpoint(outcome.run, prepared.task):
+    finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display)
+    with _after_the_checkpoint(finished.config, prepared.task):
         del model
-        measure_stored(outcome, prepared, draw, before, display)
-        outcome.seconds = time.perf_counter() - start
-        outcome.write(display)
+        measure_stored(finished, prepared, calibration, before, display)
+        finished.seconds = time.perf_counter() - start
+        finished.write(display)
         if config.merge:
             with checkpoint.new_directory(config.out / checkpoint.MERGED, overwrite=False) as merged:
-                dtype = dtype_of(str(outcome.settings.storage_dtype))
-                save_plain(merge(outcome.result.model), prepared.source, dtype, merged)
+                dtype = dtype_of(str(finished.settings.storage_dtype))
+                save_plain(merge(finished.result.model), prepared.source, dtype, merged)
                 if prepared.tokenizer is not None:
                     prepared.tokenizer.save_pretrained(merged)
-    return outcome
+    return finished
 
 
 def dry_run(
@@ -216,7 +216,7 @@ def dry_run(
         return planned, trial(model, calibration, settings, samples=planned.samples, progress=progress)
 
 
-def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
+def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun]:
     """Load the dense model, and open the data that it is scored on.
 
     Raises:
@@ -237,63 +237,74 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, Prepared]:
         check_finite(model)
         checkpoint.check_source(model)
     task = task_of(model)
-    run = task.completed(config)
-    reader = task.reader(run.model, transform)
-    task.check(model, run)
-    asked = task.evaluation(run)
+    config = task.completed(config)
+    reader = task.reader(config.model, transform)
+    task.check(model, config)
+    asked = task.evaluation(config)
     test = asked.open(reader) if asked else {}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return model, Prepared(run, device, task, source_of(model), parameters, reader, asked, test)
+    return model, PreparedRun(config, device, task, source_of(model), parameters, reader, asked, test)
 
 
 def compress_and_write(
-    model: nn.Module, run: RunConfig, settings: CompressionSettings, prepared: Prepared, draw: Draw, display: Display
-) -> Outcome:
-    """Compress the model, in place, as the settings say, and write it to `run.out`."""
+    model: nn.Module,
+    config: RunConfig,
+    settings: CompressionSettings,
+    prepared: PreparedRun,
+    calibration: CalibrationSet,
+    display: Display,
+) -> FinishedRun:
+    """Compress the model, in place, as the settings say, and write it to `config.out`."""
     with display.compression() as progress:
-        report = compress(model, draw.calibration, settings, activation_memory=run.activation_memory, progress=progress)
-    with display.status(f"writing {run.out}"):
-        checkpoint.write(model, run.out, run.overwrite, prepared.tokenizer)
-    return Outcome(
-        run=run,
+        report = compress(
+            model, calibration.batches, settings, activation_memory=config.activation_memory, progress=progress
+        )
+    with display.status(f"writing {config.out}"):
+        checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
+    return FinishedRun(
+        config=config,
         settings=settings,
         result=describe(model, report, prepared.parameters),
-        files={file.name: file.stat().st_size for file in run.out.iterdir() if file.is_file()},
-        skipped=draw.calibration.skipped if isinstance(draw.calibration, Batches) else 0,
+        files={file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()},
+        skipped=calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0,
         task=prepared.task,
         machine=machine(prepared.device),
     )
 
 
 def measure_stored(
-    outcome: Outcome, prepared: Prepared, draw: Draw, before: Measurement | None, display: Display
+    finished: FinishedRun,
+    prepared: PreparedRun,
+    calibration: CalibrationSet,
+    before: Measurement | None,
+    display: Display,
 ) -> None:
     """Measure the model as its users will have it: read from its files, in the stored precision.
 
     Args:
         before: what the protocol found of the dense model, if there is data to score on.
     """
-    run, result = outcome.run, outcome.result
+    config, result = finished.config, finished.result
     del result.model  # before the other one takes memory
     result.model = checkpoint.load(
-        run.out, device=prepared.device, dtype=dtype_of(run.dtype), trust_remote_code=run.trust_remote_code
+        config.out, device=prepared.device, dtype=dtype_of(config.dtype), trust_remote_code=config.trust_remote_code
     )
-    if draw.close is not None:
-        measure(result, result.model, draw.close, display, run.batch_size)
+    if calibration.reference is not None:
+        measure(result, result.model, calibration.reference, display, config.batch_size)
     after = prepared.score(result.model, "compressed", display)
     if prepared.asked and before and after:
         found = {"dense": before, "compressed": after}
-        outcome.evaluation = evaluation_of(
-            prepared.task.protocol, prepared.asked, found, model=str(run.out), machine=outcome.machine
+        finished.evaluation = evaluation_of(
+            prepared.task.protocol, prepared.asked, found, model=str(config.out), machine=finished.machine
         )
-    outcome.peak_memory = peak_memory(prepared.device)
+    finished.peak_memory = peak_memory(prepared.device)
 
 
 @contextmanager
-def _after_the_checkpoint(run: RunConfig, task: Task) -> Iterator[None]:
+def _after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
     """What fails from here on is no lost run, and the message says so."""
-    again = task.how_to_evaluate(str(run.out), run.eval_data or "demo")
-    complete = f"the checkpoint in {run.out} is complete"
+    again = task.eval_command(str(config.out), config.eval_data or "demo")
+    complete = f"the checkpoint in {config.out} is complete"
     try:
         yield
     except SystemExit:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from oats_vision import checkpoint
 from oats_vision.analysis.compare import comparison_page
+from oats_vision.analysis.compared import ComparedModel
 from oats_vision.analysis.page import write_page
-from oats_vision.analysis.run import Run
 from oats_vision.analysis.tables import as_text
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
@@ -26,12 +26,17 @@ from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import duration
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
-from oats_vision.runs.run import Draw, Prepared, compress_and_write, measure_stored, prepare
+from oats_vision.runs.run import CalibrationSet, PreparedRun, compress_and_write, measure_stored, prepare
 from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
 from oats_vision.runs.sweep_rows import Failure, Row, in_order, row_name, write_csv
 from oats_vision.runs.sweep_table import SPREAD, mean_runs, sweep_table
 
-Job = tuple[CompressionSettings, int]  # and the seed
+
+class SeededCell(NamedTuple):
+    """A cell of the grid and the seed of its calibration data."""
+
+    settings: CompressionSettings
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,14 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
     with checkpoint.locked(config.out):
         state = read_state(config)
         rows = read_rows(config.out)
-        jobs = [(settings, seed) for seed in config.seeds for settings in config.grid.cells]
-        missing = [job for job in jobs if not _is_done(config, rows, job)]
+        cells = [SeededCell(settings, seed) for seed in config.seeds for settings in config.grid.cells]
+        missing = [cell for cell in cells if not _is_done(config, rows, cell)]
         for line in [*config.grid.notes, *(f"skipped: {reason}" for reason in config.grid.skipped)]:
             display.console.print(line, soft_wrap=True)
-        if len(missing) < len(jobs):
-            display.console.print(f"{len(jobs) - len(missing)} of {len(jobs)} cells are done")
+        if len(missing) < len(cells):
+            display.console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
         if config.base.dry_run:
-            return Sweep(config, in_order(rows.values()), [], tuple(row_name(*job) for job in missing))
+            return Sweep(config, in_order(rows.values()), [], tuple(row_name(*cell) for cell in missing))
         failures: list[Failure] = []
         if missing:
             with _said_once():
@@ -115,12 +120,16 @@ class _Dense:
     """The dense model, all that is known of it, and its score if there are data to score it on."""
 
     model: nn.Module
-    prepared: Prepared
+    prepared: PreparedRun
     score: Measurement | None = None
 
 
 def _do(
-    config: SweepConfig, state: dict[str, Any] | None, missing: Sequence[Job], rows: dict[str, Row], display: Display
+    config: SweepConfig,
+    state: dict[str, Any] | None,
+    missing: Sequence[SeededCell],
+    rows: dict[str, Row],
+    display: Display,
 ) -> list[Failure]:
     """Do the missing cells, add their rows, and return what failed."""
     dense = _Dense(*prepare(config.base, display))
@@ -128,16 +137,16 @@ def _do(
     if state is not None and state["dense_sha256"] != weights:
         raise ConfigError(f"{config.out}: the weights of {config.base.model} have changed since: give another out")
     failures, seconds = list[Failure](), list[float]()
-    for seed, jobs in groupby(missing, lambda job: job[1]):
-        draw = dense.prepared.draw(dense.model, dense.prepared.open(seed), display)
+    for seed, cells in groupby(missing, lambda cell: cell.seed):
+        calibration = dense.prepared.calibration_set(dense.model, dense.prepared.open(seed), display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
             state = write_state(config, dense.prepared.task.unit, weights)
-        for settings, _ in jobs:
+        for settings, _ in cells:
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()
             try:
-                row = _cell(config, dense, draw, settings, seed, display)
+                row = _cell(config, dense, calibration, settings, seed, display)
             except _OF_ONE_CELL as problem:
                 failures.append(Failure(settings, seed, " ".join(str(problem).split()) or type(problem).__name__))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
@@ -150,30 +159,35 @@ def _do(
 
 
 def _cell(
-    config: SweepConfig, dense: _Dense, draw: Draw, settings: CompressionSettings, seed: int, display: Display
+    config: SweepConfig,
+    dense: _Dense,
+    calibration: CalibrationSet,
+    settings: CompressionSettings,
+    seed: int,
+    display: Display,
 ) -> Row:
     """Compress a copy of the model, and measure it as `compress` does."""
     start, prepared = time.perf_counter(), dense.prepared
     with _directory(config, row_name(settings, seed)) as directory:
         own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
-        run = prepared.run.model_copy(update=settings.model_dump() | own)
+        own_config = prepared.config.model_copy(update=settings.model_dump() | own)
         stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
-        outcome = compress_and_write(copy.deepcopy(dense.model), run, stored, prepared, draw, display)
-        measure_stored(outcome, prepared, draw, dense.score, display)
-        outcome.seconds = time.perf_counter() - start
-        outcome.write(display)
-        figures = replace(Run.read(directory), name=cell_name(settings))
-    layers = outcome.result.report.layers
+        finished = compress_and_write(copy.deepcopy(dense.model), own_config, stored, prepared, calibration, display)
+        measure_stored(finished, prepared, calibration, dense.score, display)
+        finished.seconds = time.perf_counter() - start
+        finished.write(display)
+        figures = replace(ComparedModel.read(directory), name=cell_name(settings))
+    layers = finished.result.report.layers
     errors = [max(layer.errors.values()) for layer in layers]
     outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]
     return Row(
         settings=settings,
         seed=seed,
         run=figures,
-        parameters=outcome.result.parameters,
+        parameters=finished.result.parameters,
         error=statistics.mean(errors) if errors else None,
         output_error=statistics.mean(outputs) if outputs else None,
-        seconds=outcome.seconds,
+        seconds=finished.seconds,
     )
 
 
@@ -187,10 +201,10 @@ def _directory(config: SweepConfig, name: str) -> Iterator[Path]:
         yield Path(temporary) / name
 
 
-def _is_done(config: SweepConfig, rows: dict[str, Row], job: Job) -> bool:
-    name = row_name(*job)
+def _is_done(config: SweepConfig, rows: dict[str, Row], cell: SeededCell) -> bool:
+    name = row_name(*cell)
     kept = not config.keep or checkpoint.is_checkpoint(config.out / name)
-    return name in rows and rows[name].settings == job[0] and kept
+    return name in rows and rows[name].settings == cell.settings and kept
 
 
 def _announcement(

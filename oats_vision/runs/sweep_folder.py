@@ -57,7 +57,7 @@ def read_state(config: SweepConfig) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise CheckpointError(f"{out / STATE} is damaged: {problem}") from None
     if not ours:
-        raise CheckpointError(f"{out} is no folder of a sweep: give another out")
+        raise CheckpointError(f"{out} is not a folder of a sweep: give another out")
     now = _shared(config.base, unit)
     differ = [name for name in now if name in shared and shared[name] != now[name]]
     if differ:

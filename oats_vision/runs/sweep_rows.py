@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from oats_vision.analysis.run import Run
+from oats_vision.analysis.compared import ComparedModel
 from oats_vision.compression import methods
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError
@@ -30,7 +30,7 @@ class Row(BaseModel):
 
     settings: CompressionSettings
     seed: int
-    run: Run
+    run: ComparedModel
     parameters: tuple[int, int]
     error: float | None
     output_error: float | None

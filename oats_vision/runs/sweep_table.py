@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from oats_vision.analysis.compare import short
-from oats_vision.analysis.run import Run
+from oats_vision.analysis.compared import ComparedModel
 from oats_vision.compression import methods
 from oats_vision.evaluation import results
 from oats_vision.evaluation.results import Evaluation, Metric
@@ -143,13 +143,13 @@ def _of_labelled(figure: results.Figure, small: str = "") -> Figure:
     return Figure(figure.value, digits, unit, small)
 
 
-def mean_runs(rows: Sequence[Row]) -> list[Run]:
+def mean_runs(rows: Sequence[Row]) -> list[ComparedModel]:
     """One run for each cell: the mean over its seeds, with the standard deviation to both sides for an interval."""
     cells = groupby(rows, lambda row: row.run.name)
     return [_mean_run([row.run for row in seeds]) for seeds in (list(group) for _, group in cells)]
 
 
-def _mean_run(runs: Sequence[Run]) -> Run:
+def _mean_run(runs: Sequence[ComparedModel]) -> ComparedModel:
     if len(runs) == 1:
         return runs[0]
     first = runs[0]

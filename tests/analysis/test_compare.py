@@ -1,4 +1,4 @@
-"""Several checkpoints beside each other: one table, one page, and what is said of runs that do not compare."""
+"""Several checkpoints side by side: one table, one page, and what is said of runs that do not compare."""
 
 import io
 import json
@@ -21,8 +21,8 @@ from oats_vision.analysis.compare import (
     doubts,
     scatters,
 )
+from oats_vision.analysis.compared import ComparedModel, errors_by_block, read_compared
 from oats_vision.analysis.page import write_page
-from oats_vision.analysis.run import Run, errors_by_block, read_runs
 from oats_vision.checkpoint import measure, read_config, read_weights
 from oats_vision.cli.commands import app
 from oats_vision.compression.record import CompressionReport, LayerReport
@@ -30,7 +30,7 @@ from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation.results import Cost, Difference, Evaluation, Metric, Score
 from oats_vision.evaluation.speed import Timing
-from oats_vision.nn.sparse_low_rank import LayerSpec, Part
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 from pages import DESKTOP, PHONE, check_accessible, check_dark, check_quiet, check_width, show
 
 
@@ -66,7 +66,7 @@ def _labelled(top1: float, data: str = "val") -> Evaluation:
     )
 
 
-def _run(number: int, **more) -> Run:
+def _run(number: int, **more) -> ComparedModel:
     """The higher the number, the smaller, faster and worse."""
     values = {
         "name": f"run{number}",
@@ -79,17 +79,17 @@ def _run(number: int, **more) -> Run:
         "errors": {0: 0.01 * number, 1: 0.02 * number},
         "machine": "cpu, 2",
     }
-    return Run(**values | more)
+    return ComparedModel(**values | more)
 
 
-def _best(rows: list[Run]) -> dict[str, list[int]]:
+def _best(rows: list[ComparedModel]) -> dict[str, list[int]]:
     """Which rows are marked, of each column that marks any."""
     marks = {column.heading: [i for i, cell in enumerate(column.cells) if cell.best] for column in columns(rows)}
     return {heading: rows for heading, rows in marks.items() if rows}
 
 
 def test_a_run_read_from_a_checkpoint_is_what_the_checkpoint_is(directories):
-    runs = read_runs(directories)
+    runs = read_compared(directories)
     assert [run.name for run in runs] == ["a/out", "b/out", f"{directories[2].parent.name}/c"]
     for run, directory, rate in zip(runs, directories, (0.3, 0.5, 0.7), strict=True):
         config = read_config(directory)
@@ -163,7 +163,7 @@ def test_runs_that_do_not_compare_are_said(change, words):
 
 
 def test_errors_of_experts_are_one_line():
-    spec = LayerSpec(8, 8, False, (Part("w", 8, 1, 1),))
+    spec = LayerSpec(8, 8, False, (PartSpec("w", 8, 1, 1),))
     names = ["model.layers.0.mlp.experts.0.w1", "model.layers.0.mlp.experts.1.w1", "model.layers.2.mlp.experts.0.w1"]
     layers = [LayerReport(name, spec, {"w": 0.1 * i}, {}, {"w": 1}, 0.0, 1) for i, name in enumerate(names, 1)]
     found = errors_by_block(CompressionReport("x", resolve(), layers=layers))
@@ -220,7 +220,7 @@ def test_command(directories, tmp_path, monkeypatch):
     printed = CliRunner().invoke(app, ["compare", *map(str, directories), "--json", "--html", "other.html"])
     content = json.loads(printed.stdout)
     assert [run["settings"]["rate"] for run in content["runs"]] == [0.3, 0.5, 0.7]
-    assert [run["bytes"] for run in content["runs"]] == [run.bytes for run in read_runs(directories)]
+    assert [run["bytes"] for run in content["runs"]] == [run.bytes for run in read_compared(directories)]
     assert (tmp_path / "other.html").is_file()
 
 

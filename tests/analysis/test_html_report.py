@@ -22,7 +22,7 @@ from oats_vision.compression.settings import resolve
 from oats_vision.errors import CheckpointError
 from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.evaluation.speed import Timing
-from oats_vision.nn.sparse_low_rank import LayerSpec, Part
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 from pages import DESKTOP, PHONE, check_accessible, check_dark, check_quiet, check_width, show
 
 ADVICE = "blocks.2.mlp.fc2 has an error far above the others': leave it dense with `skip`"
@@ -271,7 +271,7 @@ def test_page_of_a_large_model_stays_small(pictures, tmp_path):
 def test_spectra_of_large_models_are_of_some_blocks():
     def chosen(width: int, blocks: int) -> list[str]:
         names = [f"blocks.{i}.{kind}" for i in range(blocks) for kind in ("fc1", "fc2")]
-        spec = LayerSpec(width, 4 * width, False, (Part("fc", 4 * width, 1, 1),))
+        spec = LayerSpec(width, 4 * width, False, (PartSpec("fc", 4 * width, 1, 1),))
         layers = [LayerReport(name, spec, {"fc": 0.1}, {}, {"fc": 1}, 0.0, 1) for name in names]
         return [names[i] for i in spectra_of(CompressionReport("x", resolve(), layers=layers))]
 

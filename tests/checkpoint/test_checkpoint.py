@@ -16,16 +16,16 @@ from oats_vision.checkpoint.config import config_digest
 from oats_vision.checkpoint.weights import check_bitmask
 from oats_vision.checkpoint.write import _sha256
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models.loading.load import note_source, source_of
+from oats_vision.models.loading.load import record_source, source_of
 from oats_vision.models.source import ModelSource
-from oats_vision.nn.sparse_low_rank import LayerSpec, Part
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 
 NAME, ARGS = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
 
 @pytest.fixture
 def compressed(tiny_vit, pictures):
-    note_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    record_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
     ov.compress(tiny_vit, pictures, rate=0.5, rank_ratio=0.2, iterations=3, storage_dtype="float16")
     return tiny_vit
 
@@ -87,7 +87,7 @@ def test_a_loaded_model_asks_for_no_gradients(saved, pictures):
 @torch.no_grad()
 def test_a_float64_model_stays_one(tiny_vit, pictures, tmp_path):
     tiny_vit.double()
-    note_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    record_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
     ov.compress(tiny_vit, [batch.double() for batch in pictures], rate=0.5, iterations=2)
     ov.save(tiny_vit, tmp_path / "out")
     loaded = ov.load(tmp_path / "out")
@@ -148,7 +148,7 @@ def test_what_could_not_be_loaded_is_not_saved(compressed, tmp_path, change, mes
 
 def test_a_head_that_the_model_tells_of_is_saved(tiny_vit, pictures, tmp_path):
     source = ModelSource("timm", NAME, {**ARGS, "num_classes": 10}, label_names=list("abcdefghij"))
-    note_source(tiny_vit, source)
+    record_source(tiny_vit, source)
     tiny_vit.reset_classifier(3)
     ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
     ov.save(tiny_vit, tmp_path / "out")
@@ -374,7 +374,7 @@ def test_an_architecture_that_is_not_there_is_an_error(saved):
 
 
 def test_bitmask_beyond_the_last_column_is_an_error():
-    spec = LayerSpec(5, 2, False, (Part("w", 2, 0, 2),))
+    spec = LayerSpec(5, 2, False, (PartSpec("w", 2, 0, 2),))
     check_bitmask(torch.tensor([[1], [16]], dtype=torch.uint8), spec, "x")
     with pytest.raises(CheckpointError, match="beyond the last column"):
         check_bitmask(torch.tensor([[1], [32]], dtype=torch.uint8), spec, "x")

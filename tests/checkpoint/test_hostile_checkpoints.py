@@ -145,13 +145,13 @@ class _Payload:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("vit_small_patch16_dinov3", {"checkpoint_path": "x.pth"}, "'checkpoint_path' is no argument"),
-        ("vit_small_patch16_dinov3", {"pretrained_cfg": {"file": "x.pth"}}, "'pretrained_cfg' is no argument"),
-        ("vit_small_patch16_dinov3", {"features_only": True}, "'features_only' is no argument"),
+        ("vit_small_patch16_dinov3", {"checkpoint_path": "x.pth"}, "'checkpoint_path' is not an argument"),
+        ("vit_small_patch16_dinov3", {"pretrained_cfg": {"file": "x.pth"}}, "'pretrained_cfg' is not an argument"),
+        ("vit_small_patch16_dinov3", {"features_only": True}, "'features_only' is not an argument"),
         ("vit_small_patch16_dinov3", {"norm_layer": "os.system"}, "norm_layer of a timm architecture must be"),
         ("vit_small_patch16_dinov3", {"attn_type": "os.system('x')"}, "must be a number or a word"),
-        ("local-dir:x", {}, "is no architecture of timm"),
-        ("hf-hub:org/name", {}, "is no architecture of timm"),
+        ("local-dir:x", {}, "is not an architecture of timm"),
+        ("hf-hub:org/name", {}, "is not an architecture of timm"),
     ],
 )
 def test_a_timm_architecture_is_a_name_and_numbers(changed, monkeypatch, name, args, message):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import oats_vision as ov
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models.adapters import registry
-from oats_vision.models.loading.load import note_source
+from oats_vision.models.families import registry
+from oats_vision.models.loading.load import record_source
 from oats_vision.models.source import ModelSource
 from tiny import HF
 
@@ -79,7 +79,7 @@ class Headed(nn.Module):
 
 def timm_vit() -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", **TIMM)
-    note_source(model, ModelSource("timm", "vit_tiny_patch16_224", TIMM))
+    record_source(model, ModelSource("timm", "vit_tiny_patch16_224", TIMM))
     return model
 
 

@@ -24,7 +24,7 @@ from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.evaluation.models import Models
 from oats_vision.evaluation.top1 import evaluate_top1
-from oats_vision.models.loading.load import note_source, source_of
+from oats_vision.models.loading.load import record_source, source_of
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.run import run as run_here
 
@@ -149,7 +149,7 @@ def test_bad_folders_bad_config_and_existing_output(quick, tmp_path):
         (["--data", tmp_path / "broken", "--out", "out"], ["no picture could be read (1 skipped)"]),
         (
             ["--config", "run.yaml", "--out", "out"],
-            ["run.yaml", "rate must be in (0, 1), got 'half'", "speed is no setting"],
+            ["run.yaml", "rate must be in (0, 1), got 'half'", "speed is not a setting"],
         ),
         (["--out", "taken"], ["taken exists", "--overwrite"]),
     ):
@@ -244,10 +244,10 @@ def test_signals_end_a_run_as_errors_do(number):
     assert done.stderr == f"stopped by {number.name}\n"
 
 
-@pytest.mark.parametrize("part", ["Prepared.score", "save_plain", "checkpoint.write_json"])
+@pytest.mark.parametrize("part", ["PreparedRun.score", "save_plain", "checkpoint.write_json"])
 def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path, monkeypatch, part):
     def full(model, *args, **kwargs):
-        if part != "Prepared.score" or args[1] != "dense":
+        if part != "PreparedRun.score" or args[1] != "dense":
             raise OSError("No space left on device")
 
     monkeypatch.setattr(f"oats_vision.runs.run.{part}", full)
@@ -292,7 +292,7 @@ def test_a_checkpoint_does_not_name_code_as_its_dense_model(model_directory, tmp
     source = source_of(model)
     ov.compress(model, [torch.randn(4, 3, 28, 28)], rate=0.5, iterations=1)
     name = f"hub:{tmp_path}:entry" if where == "folder" else str(tmp_path / "out")
-    note_source(model, dataclasses.replace(source, origin={"name": name}))
+    record_source(model, dataclasses.replace(source, origin={"name": name}))
     ov.save(model, tmp_path / "out")
     models = Models(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     with pytest.raises(OatsVisionError, match="names code in a folder" if where == "folder" else "compressed already"):

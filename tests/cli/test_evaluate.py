@@ -96,7 +96,7 @@ def test_rollout_writes_a_picture_each_and_passes_over_what_is_none(compressed, 
     done = run("rollout", compressed, "--images", tmp_path / "few", "--images", pictures / "b" / "1.png", "--out", out)
     assert done.returncode == 0, done.stderr
     assert "3 pictures written" in done.stdout
-    assert "broken.png is no picture" in done.stderr.replace("\n", "")
+    assert "broken.png is not a picture" in done.stderr.replace("\n", "")
     assert len(list(out.iterdir())) == 3  # two are named 1.png
     for file in out.iterdir():
         with Image.open(file) as drawn:
@@ -137,7 +137,7 @@ BAD = {
     "too many neighbours": (lambda path: ["--k", 70], "k must be at most the number of training pictures, 60"),
     "temperature": (lambda path: ["--temperature", "nan"], "--temperature must be above 0, got 'nan'"),
     "dense and none": (lambda path: ["--dense", "demo", "--no-dense"], "give either --dense or --no-dense"),
-    "another model": (lambda path: ["--dense", "demo"], "is no vit_tiny_patch16_224 as in"),
+    "another model": (lambda path: ["--dense", "demo"], "is not a vit_tiny_patch16_224 as in"),
     "precision": (lambda path: ["--mixed-precision", "int8"], "must be float32, float16 or bfloat16, got 'int8'"),
     "cache is a file": (lambda path: ["--cache", __file__], "cannot be made"),
 }

@@ -15,7 +15,7 @@ CASES = {
     "give `dense`, or `no_dense`": "give --dense, or --no-dense",
     "pass `trust_remote_code=True`": "pass --trust-remote-code",
     "use `pretrained=False` or `dtype=float32`": "use --no-pretrained or --dtype float32",
-    "a smaller `length`": "a smaller --sequence-length",
+    "a smaller `sequence_length`": "a smaller --sequence-length",
     "rename `imge` to `image`": "rename `imge` to `image`",
     "`oats-vision doctor` says why": "`oats-vision doctor` says why",
     "imagenet/train and data are words": "imagenet/train and data are words",

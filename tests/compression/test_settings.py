@@ -43,7 +43,7 @@ def test_plain_values_of_yaml_are_what_they_look_like(read, text, field, value):
     [
         ("pattern: 24", r"pattern must be text \(in YAML in quotes\), got 24"),
         ("model: 1.5", r"model must be text .* got 1\.5"),
-        ("1: 2", "1 is no setting; known: method"),
+        ("1: 2", "1 is not a setting; known: method"),
         ("skip: 3", "skip must be a name or a list of names, got 3"),
         ("skip: [3]", r"skip must be text .* got 3"),
         ("rate: !!python/name:os.system", "could not determine a constructor"),
@@ -89,7 +89,7 @@ def test_each_method_has_its_papers_defaults_and_resolved_settings_stay_as_they_
         ({"rank_ratio": "auto", "pattern": "2:4"}, "rank_ratio auto is for method oats"),
         ({"pattern": "2:4", "rate": 0.7}, r"rate must be at most 0\.5"),
         ({"rate": 1.5, "iterations": 0}, r"rate must be in \(0, 1\), got 1.5; iterations must be at least 1, got 0"),
-        ({"rte": 0.5}, "rte is no setting. Did you mean 'rate'"),
+        ({"rte": 0.5}, "rte is not a setting. Did you mean 'rate'"),
     ],
 )
 def test_options_that_are_wrong_or_do_not_fit_together_are_one_line(options, message):

@@ -122,7 +122,7 @@ def test_tolerance_stops_early_at_about_the_same_error():
     budget = Allocation.of(0.5, 0.2).budget(96, 64)
     full = oats(W, D, budget, iterations=200)
     early = oats(W, D, budget, iterations=200, tolerance=1e-3)
-    assert early.rounds < full.rounds
+    assert early.iterations < full.iterations
     assert early.error <= 1.01 * full.error
 
 

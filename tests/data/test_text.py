@@ -17,7 +17,7 @@ def tokenizer(language_directory):
 
 
 def test_rows_are_packed_seeded_and_do_not_depend_on_the_batch_size(tokenizer):
-    options = {"samples": 20, "length": 32}
+    options = {"samples": 20, "sequence_length": 32}
     sequences = load_sequences("demo", tokenizer, batch_size=8, **options)
     batches = list(sequences)
     assert [tuple(batch.shape) for batch in batches] == [(8, 32), (8, 32), (4, 32)]
@@ -37,19 +37,19 @@ def load_text() -> str:
 def test_documents_are_joined_by_the_end_of_text_token(tokenizer, tmp_path):
     file = tmp_path / "docs.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"mat {i}"}) for i in range(50)) + "\n")
-    ids = load_sequences(str(file), tokenizer, samples=4, length=16).ids
+    ids = load_sequences(str(file), tokenizer, samples=4, sequence_length=16).ids
     pieces = tokenizer.decode(ids[0]).split("<end>")
     assert len(pieces) > 2
     assert all(piece.startswith("mat ") for piece in pieces[1:-1])
-    first = load_sequences(str(file), tokenizer, samples=1, length=16, seed=1).ids
-    assert not torch.equal(first, load_sequences(str(file), tokenizer, samples=1, length=16, seed=2).ids)
+    first = load_sequences(str(file), tokenizer, samples=1, sequence_length=16, seed=1).ids
+    assert not torch.equal(first, load_sequences(str(file), tokenizer, samples=1, sequence_length=16, seed=2).ids)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_saved_datasets(tokenizer, tmp_path, streaming):
     dataset = datasets.Dataset.from_dict({"text": [f"the cat {i}" for i in range(40)]})
     datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "set")
-    ids = load_sequences(str(tmp_path / "set"), tokenizer, samples=3, length=10, streaming=streaming).ids
+    ids = load_sequences(str(tmp_path / "set"), tokenizer, samples=3, sequence_length=10, streaming=streaming).ids
     assert ids.shape == (3, 10)
     whole = load_tokens(str(tmp_path / "set"), tokenizer, split="train", streaming=streaming)
     assert tokenizer.decode(whole) == "\n\n".join(dataset["text"])
@@ -58,7 +58,7 @@ def test_saved_datasets(tokenizer, tmp_path, streaming):
 def test_wikitext_is_read_article_by_article(tokenizer, tmp_path):
     lines = ["", " = Cat = \n", "", " sat on the mat 0 \n", " = = Mat = = \n", " mat 1 \n", " = Best = \n", " mat 2 \n"]
     datasets.Dataset.from_dict({"text": lines}).save_to_disk(tmp_path / "wikitext-2")
-    ids = load_sequences(str(tmp_path / "wikitext-2"), tokenizer, samples=2, length=40).ids
+    ids = load_sequences(str(tmp_path / "wikitext-2"), tokenizer, samples=2, sequence_length=40).ids
     documents = tokenizer.decode(ids.flatten()).split("<end>")
     first = " = Cat = \n sat on the mat 0 \n = = Mat = = \n mat 1 \n"
     assert first in documents or first.startswith(documents[-1])  # the order is the seed's
@@ -67,7 +67,7 @@ def test_wikitext_is_read_article_by_article(tokenizer, tmp_path):
 
 def test_fewer_rows_than_asked_for_are_taken_and_said(tokenizer, tmp_path, caplog):
     (tmp_path / "short.txt").write_text("the cat sat on the mat " * 20)
-    assert 0 < len(load_sequences(str(tmp_path / "short.txt"), tokenizer, samples=99, length=10)) < 99
+    assert 0 < len(load_sequences(str(tmp_path / "short.txt"), tokenizer, samples=99, sequence_length=10)) < 99
     assert "fewer than the 99 asked for" in caplog.text
 
 
@@ -97,7 +97,7 @@ def test_bad_text_is_a_clear_error(tokenizer, tmp_path, name, content, message):
     if name:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
-        load_sequences(str(file), tokenizer, samples=2, length=64)
+        load_sequences(str(file), tokenizer, samples=2, sequence_length=64)
 
 
 DOCUMENTS = ["one\u2028line", "two\x85lines\r\nof it", 'a "third"\u2029']
@@ -125,7 +125,7 @@ LINES = "\n".join(json.dumps(entry, ensure_ascii=False) for entry in OBJECTS)
 def test_json_is_read_as_json_by_name_or_content(tokenizer, tmp_path, name, content):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert tokenizer.decode(load_tokens(tmp_path / name, tokenizer)) == "\n\n".join(DOCUMENTS)
-    ids = load_sequences(tmp_path / name, tokenizer, samples=9, length=4).ids
+    ids = load_sequences(tmp_path / name, tokenizer, samples=9, sequence_length=4).ids
     assert "https" not in tokenizer.decode(ids.flatten())
 
 
@@ -158,10 +158,10 @@ def test_rows_without_text_are_no_documents(tokenizer, tmp_path, caplog, form):
         datasets.Dataset.from_dict({"text": ROWS}, features=features).save_to_disk(source)
     streaming = form == "stream"
     length = sum(len(tokenizer(row)["input_ids"]) + 1 for row in (ROWS[0], ROWS[4]))
-    ids = load_sequences(source, tokenizer, samples=1, length=length, streaming=streaming).ids
+    ids = load_sequences(source, tokenizer, samples=1, sequence_length=length, streaming=streaming).ids
     assert sorted(tokenizer.decode(ids[0]).split("<end>")) == ["", ROWS[0], ROWS[4]]
     with pytest.raises(DataError, match=f"has {length} tokens"):
-        load_sequences(source, tokenizer, samples=1, length=length + 1, streaming=streaming)
+        load_sequences(source, tokenizer, samples=1, sequence_length=length + 1, streaming=streaming)
     assert "1 rows without text (null) were skipped" in caplog.text
     # the convention of published figures joins all rows, empty ones too
     whole = load_tokens(source, tokenizer, split="train", streaming=streaming)

@@ -57,7 +57,7 @@ def test_a_language_model_of_given_shapes_can_be_timed(tmp_path):
 
 @pytest.mark.slow
 def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
-    output = _script("round_profile.py", "--shapes", "96x64", "--repeats", 1)
+    output = _script("iteration_profile.py", "--shapes", "96x64", "--repeats", 1)
     for words in ("sparse step", "orthonormal basis", "GFLOP/s"):
         assert words in output
     assert "MB" in _script("loading.py", checkpoint)

@@ -27,7 +27,7 @@ def folder(tmp_path) -> Path:
 def test_tasks_that_cannot_be_run_are_said(language_directory, folder):
     model, _ = ov.load_model(str(language_directory))
     tokenizer = ov.load_tokenizer(str(language_directory))
-    with pytest.raises(ConfigError, match=r"`task_folder` .*cats\.yaml is no folder"):
+    with pytest.raises(ConfigError, match=r"`task_folder` .*cats\.yaml is not a folder"):
         run_tasks(model, tokenizer, ["cats"], task_folder=folder / "cats.yaml")
     with pytest.raises(DataError, match=r"`tasks` gone cannot be loaded: .*none\.jsonl"):
         run_tasks(model, tokenizer, ["gone"], task_folder=folder)

@@ -29,7 +29,7 @@ def ids():
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_windows_without_overlap_are_torchmetrics_perplexity(model, ids, batch_size):
-    score = perplexity(model, ids, length=50, batch_size=batch_size)
+    score = perplexity(model, ids, sequence_length=50, batch_size=batch_size)
     reference = Reference()
     for start in range(0, 300, 50):
         window = ids[None, start : start + 50]
@@ -40,7 +40,7 @@ def test_windows_without_overlap_are_torchmetrics_perplexity(model, ids, batch_s
 
 @torch.no_grad()
 def test_a_stride_scores_each_token_once_with_the_context_before_it(model, ids):
-    score = perplexity(model, ids, length=40, stride=10, batch_size=3)
+    score = perplexity(model, ids, sequence_length=40, stride=10, batch_size=3)
     assert score.tokens.tolist() == [39] + [10] * 29
     losses = []
     for token in range(1, 40 + 29 * 10):
@@ -51,11 +51,11 @@ def test_a_stride_scores_each_token_once_with_the_context_before_it(model, ids):
 
 
 def test_ratio_and_its_interval(model, ids):
-    dense = perplexity(model, ids, length=20)
+    dense = perplexity(model, ids, sequence_length=20)
     worse = copy.deepcopy(model)
     with torch.no_grad():
         worse.lm_head.weight.add_(torch.randn(61, 32, generator=torch.Generator().manual_seed(2)))
-    ours = perplexity(worse, ids, length=20)
+    ours = perplexity(worse, ids, sequence_length=20)
     ratio = paired_ratio(dense, ours)
     assert ratio.value == pytest.approx(ours.value / dense.value)
     assert ratio.low < ratio.value < ratio.high
@@ -65,19 +65,19 @@ def test_ratio_and_its_interval(model, ids):
     shifted = Perplexity(0.0, 1.0, dense.losses + 0.1, dense.tokens)
     assert paired_ratio(dense, shifted).high == pytest.approx(float(torch.tensor(0.1).exp()), rel=1e-6)
     with pytest.raises(ValueError, match="the same windows"):
-        paired_ratio(dense, perplexity(model, ids, length=30))
+        paired_ratio(dense, perplexity(model, ids, sequence_length=30))
 
 
 def test_bad_input(model, ids):
     with pytest.raises(DataError, match="333 tokens, fewer than one window of 2048"):
         perplexity(model, ids)
     with pytest.raises(ConfigError, match="at most the model's 64 positions, got 65"):
-        perplexity(model, ids, length=65)
+        perplexity(model, ids, sequence_length=65)
     for stride in (0, 41):
-        with pytest.raises(ConfigError, match=r"stride must be in \[1, 40\]"):
-            perplexity(model, ids, length=40, stride=stride)
+        with pytest.raises(ConfigError, match=r"`stride` must be in \[1, 40\]"):
+            perplexity(model, ids, sequence_length=40, stride=stride)
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.lm_head.weight[3] = torch.inf
     with pytest.raises(ModelError, match="not finite"):
-        perplexity(broken, ids, length=40)
+        perplexity(broken, ids, sequence_length=40)

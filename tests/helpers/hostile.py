@@ -31,7 +31,7 @@ from torch import Tensor
 
 import oats_vision as ov
 from oats_vision.checkpoint.config import config_digest
-from oats_vision.models.loading.load import note_source, source_of
+from oats_vision.models.loading.load import record_source, source_of
 from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import plain, timm_transform_config
 from tiny import HF
@@ -65,7 +65,7 @@ def _timm(name: str, **more: Any) -> Callable[[], Any]:
     def build() -> Any:
         model = timm.create_model(name, **TINY | more).eval()
         data = timm_transform_config({"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3})
-        note_source(model, ModelSource("timm", name, TINY | more, data))
+        record_source(model, ModelSource("timm", name, TINY | more, data))
         return model
 
     return build
@@ -90,7 +90,7 @@ def _vision() -> Any:
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=5)).eval()
     source = source_of(model)
     transform = {"kind": "huggingface", **transformers.ViTImageProcessor(size={"height": 32, "width": 32}).to_dict()}
-    note_source(model, ModelSource("huggingface", source.name, source.args, plain(transform)))
+    record_source(model, ModelSource("huggingface", source.name, source.args, plain(transform)))
     return model
 
 

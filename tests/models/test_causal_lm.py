@@ -67,7 +67,7 @@ def texts() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adapter_finds_all_linears_of_the_blocks_and_none_else(case):
+def test_family_finds_all_linears_of_the_blocks_and_none_else(case):
     model = _build(case)
     structure = structure_of(model)
     assert structure.family.name == CASES[case][0]

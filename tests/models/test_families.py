@@ -18,10 +18,10 @@ from oats_vision.compression.plan import plan_block
 from oats_vision.compression.settings import resolve
 from oats_vision.compression.slicing import plan_slicing, slice_blocks
 from oats_vision.errors import ConfigError, DataError, ModelError
-from oats_vision.models.adapters import families
-from oats_vision.models.adapters.find import structure_as
+from oats_vision.models.families import families
+from oats_vision.models.families.find import structure_as
 from oats_vision.models.loading.load import source_of
-from oats_vision.models.record import Record, note, structure_of
+from oats_vision.models.record import Record, set_record, structure_of
 from tiny import HF
 
 FUSED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
@@ -251,7 +251,7 @@ def test_rotated_unsliced_model_computes_the_same(model, pictures):
     structure = structure_of(model)
     expected = _normalised(model, pictures[0])
     structure.prepare(model)
-    note(model, Record(structure=structure))
+    set_record(model, Record(structure=structure))
     with ActivationStore(1e9) as hidden:
         calls = capture_block_calls(model, structure.named_blocks(model), pictures, hidden)
         plan = plan_slicing(structure.named_blocks(model), structure, None)

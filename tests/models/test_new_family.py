@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import oats_vision as ov
 from oats_vision.cli.commands import app
 from oats_vision.errors import CheckpointError, ModelError
-from oats_vision.models.adapters import registry
+from oats_vision.models.families import registry
 
 
 class Attention(nn.Module):

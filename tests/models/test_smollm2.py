@@ -24,7 +24,7 @@ def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
     tokenizer = ov.load_tokenizer(gguf)
     assert transform is None
     ids = ov.load_tokens("demo", tokenizer)[2048:3072]
-    dense = perplexity(model, ids, length=256, batch_size=4)
+    dense = perplexity(model, ids, sequence_length=256, batch_size=4)
     assert 10 < dense.value < 40  # a book that it has read; chance is 49,152
     prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     (paris,) = tokenizer(" Paris")["input_ids"]
@@ -35,10 +35,10 @@ def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
 
     assert likelier_than_paris() < 10  # not greedy text: which of two close words comes first depends on the CPU
 
-    texts = ov.load_sequences("demo", tokenizer, samples=4, length=256, batch_size=4)
+    texts = ov.load_sequences("demo", tokenizer, samples=4, sequence_length=256, batch_size=4)
     report = ov.compress(model, texts, rate=0.3, iterations=5, storage_dtype="float16").report
     assert len(report.layers) == 30 * 7
-    ratio = paired_ratio(dense, perplexity(ov.merge(model), ids, length=256, batch_size=4))
+    ratio = paired_ratio(dense, perplexity(ov.merge(model), ids, sequence_length=256, batch_size=4))
     assert 0.9 < ratio.value < 1.6
     assert likelier_than_paris() < 50
 

@@ -17,7 +17,7 @@ def _factors(m: int, n: int, rank: int, density: float, seed: int = 0) -> Factor
     S = torch.randn(m, n, generator=generator)
     S[torch.rand(m, n, generator=generator) >= density] = 0
     U, V = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
-    return Factors(S, U, V, error=0.1, rounds=1)
+    return Factors(S, U, V, error=0.1, iterations=1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -125,21 +125,21 @@ def test_no_picture_is_both_seen_and_held_out(folder, tmp_path, streaming):
 
 def test_a_run_on_a_folder_without_labels_says_what_it_cost(folder, model_directory, tmp_path):
     config = RunConfig(model=str(model_directory), data=str(folder), out=tmp_path / "out", batch_size=8, **QUICK)
-    outcome = run(config, Display())
+    finished = run(config, Display())
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["samples"] + written["cost"]["samples"] == 30
     assert written["cost"]["samples"] == 7  # a quarter, since there are few
-    assert written["cost"] == outcome.result.cost.model_dump()
+    assert written["cost"] == finished.result.cost.model_dump()
     assert [timing["what"] for timing in written["speed"]] == ["forward, batch 1", "forward, batch 8"]
     assert any("Only 7 pictures were held out" in line for line in written["advice"])
     loaded = ov.load(tmp_path / "out")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), outcome.result.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), finished.result.model.parameters(), strict=True))
 
 
 def test_a_run_without_evaluation_calibrates_on_all(folder, model_directory, tmp_path):
     config = RunConfig(model=str(model_directory), data=str(folder), out=tmp_path / "out", eval=False, **QUICK)
-    outcome = run(config, Display())
-    assert (outcome.result.report.samples, outcome.result.cost, outcome.result.speed) == (30, None, [])
+    finished = run(config, Display())
+    assert (finished.result.report.samples, finished.result.cost, finished.result.speed) == (30, None, [])
 
 
 def test_a_language_model_says_what_it_cost(language_directory, tmp_path):
@@ -152,10 +152,10 @@ def test_a_language_model_says_what_it_cost(language_directory, tmp_path):
         storage_dtype="float32",
         **QUICK,
     )
-    outcome = run(config, Display())
-    assert [metric.name for metric in outcome.result.cost.metrics] == ["perplexity ratio", "same next token"]
-    assert outcome.result.cost.samples == 64
-    assert [timing.what for timing in outcome.result.speed] == ["prompt of 64 tokens", "generating 32 tokens"]
+    finished = run(config, Display())
+    assert [metric.name for metric in finished.result.cost.metrics] == ["perplexity ratio", "same next token"]
+    assert finished.result.cost.samples == 64
+    assert [timing.what for timing in finished.result.speed] == ["prompt of 64 tokens", "generating 32 tokens"]
 
 
 def _colours(batches) -> list[tuple]:

@@ -44,7 +44,7 @@ def measured(model: nn.Module, report: ov.CompressionReport) -> checkpoint.Sizes
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(map(str, settings.values())))
-def test_the_bytes_and_parameters_foretold_are_those_that_come(tiny_vit, pictures, settings):
+def test_the_bytes_and_parameters_forecast_are_those_that_come(tiny_vit, pictures, settings):
     told = of(tiny_vit, **settings)
     dense = sum(parameter.numel() for parameter in tiny_vit.parameters())
     fast = {"iterations": 2} if "method" not in settings else {}
@@ -85,7 +85,7 @@ LANGUAGE = {
 
 
 @pytest.mark.parametrize("kind", LANGUAGE)
-def test_language_models_are_foretold_as_they_are_prepared_and_stay_as_they_are(kind):
+def test_language_models_are_forecast_as_they_are_prepared_and_stay_as_they_are(kind):
     torch.manual_seed(0)
     model = LANGUAGE[kind]().eval()
     names = [(name, id(module)) for name, module in model.named_modules()]
@@ -133,7 +133,7 @@ def test_settings_that_a_run_would_refuse_are_refused(tiny_vit):
         of(tiny_vit, skip=("nothing",))
 
 
-def test_a_large_model_is_foretold_in_no_time():
+def test_a_large_model_is_forecast_in_no_time():
     with torch.device("meta"):
         model = timm.create_model("vit_large_patch14_dinov2")
     model.to_empty(device="cpu")  # memory that is never touched
@@ -164,7 +164,7 @@ print(told.memory.peak, peak_memory(torch.device("cpu")))
     [(1, 16, 16, {"iterations": 2}), (1, 64, 128, {"method": "wanda"})],
 )
 @pytest.mark.slow
-def test_the_memory_foretold_is_close_to_what_a_run_takes(depth, batch, samples, settings):
+def test_the_memory_forecast_is_close_to_what_a_run_takes(depth, batch, samples, settings):
     arguments = [sys.executable, "-c", MEASURE, str(depth), str(batch), str(samples), json.dumps(settings)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr

@@ -106,7 +106,7 @@ WRONG = {
     "unknown": ({"speed": 3}, "speed"),
     "seeds": ({"seeds": 0}, "seeds must be at least 1"),
     "samples": ({"samples": 0}, "samples"),
-    "for one run": ({"merge": True}, "merge is no setting of a sweep"),
+    "for one run": ({"merge": True}, "merge is not a setting of a sweep"),
     "nothing that can be": ({"pattern": "2:4", "rate": 0.7}, "no cell of the grid can be: oats, pattern 2:4, rate 0.7"),
 }
 
@@ -276,7 +276,7 @@ def test_another_sweep_is_refused_in_the_same_folder(begun, tmp_path):
 
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.md").write_text("precious")
-    with pytest.raises(CheckpointError, match="is no folder of a sweep"):
+    with pytest.raises(CheckpointError, match="is not a folder of a sweep"):
         sweep(sweep_config(**begun | {"out": tmp_path / "papers"}))
     assert [entry.name for entry in (tmp_path / "papers").iterdir()] == ["thesis.md"]
 

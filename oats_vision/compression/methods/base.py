@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from oats_vision.compression.settings import CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
     from oats_vision.core.oats import Factors
-    from oats_vision.models.adapters import Structure
+    from oats_vision.models.families import Structure
     from oats_vision.nn.sliced import Slicing
     from oats_vision.progress import Clock
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.activations import ActivationStore
     from oats_vision.calibration.capture import BlockCalls
     from oats_vision.compression.settings import CompressionSettings
-    from oats_vision.models.adapters import Structure
+    from oats_vision.models.families import Structure
     from oats_vision.nn.sliced import Slicing
     from oats_vision.progress import Clock
 

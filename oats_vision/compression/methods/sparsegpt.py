@@ -117,4 +117,4 @@ def _inverse_cholesky(H: Tensor, damping: float) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
                 return upper
-    raise ValueError("the inputs' second moments are no positive matrix")
+    raise ValueError("the inputs' second moments are not a positive definite matrix")

@@ -43,4 +43,4 @@ def svd(weight: Tensor, scale: Tensor, budget: Budget) -> Factors:
     D = scale.to(W)
     U, V = exact_low_rank(W * D, budget.rank)
     S = W.new_zeros(W.shape)
-    return Factors(S, U, V / D, relative_error(W, S, U, V / D, D), rounds=1)
+    return Factors(S, U, V / D, relative_error(W, S, U, V / D, D), iterations=1)

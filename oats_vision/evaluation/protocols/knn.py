@@ -24,7 +24,7 @@ class KnnSettings(OnFeatures):
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (10, 20, 100, 200), min_length=1, description="neighbours; may be repeated"
     )
-    temperature: float = Field(0.07, gt=0, allow_inf_nan=False, description="of the votes")
+    temperature: float = Field(0.07, gt=0, allow_inf_nan=False, description="softmax temperature of the votes")
 
 
 @protocol("knn", KnnSettings, title="k-NN", rank=3, examples=EXAMPLES)

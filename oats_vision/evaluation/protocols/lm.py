@@ -30,7 +30,7 @@ class TaskSettings(OnText):
     tasks: tuple[str, ...] = Field(
         ZERO_SHOT,
         min_length=1,
-        description="of the LM evaluation harness; may be repeated [default: the eight of the OATS paper]",
+        description="task of the LM evaluation harness; may be repeated [default: the eight of the OATS paper]",
     )
     limit: int | None = Field(None, ge=1, description="documents of each task at most [default: all]")
     task_folder: Path | None = Field(None, description="task definitions of your own")

@@ -1,4 +1,4 @@
-"""`oats-vision eval perplexity`: how well a language model foretells a text."""
+"""`oats-vision eval perplexity`: how well a language model predicts a text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class PerplexitySettings(OneText):
 
     samples: int | None = Field(None, ge=1, description="the first windows only [default: all]")
     sequence_length: int = Field(2048, ge=2, description="tokens in a window")
-    stride: int | None = Field(None, ge=1, description="tokens that windows move by [default: `sequence_length`]")
+    stride: int | None = Field(
+        None, ge=1, description="tokens from the start of a window to the next one's [default: `sequence_length`]"
+    )
 
 
 @protocol("perplexity", PerplexitySettings, rank=1, examples=EXAMPLES)
@@ -43,7 +45,7 @@ def perplexity(model: nn.Module, given: Given[PerplexitySettings]) -> Measuremen
     windows = max(len(ids) - length, 0) // (stride or length) + 1
     with given.display.counting(f"perplexity {given.which}", "windows", windows) as progress:
         score = text.perplexity(
-            model, ids, length=length, stride=stride, batch_size=settings.batch_size, progress=progress
+            model, ids, sequence_length=length, stride=stride, batch_size=settings.batch_size, progress=progress
         )
     details = score.to_dict()
     return Measurement(

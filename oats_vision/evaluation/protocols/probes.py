@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class OnFeatures(TrainAndVal):
     """A protocol on the features of two sets of pictures."""
 
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="of the choice of pictures")  # as scikit-learn takes it
-    cache: Path = Field(CACHE, description="where features are kept, under what they are made of")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="seed for choosing the pictures")  # as scikit-learn takes it
+    cache: Path = Field(CACHE, description="folder of cached features, which are named by what they are computed from")
     no_cache: bool = Field(False, description="neither read nor write cached features")
 
     def folder(self) -> Path | None:

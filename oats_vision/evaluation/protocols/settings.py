@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from oats_vision.data.pictures import Batches
     from oats_vision.models.transforms import Transform
 
-LABELLED = "labelled pictures: one folder a class, hf:name or demo"
+LABELLED = "labelled pictures: one folder per class, hf:name or demo"
 
 
 class Settings(BaseModel):
@@ -57,8 +57,8 @@ class OnPictures(Settings):
     unit = "pictures"
 
     batch_size: int = Field(64, ge=1, description="pictures in a batch")
-    seed: int = Field(42, description="of the choice of pictures")
-    mixed_precision: Dtype | None = Field(None, description="of matrix products alone (autocast)")
+    seed: int = Field(42, description="seed for choosing the pictures")
+    mixed_precision: Dtype | None = Field(None, description="precision of matrix products alone (autocast)")
     streaming: bool = Field(False, description="stream a Hugging Face dataset")
     workers: int = Field(0, ge=0, description="processes that read pictures")
 
@@ -91,7 +91,7 @@ class LabelledPictures(OnPictures):
 
     data: str = Field(description=LABELLED)
     split: str = Field("validation", description="split of the data, if a Hugging Face dataset")
-    samples: int | None = Field(None, ge=1, description="evaluate on so many pictures [default: all]")
+    samples: int | None = Field(None, ge=1, description="evaluate on this many pictures [default: all]")
 
     def open(self, reader: Any) -> dict[str, Any]:
         return {"data": self.labelled(self.data, self.split, self.samples, reader)}
@@ -104,8 +104,8 @@ class TrainAndVal(OnPictures):
     val: str = Field(description=f"{LABELLED.replace('pictures', 'pictures to evaluate on')}")
     train_split: str = Field("train", description="split of `train`, if a Hugging Face dataset")
     val_split: str = Field("validation", description="split of `val`, if a Hugging Face dataset")
-    train_samples: int | None = Field(None, ge=1, description="learn from so many pictures [default: all]")
-    val_samples: int | None = Field(None, ge=1, description="evaluate on so many pictures [default: all]")
+    train_samples: int | None = Field(None, ge=1, description="learn from this many pictures [default: all]")
+    val_samples: int | None = Field(None, ge=1, description="evaluate on this many pictures [default: all]")
 
     def open(self, reader: Any) -> dict[str, Any]:
         return {

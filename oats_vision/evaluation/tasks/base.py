@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from oats_vision.data.batches import Inputs
     from oats_vision.evaluation.protocols.base import Protocol
     from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.reference import Reference
     from oats_vision.evaluation.speed import Load, Timing
     from oats_vision.models.transforms import Transform
     from oats_vision.runs.config import RunConfig
@@ -45,22 +46,22 @@ class Task(ABC):
 
         return find_protocol(self.measured_by)
 
-    def how_to_evaluate(self, directory: str, data: str = "") -> str:
+    def eval_command(self, directory: str, data: str = "") -> str:
         """The command that measures a checkpoint on data, or on what there is a placeholder for."""
         return f"oats-vision eval {self.measured_by} {directory} --data {data or self.placeholder}"
 
-    def completed(self, run: RunConfig) -> RunConfig:
+    def completed(self, config: RunConfig) -> RunConfig:
         """The run with the defaults that depend on what the model reads."""
         changes = {
-            "samples": run.samples or self.samples,
-            "batch_size": run.batch_size or self.batch_size,
-            "eval_split": run.eval_split or self.eval_split,
+            "samples": config.samples or self.samples,
+            "batch_size": config.batch_size or self.batch_size,
+            "eval_split": config.eval_split or self.eval_split,
         }
-        return run.model_copy(update=changes)
+        return config.model_copy(update=changes)
 
-    def held_out(self, run: RunConfig) -> int:
+    def held_out(self, config: RunConfig) -> int:
         """How many inputs to keep apart to measure the cost on."""
-        return max(ENOUGH, (run.samples or self.samples) // 8) if run.eval else 0
+        return max(ENOUGH, (config.samples or self.samples) // 8) if config.eval else 0
 
     @abstractmethod
     def reader(self, name: str, transform: Transform | None) -> Any:
@@ -82,24 +83,41 @@ class Task(ABC):
         """The reader, if it is a tokenizer, which is stored beside the model."""
         return None
 
-    def check(self, model: nn.Module, run: RunConfig) -> None:  # noqa: B027  # most runs fit
+    def check(self, model: nn.Module, config: RunConfig) -> None:  # noqa: B027  # most runs fit
         """Raises ConfigError if the model cannot read what the run gives it."""
 
     @abstractmethod
-    def calibration(self, run: RunConfig, reader: Any) -> Any:
+    def calibration(self, config: RunConfig, reader: Any) -> Any:
         """The calibration data of a completed run, with some held out."""
 
     @abstractmethod
-    def evaluation(self, run: RunConfig) -> Settings | None:
+    def evaluation(self, config: RunConfig) -> Settings | None:
         """What the task's protocol is asked for in a completed run; None without labelled data."""
 
     @abstractmethod
-    def example(self, model: nn.Module, run: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
         """One input as the model takes it; what it holds does not matter."""
 
     @abstractmethod
-    def closeness(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> Any:
-        """What the dense model says of inputs without labels; use the function of this name."""
+    def reference(
+        self,
+        model: nn.Module,
+        held_out: Any,
+        transform: Transform | None = None,
+        progress: Progress = lambda done: None,
+    ) -> Reference:
+        """What the dense model says of inputs without labels; its `compare` then tells how close another one comes.
+
+        Args:
+            model: dense, of a known family.
+            held_out: batches as for `compress`, that can be iterated again; of one pass, they are kept in memory.
+            transform: that made the pictures, to show them in their colours.
+            progress: called with the number of inputs done.
+
+        Raises:
+            DataError: there is no input, or one that the model cannot take.
+            ModelError: the model's outputs are not finite.
+        """
 
     @abstractmethod
     def time(

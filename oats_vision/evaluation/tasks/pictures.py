@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from oats_vision.data.batches import Inputs
     from oats_vision.data.pictures import Batches
-    from oats_vision.evaluation.closeness import PictureCloseness
     from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.reference import PictureReference
     from oats_vision.evaluation.speed import Load, Timing
     from oats_vision.models.transforms import Transform
     from oats_vision.runs.config import RunConfig
@@ -42,51 +42,55 @@ class Pictures(Task):
         transform: Transform | None = reader
         return transform
 
-    def calibration(self, run: RunConfig, reader: Any) -> Batches:
+    def calibration(self, config: RunConfig, reader: Any) -> Batches:
         from oats_vision.data.pictures import load_pictures
 
         return load_pictures(
-            run.data or "demo",
+            config.data or "demo",
             reader,
-            samples=run.samples,
-            split=run.split,
-            held_out=self.held_out(run),
-            batch_size=run.batch_size or self.batch_size,
-            seed=run.seed,
-            streaming=run.streaming,
-            workers=run.workers,
+            samples=config.samples,
+            split=config.split,
+            held_out=self.held_out(config),
+            batch_size=config.batch_size or self.batch_size,
+            seed=config.seed,
+            streaming=config.streaming,
+            workers=config.workers,
         )
 
-    def evaluation(self, run: RunConfig) -> Settings | None:
+    def evaluation(self, config: RunConfig) -> Settings | None:
         from oats_vision.evaluation.protocols import LabelledPictures
 
-        source = run.eval_data or ("demo" if run.model == "demo" and run.eval else None)
+        source = config.eval_data or ("demo" if config.model == "demo" and config.eval else None)
         if source is None:
             return None
         asked = {
             "data": source,
-            "split": run.eval_split or self.eval_split,
-            "samples": run.eval_samples,
-            "batch_size": run.batch_size or self.batch_size,
-            "seed": run.seed,
-            "streaming": run.streaming,
-            "workers": run.workers,
+            "split": config.eval_split or self.eval_split,
+            "samples": config.eval_samples,
+            "batch_size": config.batch_size or self.batch_size,
+            "seed": config.seed,
+            "streaming": config.streaming,
+            "workers": config.workers,
         }
         return LabelledPictures.model_validate(asked)
 
-    def example(self, model: nn.Module, run: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
         from oats_vision.evaluation.speed import plain_picture
         from oats_vision.models.structure import floating
 
         first = floating(model)
         return plain_picture(reader)[None].to(first.device, first.dtype)
 
-    def closeness(
-        self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress
-    ) -> PictureCloseness:
-        from oats_vision.evaluation.closeness import PictureCloseness
+    def reference(
+        self,
+        model: nn.Module,
+        held_out: Any,
+        transform: Transform | None = None,
+        progress: Progress = lambda done: None,
+    ) -> PictureReference:
+        from oats_vision.evaluation.reference import PictureReference
 
-        return PictureCloseness(model, held_out, transform, progress)
+        return PictureReference(model, held_out, transform, progress)
 
     def time(
         self,

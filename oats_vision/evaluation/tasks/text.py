@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from oats_vision.data.batches import Inputs
     from oats_vision.data.text import Sequences
-    from oats_vision.evaluation.closeness import TextCloseness
     from oats_vision.evaluation.protocols.settings import Settings
+    from oats_vision.evaluation.reference import TextReference
     from oats_vision.evaluation.speed import Load, Timing
     from oats_vision.models.transforms import Transform
     from oats_vision.runs.config import RunConfig
@@ -41,56 +41,60 @@ class Text(Task):
     def tokenizer(self, reader: Any) -> Any:
         return reader
 
-    def check(self, model: nn.Module, run: RunConfig) -> None:
+    def check(self, model: nn.Module, config: RunConfig) -> None:
         positions = _positions(model)
-        if positions is not None and run.sequence_length > positions:
+        if positions is not None and config.sequence_length > positions:
             raise ConfigError(
-                f"`sequence_length` must be at most the model's {positions} positions, got {run.sequence_length}"
+                f"`sequence_length` must be at most the model's {positions} positions, got {config.sequence_length}"
             )
 
-    def calibration(self, run: RunConfig, reader: Any) -> Sequences:
+    def calibration(self, config: RunConfig, reader: Any) -> Sequences:
         from oats_vision.data.text import load_sequences
 
         return load_sequences(
-            str(run.data),
+            str(config.data),
             reader,
-            samples=run.samples or self.samples,
-            length=run.sequence_length,
-            batch_size=run.batch_size or self.batch_size,
-            seed=run.seed,
-            split=run.split,
-            streaming=run.streaming,
-            held_out=self.held_out(run),
+            samples=config.samples or self.samples,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size or self.batch_size,
+            seed=config.seed,
+            split=config.split,
+            streaming=config.streaming,
+            held_out=self.held_out(config),
         )
 
-    def evaluation(self, run: RunConfig) -> Settings | None:
+    def evaluation(self, config: RunConfig) -> Settings | None:
         from oats_vision.evaluation.protocols.perplexity import PerplexitySettings
 
-        if run.eval_data is None:
+        if config.eval_data is None:
             return None
         asked = {
-            "data": run.eval_data,
-            "split": run.eval_split or self.eval_split,
-            "samples": run.eval_samples,
-            "batch_size": run.batch_size or self.batch_size,
-            "sequence_length": run.sequence_length,
-            "streaming": run.streaming,
+            "data": config.eval_data,
+            "split": config.eval_split or self.eval_split,
+            "samples": config.eval_samples,
+            "batch_size": config.batch_size or self.batch_size,
+            "sequence_length": config.sequence_length,
+            "streaming": config.streaming,
         }
         return PerplexitySettings.model_validate(asked)
 
-    def example(self, model: nn.Module, run: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
         import torch
 
         from oats_vision.models.structure import floating
 
-        return torch.zeros(1, run.sequence_length, dtype=torch.long, device=floating(model).device)
+        return torch.zeros(1, config.sequence_length, dtype=torch.long, device=floating(model).device)
 
-    def closeness(
-        self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress
-    ) -> TextCloseness:
-        from oats_vision.evaluation.closeness import TextCloseness
+    def reference(
+        self,
+        model: nn.Module,
+        held_out: Any,
+        transform: Transform | None = None,
+        progress: Progress = lambda done: None,
+    ) -> TextReference:
+        from oats_vision.evaluation.reference import TextReference
 
-        return TextCloseness(model, held_out, transform, progress)
+        return TextReference(model, held_out, transform, progress)
 
     def time(
         self,

@@ -24,7 +24,7 @@ class Directory(Provider):
         path = Path(name)
         file = path / "config.json"
         if not file.is_file():
-            raise ModelError(f"{name} is no model directory: it has no config.json")
+            raise ModelError(f"{name} is not a model directory: it has no config.json")
         config = read_json(file)
         if "format_version" in config:
             raise ModelError(f"{name} is compressed already: load it with oats_vision.load, or `oats-vision eval`")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from oats_vision import network
 from oats_vision.errors import ModelError
-from oats_vision.models.adapters import families
-from oats_vision.models.adapters.hf_family import HuggingFaceFamily
-from oats_vision.models.adapters.registry import is_shipped
+from oats_vision.models.families import families
+from oats_vision.models.families.hf_family import HuggingFaceFamily
+from oats_vision.models.families.registry import is_shipped
 from oats_vision.models.library import library
 from oats_vision.models.loading import timm
 from oats_vision.models.loading.provider import Loaded, Provider, Wanted, read_json
@@ -90,7 +90,7 @@ class HuggingFace(Provider):
         what = f"huggingface model {source.name!r} cannot be rebuilt"
         kind: Any = model_class(source.name)
         if kind is None:
-            raise ModelError(f"{what}: it is no model class of transformers of a known family")
+            raise ModelError(f"{what}: it is not a model class of transformers of a known family")
         args = _closed(source.args)
         _check_types(args, library(what, kind.config_class).to_dict())
         return partial(_build, kind, args)

@@ -1,4 +1,4 @@
-"""Load dense models, note where they come from, and build them again."""
+"""Load dense models, record where they come from, and build them again."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from oats_vision.models.bounds import BUILDING, Limits, bounded
 from oats_vision.models.library import library
 from oats_vision.models.loading import provider_for, provider_of, providers
 from oats_vision.models.loading.provider import Wanted
-from oats_vision.models.record import note, record_of, structure_of
+from oats_vision.models.record import record_of, set_record, structure_of
 from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform, build_transform
 from oats_vision.models.weights import cast_weights, same_random_weights, weights_digest
@@ -35,7 +35,7 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Transform | None]:
-    """Load a model in eval mode, and its own preprocessing.
+    """Load a dense model by its name, in eval mode, and its own preprocessing; `load` is for compressed models.
 
     Args:
         name: `demo`; an alias such as `dinov2_vitl14`; a timm name; `hf:org/name`; `hub:entry` or
@@ -55,7 +55,7 @@ def load_model(
     structure_of(model)
     transform, source = _known_transform(name, source)
     origin = {"name": provider.origin(name), "image_size": image_size}
-    note_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
+    record_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
     return cast_weights(model, dtype).to(device=device).eval(), transform
 
 
@@ -69,12 +69,12 @@ def load_tokenizer(name: str | Path) -> Any:
     return provider_of(name).load_tokenizer(name)
 
 
-def note_source(model: nn.Module, source: ModelSource) -> None:
+def record_source(model: nn.Module, source: ModelSource) -> None:
     """Note on the model how it can be rebuilt."""
-    note(model, replace(record_of(model), source=source))
+    set_record(model, replace(record_of(model), source=source))
 
 
-def note_weights(model: nn.Module) -> None:
+def record_weights(model: nn.Module) -> None:
     """Note which weights a loaded model has now: it may have been trained since.
 
     In 16 bits they cannot be told from the loaded ones, which were rounded: what was noted stays.
@@ -82,7 +82,7 @@ def note_weights(model: nn.Module) -> None:
     source = record_of(model).source
     whole = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
     if source and source.dense_sha256 and whole:
-        note_source(model, replace(source, dense_sha256=weights_digest(model)))
+        record_source(model, replace(source, dense_sha256=weights_digest(model)))
 
 
 def source_of(model: nn.Module) -> ModelSource:

@@ -67,10 +67,10 @@ class Provider:
         Raises:
             ModelError: there is none.
         """
-        raise ModelError(f"{name} has no tokenizer: it is no language model")
+        raise ModelError(f"{name} has no tokenizer: it is not a language model")
 
     def recognise(self, model: nn.Module) -> ModelSource | None:
-        """How a model that was not loaded here is rebuilt; None if it is no model of this provider's."""
+        """How a model that was not loaded here is rebuilt; None if it is not a model of this provider's."""
         return None
 
     def described(self, source: ModelSource, model: nn.Module) -> ModelSource:

@@ -23,7 +23,7 @@ def provider_of(name: str) -> Provider:
     """The provider of the model of that name.
 
     Raises:
-        ModelError: it is no model's, as far as can be said in milliseconds.
+        ModelError: it is not a model's, as far as can be said in milliseconds.
     """
     for found in _providers:
         if found.claims(name):

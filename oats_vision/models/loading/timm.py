@@ -158,11 +158,13 @@ def check_architecture(name: str, args: Mapping[str, Any]) -> None:
     import timm
 
     if not re.fullmatch(r"\w+(\.\w+)?", name) or not timm.is_model(name):
-        raise ModelError(f"timm model {name!r} cannot be rebuilt: it is no architecture of timm {timm.__version__}")
+        raise ModelError(f"timm model {name!r} cannot be rebuilt: it is not an architecture of timm {timm.__version__}")
     known = known_arguments()
     for argument, value in args.items():
         if argument not in known:
-            raise ModelError(f"{argument!r} is no argument of a timm architecture; known: {', '.join(sorted(known))}")
+            raise ModelError(
+                f"{argument!r} is not an argument of a timm architecture; known: {', '.join(sorted(known))}"
+            )
         if not all(map(_plain_argument, value if isinstance(value, list | tuple) and len(value) <= 256 else [value])):
             raise ModelError(f"{argument} of a timm architecture must be a number or a word, got {value!r}")
 

@@ -20,7 +20,7 @@ class SeparateExperts(nn.ModuleList):
         )
         for name in ("gate_up_proj", "down_proj"):
             setattr(fused, name, nn.Parameter(getattr(fused, name).to("meta"), requires_grad=False))
-        self._fused = [fused]  # in a list, so that it is no submodule
+        self._fused = [fused]  # in a list, so that it is not a submodule
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, hidden), each token through its experts (tokens, k), their outputs weighted and summed."""

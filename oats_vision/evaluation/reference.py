@@ -1,7 +1,8 @@
-"""How close a compressed model stays to the dense one, on inputs without labels that calibration has not seen."""
+"""What the dense model says of held-out inputs, without labels, and how close a compressed model comes to it."""
 
 import hashlib
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,7 +23,6 @@ from oats_vision.evaluation.intervals import mean, proportion, relative_error
 from oats_vision.evaluation.paired import paired_ratio
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
-from oats_vision.evaluation.tasks import task_of
 from oats_vision.evaluation.thumbnails import patch_maps, thumbnail
 from oats_vision.evaluation.top1 import class_logits, has_head
 from oats_vision.models.loading.load import source_of
@@ -39,35 +39,24 @@ OTHER_ORDER = (
 Progress = Callable[[int], None]
 
 
-def closeness(
-    model: nn.Module, held_out: Any, transform: Transform | None = None, progress: Progress = lambda done: None
-) -> "PictureCloseness | TextCloseness":
-    """Note what the dense model says of the held-out inputs; `compare` then tells how close another one comes.
-
-    Args:
-        model: dense, of a known family.
-        held_out: batches as for `compress`, that can be iterated again; of one pass, they are kept in memory.
-        transform: that made the pictures, to show them in their colours.
-        progress: called with the number of inputs done.
-
-    Raises:
-        DataError: there is no input, or one that the model cannot take.
-        ModelError: the model's outputs are not finite.
-    """
-    data = list(held_out) if isinstance(held_out, Iterator) else held_out
-    found = task_of(model).closeness(model, data, transform, progress)
-    assert isinstance(found, PictureCloseness | TextCloseness)
-    return found
-
-
-class _Closeness:
-    """Held-out inputs, and the dense model's answers to them.
+class Reference(ABC):
+    """Held-out inputs, and the dense model's answers to them: what a compressed model is compared with.
 
     count: of the inputs. first: batch of them. dtype: that floating ones have.
     """
 
+    @abstractmethod
+    def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
+        """How close another model comes, and the inputs on which it differs most.
+
+        Raises:
+            DataError: there is no input, or one that the model cannot take.
+            ModelError: the model's outputs are not finite.
+        """
+
     def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None) -> None:
-        self.held_out, self.transform = held_out, transform
+        self.held_out = list(held_out) if isinstance(held_out, Iterator) else held_out
+        self.transform = transform
         self.reader = Reader.of(model, structure_of(model).family.unit)
         self.count = 0
         self.digests: list[bytes] = []  # of the batches that the dense model saw
@@ -100,7 +89,7 @@ class _Closeness:
             raise DataError(f"{OTHER_ORDER} (batch {number})")
 
 
-class PictureCloseness(_Closeness):
+class PictureReference(Reference):
     """Of pictures: classes where the model has a head, and features."""
 
     def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> None:
@@ -173,7 +162,7 @@ class PictureCloseness(_Closeness):
             candidates.add((changed, -cosine), example)
 
 
-class TextCloseness(_Closeness):
+class TextReference(Reference):
     """Of text: perplexity, and the likeliest next token."""
 
     def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> None:
@@ -210,7 +199,7 @@ class TextCloseness(_Closeness):
                 counts.append(int(kept.sum()))
                 likeliest.append(logits.argmax(1).cpu()[kept])
         if not losses:
-            raise DataError("the held-out text has no token to foretell: its sequences are too short")
+            raise DataError("the held-out text has no token to predict: its sequences are too short")
         nll, tokens = torch.stack(losses), torch.tensor(counts)
         return Perplexity(float(((nll * tokens).sum() / tokens.sum()).exp()), 0.0, nll, tokens), likeliest
 

@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 from oats_vision.errors import CheckpointError
-from oats_vision.models.adapters.base import Family
+from oats_vision.models.families.base import Family
 
 Kind = TypeVar("Kind", bound=type[Family])
 _shipped: list[Family] = []

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from oats_vision.errors import ModelError
-from oats_vision.models.adapters.base import Family, Structure
-from oats_vision.models.adapters.registry import families, is_shipped
+from oats_vision.models.families.base import Family, Structure
+from oats_vision.models.families.registry import families, is_shipped
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from oats_vision.models.adapters.base import Family, Fused, Residual
-from oats_vision.models.adapters.registry import shipped
+from oats_vision.models.families.base import Family, Fused, Residual
+from oats_vision.models.families.registry import shipped
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from oats_vision.models.adapters.base import Residual
-from oats_vision.models.adapters.hf_family import HuggingFaceFamily
-from oats_vision.models.adapters.registry import shipped
+from oats_vision.models.families.base import Residual
+from oats_vision.models.families.hf_family import HuggingFaceFamily
+from oats_vision.models.families.registry import shipped
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,9 +12,14 @@ from torch import nn
 
 import oats_vision as ov
 from oats_vision.errors import ConfigError, DataError, ModelError
-from oats_vision.evaluation.closeness import closeness
+from oats_vision.evaluation.reference import Reference
+from oats_vision.evaluation.tasks import task_of
 from oats_vision.evaluation.top1 import class_logits
 from oats_vision.models.record import structure_of
+
+
+def dense_reference(model: nn.Module, held_out) -> Reference:
+    return task_of(model).reference(model, held_out)
 
 
 def shaken(model: nn.Module, by: float) -> nn.Module:
@@ -38,7 +43,7 @@ def many() -> list[torch.Tensor]:
 
 def test_of_a_classifier_it_is_the_share_of_equal_classes_and_the_error_of_its_features(tiny_vit, many):
     other = shaken(tiny_vit, 0.3)
-    cost, examples = closeness(tiny_vit, many).compare(other)
+    cost, examples = dense_reference(tiny_vit, many).compare(other)
     x = torch.cat(many)
     with torch.no_grad():
         a, b = tiny_vit.forward_features(x).double(), other.forward_features(x).double()
@@ -62,7 +67,7 @@ def test_of_a_classifier_it_is_the_share_of_equal_classes_and_the_error_of_its_f
 def test_of_a_backbone_it_is_the_cosine_and_the_error_of_features(tiny_vit, many):
     tiny_vit.reset_classifier(0)
     other = shaken(tiny_vit, 0.1)
-    cost, examples = closeness(tiny_vit, many).compare(other)
+    cost, examples = dense_reference(tiny_vit, many).compare(other)
     x = torch.cat(many)
     with torch.no_grad():
         a, b = tiny_vit.forward_features(x).double(), other.forward_features(x).double()
@@ -81,7 +86,7 @@ def test_of_a_backbone_it_is_the_cosine_and_the_error_of_features(tiny_vit, many
 @pytest.mark.parametrize("classes", [0, 10])
 def test_the_dense_model_itself_costs_nothing(tiny_vit, many, classes):
     tiny_vit.reset_classifier(classes)
-    cost, _ = closeness(tiny_vit, many).compare(copy.deepcopy(tiny_vit))
+    cost, _ = dense_reference(tiny_vit, many).compare(copy.deepcopy(tiny_vit))
     perfect = {"same class": 100.0, "relative error of features": 0.0}
     assert all(abs(value - perfect.get(name, 1.0)) < 1e-6 for name, value in figures(cost).items())
     if classes:  # but 40 equal answers are no proof of 100%: the exact interval's lower end is 0.025 ^ (1 / 40)
@@ -92,7 +97,7 @@ def test_of_text_it_is_the_ratio_of_perplexities_and_the_share_of_equal_next_tok
     model, _ = ov.load_model(language_directory)
     other = shaken(model, 0.5)
     ids = torch.randint(300, (6, 24), generator=torch.Generator().manual_seed(0))
-    cost, examples = closeness(model, list(ids.split(4))).compare(other)
+    cost, examples = dense_reference(model, list(ids.split(4))).compare(other)
     with torch.no_grad():
         losses = [m(ids, labels=ids).loss for m in (model, other)]
         same = model(ids).logits[:, :-1].argmax(-1) == other(ids).logits[:, :-1].argmax(-1)
@@ -109,8 +114,8 @@ def test_padding_of_text_does_not_count(language_directory):
     ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(ids, (0, 6), value=7)
     mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 6))
-    plain, _ = closeness(model, [ids]).compare(other)
-    cost, _ = closeness(model, [{"input_ids": padded, "attention_mask": mask}]).compare(other)
+    plain, _ = dense_reference(model, [ids]).compare(other)
+    cost, _ = dense_reference(model, [{"input_ids": padded, "attention_mask": mask}]).compare(other)
     assert figures(cost) == {name: pytest.approx(value, rel=1e-5) for name, value in figures(plain).items()}
 
 
@@ -125,7 +130,7 @@ def test_a_head_that_gives_no_classes_is_none():
         hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
     )
     clip = transformers.CLIPVisionModelWithProjection(config).eval()
-    cost, _ = closeness(clip, [torch.randn(4, 3, 32, 32)]).compare(shaken(clip, 0.1))
+    cost, _ = dense_reference(clip, [torch.randn(4, 3, 32, 32)]).compare(shaken(clip, 0.1))
     assert cost.metrics[0].name == "cosine of class features"
 
 
@@ -133,7 +138,7 @@ def test_a_head_that_gives_no_classes_is_none():
 def test_compress_measures_on_what_is_held_out(tiny_vit, many, method):
     dense = copy.deepcopy(tiny_vit)
     result = ov.compress(tiny_vit, many[:2], held_out=iter(many[2:]), rate=0.3, method=method)
-    again, _ = closeness(dense, many[2:]).compare(tiny_vit)
+    again, _ = dense_reference(dense, many[2:]).compare(tiny_vit)
     assert result.cost == again
     assert result.cost.samples == 8
     # of an own module that is sliced there is no dense one any more to time
@@ -142,12 +147,12 @@ def test_compress_measures_on_what_is_held_out(tiny_vit, many, method):
 
 
 def test_what_is_not_finite_or_empty_is_said(tiny_vit, many):
-    reference = closeness(tiny_vit, many)
+    reference = dense_reference(tiny_vit, many)
     tiny_vit.norm.weight.data.fill_(math.nan)
     with pytest.raises(ModelError, match="not finite"):
         reference.compare(tiny_vit)
     with pytest.raises(DataError, match="no input"):
-        closeness(shaken(tiny_vit, 0), [])
+        dense_reference(shaken(tiny_vit, 0), [])
 
 
 def test_intervals_hold_what_they_say():
@@ -170,7 +175,7 @@ def test_the_families_agree_that_features_are_after_the_last_norm():
         "vit_base_patch16_siglip_224", img_size=32, embed_dim=48, depth=2, num_heads=3, patch_size=8
     ).eval()
     assert structure_of(model).prefix_tokens == 0
-    cost, examples = closeness(model, [torch.randn(4, 3, 32, 32)]).compare(shaken(model, 0.1))
+    cost, examples = dense_reference(model, [torch.randn(4, 3, 32, 32)]).compare(shaken(model, 0.1))
     assert cost.metrics[-1].name == "relative error of features"
     assert all(len(example.maps) == 2 for example in examples)
 
@@ -186,7 +191,7 @@ def test_data_that_are_others_when_read_again_are_an_error(tiny_vit, many, again
             self.passes += 1
             return iter([many[i] for i in ([0, 1] if self.passes == 1 else again)])
 
-    reference = closeness(tiny_vit, Loader())
+    reference = dense_reference(tiny_vit, Loader())
     with pytest.raises(DataError, match="not the same when they are read again"):
         reference.compare(tiny_vit)
 
@@ -202,22 +207,22 @@ def test_a_wrapper_of_a_backbone_has_features_and_no_classes(tiny_vit, many):
 
     tiny_vit.reset_classifier(0)
     model = Embedder(tiny_vit).eval()
-    cost, examples = closeness(model, many).compare(shaken(model, 0.1))
+    cost, examples = dense_reference(model, many).compare(shaken(model, 0.1))
     assert cost.metrics[0].name == "cosine of class features"
     assert all(example.dense is None for example in examples)
 
 
-def test_text_without_a_token_to_foretell_is_left_out(language_directory):
+def test_text_without_a_token_to_predict_is_left_out(language_directory):
     model, _ = ov.load_model(language_directory)
     other = shaken(model, 0.5)
     ids = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 1:] = 0
-    cost, _ = closeness(model, [{"input_ids": ids, "attention_mask": mask}]).compare(other)
-    expected, _ = closeness(model, [ids[[0, 2]]]).compare(other)
+    cost, _ = dense_reference(model, [{"input_ids": ids, "attention_mask": mask}]).compare(other)
+    expected, _ = dense_reference(model, [ids[[0, 2]]]).compare(other)
     assert figures(cost) == {name: pytest.approx(value, rel=1e-5) for name, value in figures(expected).items()}
-    with pytest.raises(DataError, match="no token to foretell"):
-        closeness(model, [{"input_ids": ids[1:2], "attention_mask": mask[1:2]}])
+    with pytest.raises(DataError, match="no token to predict"):
+        dense_reference(model, [{"input_ids": ids[1:2], "attention_mask": mask[1:2]}])
 
 
 def test_held_out_data_change_nothing_of_what_compress_promises(tiny_vit, many):

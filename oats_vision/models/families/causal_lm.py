@@ -1,16 +1,16 @@
 """Causal language models of Hugging Face: decoders and mixtures of experts.
 
 SliceGPT's algebra does not hold for those without a `residual`: Gemma's norms add 1 to their weights, GPT-NeoX runs
-attention and MLP side by side, OPT's MLP is no module of its own.
+attention and MLP side by side, OPT's MLP is not a module of its own.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from oats_vision.models.adapters.base import Fused, Residual
-from oats_vision.models.adapters.hf_family import HuggingFaceFamily
-from oats_vision.models.adapters.registry import shipped
+from oats_vision.models.families.base import Fused, Residual
+from oats_vision.models.families.hf_family import HuggingFaceFamily
+from oats_vision.models.families.registry import shipped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,17 +148,17 @@ class Mixture(CausalLM):
     fused: ClassVar[Fused] = {"mlp.experts.gate_up_proj": ("gate", "up")}
 
     def to_replace(self, model: nn.Module) -> list[str]:
-        from oats_vision.models.adapters.experts import are_fused
+        from oats_vision.models.families.experts import are_fused
 
         return [name for name, module in model.named_modules() if are_fused(module)]
 
     def replacement(self, module: nn.Module) -> nn.Module:
-        from oats_vision.models.adapters.experts import SeparateExperts, are_fused
+        from oats_vision.models.families.experts import SeparateExperts, are_fused
 
         return SeparateExperts(module) if are_fused(module) else module
 
     def original(self, replacement: nn.Module, model: nn.Module) -> nn.Module:
-        from oats_vision.models.adapters.experts import SeparateExperts
+        from oats_vision.models.families.experts import SeparateExperts
 
         return replacement.fuse() if isinstance(replacement, SeparateExperts) else replacement
 

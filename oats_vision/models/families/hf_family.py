@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from oats_vision.models.adapters.base import Family
+from oats_vision.models.families.base import Family
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,7 +19,7 @@ MOST = 20  # runs that are read for one comparison
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedModel:
     """One compressed model, as the table and the page of a comparison show it.
 
     bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
@@ -42,11 +42,11 @@ class Run:
     seed: int | None = None
 
     @classmethod
-    def read(cls, directory: Path) -> "Run":
+    def read(cls, directory: Path) -> "ComparedModel":
         """A checkpoint's: of its config.json, its report.json and the header of its weights.
 
         Raises:
-            CheckpointError: the directory is no checkpoint, or a file of it is damaged.
+            CheckpointError: the directory is not a checkpoint, or a file of it is damaged.
         """
         config, measured = read_config(directory), read_report(directory)
         report = config.report
@@ -87,12 +87,12 @@ class Run:
         }
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
+def read_compared(directories: Sequence[Path]) -> list[ComparedModel]:
     """The runs of several checkpoints, under names that tell them apart.
 
     Raises:
         ConfigError: there are fewer than 2 or more than 20 directories, or one twice.
-        CheckpointError: one is no checkpoint, or a file of it is damaged.
+        CheckpointError: one is not a checkpoint, or a file of it is damaged.
     """
     if not 2 <= len(directories) <= MOST:
         raise ConfigError(f"compare takes 2 to {MOST} checkpoints, got {len(directories)}")
@@ -100,7 +100,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     for i, place in enumerate(places):
         if place in places[:i]:
             raise ConfigError(f"{directories[i]} is given twice: give each checkpoint once")
-    runs = [Run.read(directory) for directory in directories]
+    runs = [ComparedModel.read(directory) for directory in directories]
     names: list[str] = []
     for parts in range(1, max(len(place.parts) for place in places) + 1):
         names = ["/".join(place.parts[-parts:]) for place in places]

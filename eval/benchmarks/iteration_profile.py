@@ -1,6 +1,6 @@
-r"""What a round of the fast solver does: floating-point operations and bytes of each part, against the machine's rates.
+r"""What an iteration of the fast solver does: operations and bytes of each part, against the machine's rates.
 
-    python eval/benchmarks/round_profile.py --shapes 4096x1024 1024x1024
+    python eval/benchmarks/iteration_profile.py --shapes 4096x1024 1024x1024
 
 The machine's rates are measured in the same run: a square float32 matrix product, and a copy of the matrix. A part's
 floor is the larger of its operations at the one rate and its bytes at the other.
@@ -22,8 +22,8 @@ from oats_vision.timing import side_by_side
 Parts = dict[str, tuple[Callable[[], object], int, int]]
 
 
-def round_parts(m: int, n: int, rate: float, rank_ratio: float) -> tuple[Parts, int]:
-    """The parts of a round on random matrices, and the rank."""
+def iteration_parts(m: int, n: int, rate: float, rank_ratio: float) -> tuple[Parts, int]:
+    """The parts of an iteration on random matrices, and the rank."""
     budget = Allocation.of(rate, rank_ratio).budget(m, n)
     r, matrix = budget.rank, 4 * m * n
     A, L, V, Y = torch.randn(m, n), 0.1 * torch.randn(m, n), torch.randn(r, n), torch.randn(m, r)
@@ -50,7 +50,7 @@ def main() -> None:
     square = torch.randn(1024, 1024)
     for shape in args.shapes:
         m, n = map(int, shape.split("x"))
-        parts, rank = round_parts(m, n, args.rate, args.rank_ratio)
+        parts, rank = iteration_parts(m, n, args.rate, args.rank_ratio)
         calls = {name: call for name, (call, _, _) in parts.items()} | {"product": lambda: square @ square}
         taken = side_by_side(calls, args.repeats)
         rate, bandwidth = 2 * 1024**3 / taken["product"], parts.pop("copy")[2] / taken["copy"]
@@ -58,7 +58,17 @@ def main() -> None:
         machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
         rates = f"products at {rate / 1e9:.0f} GFLOP/s, copies at {bandwidth / 1e9:.0f} GB/s"
         table = Table(title=f"{shape}, rank {rank}, {machine}: {rates}; medians of {args.repeats}")
-        for heading in ("part", "ms", "of the round", "MFLOP", "GFLOP/s", "MB", "GB/s", "floor ms", "time to floor"):
+        for heading in (
+            "part",
+            "ms",
+            "of the iteration",
+            "MFLOP",
+            "GFLOP/s",
+            "MB",
+            "GB/s",
+            "floor ms",
+            "time to floor",
+        ):
             table.add_column(heading, justify="left" if heading == "part" else "right")
         for name, (_, operations, moved) in parts.items():
             seconds, floor = taken[name], max(operations / rate, moved / bandwidth)

@@ -10,53 +10,53 @@ from oats_vision.cli.common import results
 from oats_vision.display import Display
 from oats_vision.progress import Estimate, duration, shares
 from oats_vision.runs.forecast import Forecast
-from oats_vision.runs.run import Outcome
+from oats_vision.runs.run import FinishedRun
 
 
-def show_plan(planned: Forecast) -> None:
+def print_plan(planned: Forecast) -> None:
     """What a run would come to, but for the time, which takes a trial."""
     Display(results()).lines("plan", {name: text for name, text in planned.lines().items() if name != "time"})
 
 
-def show_time(planned: Forecast, estimate: Estimate) -> None:
+def print_time(planned: Forecast, estimate: Estimate) -> None:
     """The plan's last line."""
     text = f"{estimate}, by a trial of one block; nothing was written"
     Display(results()).lines("", {"time": text}, column=max(map(len, planned.lines())))
 
 
-def show_outcome(outcome: Outcome, as_json: bool) -> None:
+def print_finished(finished: FinishedRun, as_json: bool) -> None:
     """The table, what was done and where it is, and last what came out worse than it should."""
     if as_json:
-        typer.echo(json.dumps(outcome.to_dict()))
+        typer.echo(json.dumps(finished.to_dict()))
         return
-    config, result = outcome.run, outcome.result
+    config, result = finished.config, finished.result
     console = results()
-    title = f"{config.model}: {outcome.settings.summary}, stored in {outcome.settings.storage_dtype}"
-    scores = outcome.evaluation.rows() if outcome.evaluation else []
+    title = f"{config.model}: {finished.settings.summary}, stored in {finished.settings.storage_dtype}"
+    scores = finished.evaluation.rows() if finished.evaluation else []
     console.print(tables.run_table(title, [*scores, *result.rows()]))
-    lines = [result.footnote, *_what_was_done(outcome)]
-    if not outcome.evaluation and result.cost is None:
-        lines.append(f"What it cost was not measured: {outcome.task.how_to_evaluate(str(config.out))}")
+    lines = [result.footnote, *_what_was_done(finished)]
+    if not finished.evaluation and result.cost is None:
+        lines.append(f"What it cost was not measured: {finished.task.eval_command(str(config.out))}")
     for line in filter(None, [*lines, *result.advice]):
         console.print(line, soft_wrap=True)
 
 
-def _what_was_done(outcome: Outcome) -> list[str]:
-    config, done = outcome.run, outcome.result.report
+def _what_was_done(finished: FinishedRun) -> list[str]:
+    config, done = finished.config, finished.result.report
     errors = [layer.error for layer in done.layers]
     quality = ""
     if errors:
         quality = f"{done.error_name.capitalize()}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
     elif done.slicing:
         quality = f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
-    skipped = f" ({outcome.skipped} unreadable ones skipped)" if outcome.skipped else ""
-    places = [f"{config.out} ({tables.megabytes(outcome.files['model.safetensors'])})"]
+    skipped = f" ({finished.skipped} unreadable ones skipped)" if finished.skipped else ""
+    places = [f"{config.out} ({tables.megabytes(finished.files['model.safetensors'])})"]
     places += [f"the page {config.out / PAGE}"] * config.report
     places += [f"the dense merge {config.out / MERGED}"] * config.merge
     return [
         f"{f'{len(errors)} layers' if errors else 'All blocks'} compressed with {done.samples} {done.unit}{skipped} in "
-        f"{shares(done.seconds)}; {duration(outcome.seconds)} in all. "
-        f"Peak memory {outcome.peak_memory / 1e9:.2f} GB.",
+        f"{shares(done.seconds)}; {duration(finished.seconds)} in all. "
+        f"Peak memory {finished.peak_memory / 1e9:.2f} GB.",
         quality,
         f"Written: {', '.join(places)}.",
     ]

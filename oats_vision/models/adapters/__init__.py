@@ -1,8 +1,0 @@
-"""Model families, the package's own and those that a user registers; none needs PyTorch to be listed."""
-
-# the order in which families are asked
-from oats_vision.models.adapters import timm_vit, hf_vit, dino_hub, causal_lm  # noqa: F401, I001
-from oats_vision.models.adapters.base import Family, Residual, Structure
-from oats_vision.models.adapters.registry import families, families_served, register_family
-
-__all__ = ["Family", "Residual", "Structure", "families", "families_served", "register_family"]
