@@ -74,6 +74,8 @@ def _message(kind: type[BaseModel], error: Any, called: Callable[[str], str]) ->
     hint = did_you_mean(given, choices(kind, name)) if isinstance(given, str) else ""
     whole = ["a whole number"] * error["type"].startswith("int_")
     shown = f"{given}" if error["type"].startswith(("greater", "less")) else repr(given)
+    whole += ["a finite number"] * (error["type"] == "finite_number")
+    whole += ["a name that is not empty"] * (error["type"] == "string_too_short")
     right = ", ".join([*whole, *filter(None, [allowed(kind, name)])]) or message
     return f"{called(name)} must be {right}, got {shown}{'.' * bool(hint)}{hint}"
 

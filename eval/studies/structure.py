@@ -7,8 +7,9 @@
     python eval/studies/structure.py --mermaid               # the layers as a graph, for docs/architecture.md
 
 It reads source files and imports none of them. An arrow goes from a module to one that it imports; several imports of
-one module are one arrow. Imports for the type checker alone (`if TYPE_CHECKING`) are left out. The folders of the
-package are its layers, in the order of `LAYERS`; a package that is laid out otherwise has folders, and no order.
+one module are one arrow. Imports for the type checker alone (`if TYPE_CHECKING`) count only as arrows that go up. The
+folders of the package are its layers, in the order of `LAYERS`; one that is laid out otherwise has folders, and no
+order.
 """
 
 import argparse
@@ -52,17 +53,21 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def arrows(found: Mapping[str, Path]) -> Arrows:
-    """Which modules of the package each module imports, anywhere in it."""
-    return {name: set(_imported(name, file, found)) - {name} for name, file in found.items()}
+def arrows(found: Mapping[str, Path], *, for_types: bool = False) -> Arrows:
+    """Which modules of the package each module imports, anywhere in it.
+
+    Args:
+        for_types: also for the type checker alone, under `if TYPE_CHECKING`.
+    """
+    return {name: set(_imported(name, file, found, for_types)) - {name} for name, file in found.items()}
 
 
-def _imported(name: str, file: Path, found: Mapping[str, Path]) -> Iterator[str]:
+def _imported(name: str, file: Path, found: Mapping[str, Path], for_types: bool) -> Iterator[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     here = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     unseen = {id(node) for block in ast.walk(tree) if _for_types_only(block) for node in ast.walk(block)}
     for node in ast.walk(tree):
-        if id(node) in unseen:
+        if id(node) in unseen and not for_types:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in found)
@@ -186,7 +191,7 @@ def figures(found: Mapping[str, Path]) -> list[tuple[str, int, list[str]]]:
     counts, circles = between_layers(links, layer), cycles(links)
     circling = sorted(name for group in circles for name in group)
     ordered = {*layer.values()} == {*LAYERS}
-    up = [a for a, _ in upward(links, layer)] if ordered else []
+    up = [a for a, _ in upward(arrows(found, for_types=True), layer)] if ordered else []
     return [
         ("modules", len(found), []),
         ("  in the package's own folder", list(layer.values()).count(TOP), []),

@@ -24,7 +24,6 @@ from oats_vision.models.record import structure_of
 from oats_vision.models.transforms import plain
 from oats_vision.models.values import broken
 from oats_vision.nn.sliced import SlicedBlock
-from oats_vision.nn.sparse_low_rank import compressed_layers
 
 
 def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, tokenizer: Any = None) -> None:
@@ -53,7 +52,6 @@ def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any 
         raise CheckpointError(str(missing)) from None
     check_target(path, overwrite)
     source, state = source_of(model), model.state_dict()
-    _check_report(model, report)
     _check_values(model, state)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     storage = getattr(torch, report.settings.storage_dtype) if report.settings.storage_dtype else dtype
@@ -122,22 +120,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return _unwrapped(model.module)
     inner = getattr(model, "_orig_mod", None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
-
-
-def _check_report(model: nn.Module, report: CompressionReport) -> None:
-    """Raises CheckpointError if the model's layers are not those of its report."""
-    layers = {name: layer.spec for name, layer in compressed_layers(model).items()}
-    noted = {layer.name: layer.spec for layer in report.layers}
-    sliced = is_sliced(model)
-    if layers == noted and sliced == bool(report.slicing):
-        return
-    if not layers and not sliced:
-        raise CheckpointError("the model was merged and is dense again: save it before the merge, or its state_dict()")
-    differ = sorted(name for name in layers.keys() | noted.keys() if layers.get(name) != noted.get(name))
-    raise CheckpointError(
-        f"the model's compressed layers are not those of its report (such as {differ[0] if differ else 'its blocks'}): "
-        "a run was stopped in the middle, or layers were changed by hand; load the dense model and compress it again"
-    )
 
 
 def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:

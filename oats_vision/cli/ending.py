@@ -12,7 +12,7 @@ import typer
 
 from oats_vision import logs
 from oats_vision.cli.common import messages
-from oats_vision.cli.flags import with_flags
+from oats_vision.cli.flags import options_of, with_flags
 from oats_vision.errors import OatsVisionError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _of_the_machine(error: Exception) -> str | None:
 def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int:
     file = logs.written() if with_details else None
     details = f" (details: {file})" if file else ""
-    sys.stderr.write(f"error: {' '.join(with_flags(message).split())}{details}\n")
+    sys.stderr.write(f"error: {' '.join(with_flags(message, _options()).split())}{details}\n")
     return status
 
 
@@ -87,10 +87,17 @@ def _usage(error: Any) -> str:
     return f"{message[:1].lower()}{message[1:]}{'.' * (not message.endswith('?'))} See {command} --help"
 
 
+def _options() -> frozenset[str] | None:
+    """The names of the options of the command that is running."""
+    from oats_vision.cli.commands import app
+
+    return options_of(sys.argv[1:], typer.main.get_command(app))
+
+
 def _in_flags(record: logging.LogRecord) -> bool:
     """Let a message name flags too."""
     if record.name.startswith("oats_vision"):
-        record.msg, record.args = with_flags(record.getMessage()), ()
+        record.msg, record.args = with_flags(record.getMessage(), _options()), ()
     return True
 
 

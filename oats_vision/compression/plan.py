@@ -14,6 +14,7 @@ from oats_vision.errors import ConfigError, ModelError, did_you_mean
 from oats_vision.models.families import Structure
 from oats_vision.models.structure import check_replaceable
 from oats_vision.nn.sliced import SlicedBlock, Slicing
+from oats_vision.nn.sparse_low_rank import compressed_layers
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def chosen_linears(
         ConfigError: what is skipped is not there, or is all there is.
     """
     linears = {f"{block_name}.{n}": m for block_name, block in blocks for n, m in structure.named_linears(block)}
+    before = [f"{block_name}.{name}" for block_name, block in blocks for name in compressed_layers(block)]
+    if before:
+        raise ModelError(
+            f"the model is compressed already, or a part of it ({before[0]}): load the dense model and compress that"
+        )
     if not linears:
         raise ModelError("the model's blocks have no linear to compress: is it compressed already?")
     for pattern in settings.skip:
@@ -73,10 +79,10 @@ def chosen_linears(
             first = blocks[0][0]
             some = ", ".join([first, *(name for name in linears if name.startswith(f"{first}."))])
             close = did_you_mean(pattern, [name for name, _ in blocks] + list(linears))
-            raise ConfigError(f"skip {pattern!r} is the name of no linear or block: names are such as {some}.{close}")
+            raise ConfigError(f"`skip` {pattern!r} is the name of no linear or block: names are such as {some}.{close}")
     chosen = {name: linear for name, linear in linears.items() if not skipped(name, settings)}
     if not chosen:
-        raise ConfigError(f"skip {' '.join(settings.skip)} leaves no linear to compress: all {len(linears)} match")
+        raise ConfigError(f"`skip` {' '.join(settings.skip)} leaves no linear to compress: all {len(linears)} match")
     return chosen
 
 

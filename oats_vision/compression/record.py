@@ -10,7 +10,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ModelError
 from oats_vision.models.record import Record, record_of
 from oats_vision.nn.sliced import SlicedBlock, Slicing
-from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, compressed_layers
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,12 @@ def record(model: nn.Module) -> CompressionRecord:
     has that one's, with the names that modules have in the wrapper.
 
     Raises:
-        ModelError: the model is not compressed, or wraps several compressed ones.
+        ModelError: the model is not compressed, or not any more, or wraps several compressed ones.
     """
     found = record_of(model)
     if isinstance(found, CompressionRecord):
+        if changed := what_changed(model, found.report):
+            raise ModelError(changed)
         return found
     if any(isinstance(module, SparseLowRankLinear | SlicedBlock) for module in model.modules()):
         raise ModelError(
@@ -130,3 +132,19 @@ def record(model: nn.Module) -> CompressionRecord:
             "whole, or its compression was stopped in the middle"
         )
     raise ModelError("the model is not compressed: call oats_vision.compress first")
+
+
+def what_changed(model: nn.Module, report: CompressionReport) -> str:
+    """How a model's layers differ from those of its report, in words; empty if they do not."""
+    layers = {name: layer.spec for name, layer in compressed_layers(model).items()}
+    noted = {layer.name: layer.spec for layer in report.layers}
+    sliced = any(isinstance(module, SlicedBlock) for module in model.modules())
+    if layers == noted and sliced == bool(report.slicing):
+        return ""
+    if not layers and not sliced:
+        return "the model was merged and is dense again: save it before the merge"
+    differ = sorted(name for name in layers.keys() | noted.keys() if layers.get(name) != noted.get(name))
+    return (
+        f"the model's compressed layers are not those of its report (such as {differ[0] if differ else 'its blocks'}): "
+        "a run was stopped in the middle, or layers were changed by hand; load the dense model and compress it again"
+    )

@@ -20,7 +20,7 @@ FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 class _Shared(BaseModel):
     """Both kinds' fields in their order; the first few are narrower in one kind than in the other."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     method: str
     rate: float | None

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from oats_vision.compression import methods
 from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype
 from oats_vision.errors import ConfigError, DataError, did_you_mean, near
+from oats_vision.evaluation.tasks.options import DataOptions
 from oats_vision.fields import validated
 
 KNOWN_DATA = ("demo", "c4", "wikitext", "fineweb")
@@ -20,33 +21,12 @@ TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "private
 T = TypeVar("T")
 
 
-class RunConfig(CompressionOptions):
+class RunConfig(CompressionOptions, DataOptions):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
-    model: str = Field("demo", description="alias, timm name, hf:org/name, hub:entry, a folder or a .gguf file")
     pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")
     image_size: int | None = Field(None, ge=1, description="input size (timm models) [default: its own]")
     trust_remote_code: bool = Field(False, description="run model code from a hub (hub:, some hf: models)")
-    data: str | None = Field(
-        None,
-        description="folder of pictures, .txt, .jsonl, hf:name[:config], c4, wikitext, fineweb, demo "
-        "[default: demo for the model demo]",
-    )
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    eval: bool = Field(True, description="measure what it cost")
-    eval_data: str | None = Field(
-        None, description="labelled pictures for top-1, or text for perplexity, before and after"
-    )
-    eval_split: str | None = Field(
-        None, description="split of a Hugging Face dataset [default: validation; test for text]"
-    )
-    eval_samples: int | None = Field(None, ge=1, description="pictures, or windows of text [default: all]")
-    streaming: bool = Field(False, description="stream Hugging Face datasets: no download")
-    samples: int | None = Field(None, ge=1, description="pictures, or sequences of text [default: 2048; 128 for text]")
-    batch_size: int | None = Field(None, ge=1, description="pictures or sequences at a time [default: 64; 4 for text]")
-    sequence_length: int = Field(2048, ge=2, description="tokens in a sequence (text)")
-    workers: int = Field(0, ge=0, description="processes that read pictures")
-    seed: int = Field(42, description="seed for choosing the calibration data")
     device: str = Field("auto", description="auto (CUDA if available), cpu, cuda:1, ...")
     dtype: Dtype = Field("float32", description="precision of the arithmetic")
     activation_memory: float = Field(8.0, gt=0, description="memory for activations; the rest goes to disk")

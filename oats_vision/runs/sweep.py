@@ -25,6 +25,7 @@ from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import duration
+from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
 from oats_vision.runs.run import CalibrationSet, PreparedRun, compress_and_write, measure_stored, prepare
 from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
@@ -170,7 +171,7 @@ def _cell(
     start, prepared = time.perf_counter(), dense.prepared
     with _directory(config, row_name(settings, seed)) as directory:
         own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
-        own_config = prepared.config.model_copy(update=settings.model_dump() | own)
+        own_config = RunConfig(**prepared.config.model_dump() | settings.model_dump() | own)
         stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
         finished = compress_and_write(copy.deepcopy(dense.model), own_config, stored, prepared, calibration, display)
         measure_stored(finished, prepared, calibration, dense.score, display)

@@ -43,7 +43,7 @@ def test_no_layer_of_ours_imports_one_above_it(structure):
     found = structure.modules(ROOT / "oats_vision")
     layer = structure.layers(found)
     assert {*layer.values()} == {*structure.LAYERS}
-    assert structure.upward(structure.arrows(found), layer) == []
+    assert structure.upward(structure.arrows(found, for_types=True), layer) == []
     assert structure.cycles(structure.arrows(found)) == []
 
 
@@ -78,6 +78,7 @@ def test_arrows_cycles_and_names_are_counted(structure, package):
     file = package / "errors.py"
     file.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import small.cli.commands\n")
     assert structure.arrows(found)["small.errors"] == set()
+    assert structure.arrows(found, for_types=True)["small.errors"] == {"small.cli.commands"}
     file.write_text("def a(rate): ...\ndef b(x):\n    return c(x.rate)\ndef d(x):\n    return x\n")
     assert structure.handled(found, "rate") == {"small.errors": 2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from oats_vision.progress import Unit
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from oats_vision.evaluation.protocols.settings import Settings
     from oats_vision.evaluation.reference import Reference
     from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.evaluation.tasks.options import DataOptions
     from oats_vision.models.transforms import Transform
-    from oats_vision.runs.config import RunConfig
 
 ENOUGH = 64  # inputs held out to measure the cost on
 
 Progress = Callable[[int], None]
+Options = TypeVar("Options", bound="DataOptions")
 
 
 class Task(ABC):
@@ -50,7 +51,7 @@ class Task(ABC):
         """The command that measures a checkpoint on data, or on what there is a placeholder for."""
         return f"oats-vision eval {self.measured_by} {directory} --data {data or self.placeholder}"
 
-    def completed(self, config: RunConfig) -> RunConfig:
+    def completed(self, config: Options) -> Options:
         """The run with the defaults that depend on what the model reads."""
         changes = {
             "samples": config.samples or self.samples,
@@ -59,7 +60,7 @@ class Task(ABC):
         }
         return config.model_copy(update=changes)
 
-    def held_out(self, config: RunConfig) -> int:
+    def held_out(self, config: DataOptions) -> int:
         """How many inputs to keep apart to measure the cost on."""
         return max(ENOUGH, (config.samples or self.samples) // 8) if config.eval else 0
 
@@ -83,19 +84,19 @@ class Task(ABC):
         """The reader, if it is a tokenizer, which is stored beside the model."""
         return None
 
-    def check(self, model: nn.Module, config: RunConfig) -> None:  # noqa: B027  # most runs fit
+    def check(self, model: nn.Module, config: DataOptions) -> None:  # noqa: B027  # most runs fit
         """Raises ConfigError if the model cannot read what the run gives it."""
 
     @abstractmethod
-    def calibration(self, config: RunConfig, reader: Any) -> Any:
+    def calibration(self, config: DataOptions, reader: Any) -> Any:
         """The calibration data of a completed run, with some held out."""
 
     @abstractmethod
-    def evaluation(self, config: RunConfig) -> Settings | None:
+    def evaluation(self, config: DataOptions) -> Settings | None:
         """What the task's protocol is asked for in a completed run; None without labelled data."""
 
     @abstractmethod
-    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: DataOptions, reader: Any) -> Tensor:
         """One input as the model takes it; what it holds does not matter."""
 
     @abstractmethod

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from oats_vision.evaluation.protocols.settings import Settings
     from oats_vision.evaluation.reference import PictureReference
     from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.evaluation.tasks.options import DataOptions
     from oats_vision.models.transforms import Transform
-    from oats_vision.runs.config import RunConfig
 
 
 class Pictures(Task):
@@ -42,7 +42,7 @@ class Pictures(Task):
         transform: Transform | None = reader
         return transform
 
-    def calibration(self, config: RunConfig, reader: Any) -> Batches:
+    def calibration(self, config: DataOptions, reader: Any) -> Batches:
         from oats_vision.data.pictures import load_pictures
 
         return load_pictures(
@@ -57,7 +57,7 @@ class Pictures(Task):
             workers=config.workers,
         )
 
-    def evaluation(self, config: RunConfig) -> Settings | None:
+    def evaluation(self, config: DataOptions) -> Settings | None:
         from oats_vision.evaluation.protocols import LabelledPictures
 
         source = config.eval_data or ("demo" if config.model == "demo" and config.eval else None)
@@ -74,7 +74,7 @@ class Pictures(Task):
         }
         return LabelledPictures.model_validate(asked)
 
-    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: DataOptions, reader: Any) -> Tensor:
         from oats_vision.evaluation.speed import plain_picture
         from oats_vision.models.structure import floating
 

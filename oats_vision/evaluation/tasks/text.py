@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from oats_vision.evaluation.protocols.settings import Settings
     from oats_vision.evaluation.reference import TextReference
     from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.evaluation.tasks.options import DataOptions
     from oats_vision.models.transforms import Transform
-    from oats_vision.runs.config import RunConfig
 
 PROMPT, NEW_TOKENS = 128, 32  # that a run times
 
@@ -41,14 +41,14 @@ class Text(Task):
     def tokenizer(self, reader: Any) -> Any:
         return reader
 
-    def check(self, model: nn.Module, config: RunConfig) -> None:
+    def check(self, model: nn.Module, config: DataOptions) -> None:
         positions = _positions(model)
         if positions is not None and config.sequence_length > positions:
             raise ConfigError(
                 f"`sequence_length` must be at most the model's {positions} positions, got {config.sequence_length}"
             )
 
-    def calibration(self, config: RunConfig, reader: Any) -> Sequences:
+    def calibration(self, config: DataOptions, reader: Any) -> Sequences:
         from oats_vision.data.text import load_sequences
 
         return load_sequences(
@@ -63,7 +63,7 @@ class Text(Task):
             held_out=self.held_out(config),
         )
 
-    def evaluation(self, config: RunConfig) -> Settings | None:
+    def evaluation(self, config: DataOptions) -> Settings | None:
         from oats_vision.evaluation.protocols.perplexity import PerplexitySettings
 
         if config.eval_data is None:
@@ -78,7 +78,7 @@ class Text(Task):
         }
         return PerplexitySettings.model_validate(asked)
 
-    def example(self, model: nn.Module, config: RunConfig, reader: Any) -> Tensor:
+    def example(self, model: nn.Module, config: DataOptions, reader: Any) -> Tensor:
         import torch
 
         from oats_vision.models.structure import floating
