@@ -119,7 +119,7 @@ BAD = {
     "unknown model": (["--model", "vit_none"], "unknown model 'vit_none'"),
     "unsupported model": (["--model", "resnet18", "--no-pretrained"], "no model family fits"),
     "missing data": (["--data", "no/such/folder"], "does not exist"),
-    "device": (["--device", "warp:9"], "device: 'warp:9' is not there"),
+    "device": (["--device", "warp:9"], "device: 'warp:9' is not available"),
     "samples": (["--samples", 0], "--samples must be at least 1, got 0"),
     "dtype": (["--dtype", "int3"], "--dtype must be float32, float16 or bfloat16, got 'int3'"),
     "missing config": (["--config", "none.yaml"], "--config none.yaml"),
