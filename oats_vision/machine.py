@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise ConfigError(f"`device` {name!r} is not there: {str(problem).splitlines()[0]}") from None
+        raise ConfigError(f"`device` {name!r} is not available: {str(problem).splitlines()[0]}") from None
     return device
 
 

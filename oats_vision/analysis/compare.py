@@ -82,7 +82,7 @@ def alike(rows: Sequence[ComparedModel]) -> str:
     """What all runs share, and what their dense model is, in words."""
     shared = {name: texts[0] for name, texts in _what_they_are(rows).items() if len(set(texts)) == 1}
     words = ", ".join(f"{name} {text}" for name, text in shared.items() if text)
-    return f"Alike in all: {words}.{_dense(rows)}" if words else _dense(rows).strip()
+    return f"The same in all: {words}.{_dense(rows)}" if words else _dense(rows).strip()
 
 
 def _dense(rows: Sequence[ComparedModel]) -> str:

@@ -64,7 +64,7 @@ def renew_page(directory: Path, display: Display) -> None:
     try:
         draw_page(directory, file, display)
     except OatsVisionError as problem:  # the result is in report.json
-        log.warning("the page was not written anew: %s", problem)
+        log.warning("the page was not rewritten: %s", problem)
 
 
 def html_report(directory: Path, progress: Callable[[int], None] = lambda layers: None) -> str:
@@ -236,7 +236,10 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
     ]
     return [
         ("Error of each linear, by block", figures.line_plot(errors_by_block(report), report.error_name)),
-        ("Bytes of the compressed layers, of those they had", figures.bar(budget, "Bytes of the compressed layers")),
+        (
+            "Bytes of the compressed layers, out of the dense ones' bytes",
+            figures.bar(budget, "Bytes of the compressed layers"),
+        ),
     ]
 
 

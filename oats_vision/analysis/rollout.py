@@ -161,7 +161,7 @@ def _check(attention: Any, probabilities: Any) -> None:
     if probabilities.shape[1] != heads or probabilities.shape[2] != probabilities.shape[3]:
         shape = " x ".join(map(str, probabilities.shape[1:]))
         raise ModelError(
-            f"{type(attention).__name__} shows {shape} probabilities for {heads} heads: no plain attention"
+            f"{type(attention).__name__} shows {shape} probabilities for {heads} heads: not plain attention"
         )
 
 

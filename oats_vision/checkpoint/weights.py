@@ -133,7 +133,7 @@ class WeightsFile:
         length = self._stream.read(8)
         count = int.from_bytes(length, "little")
         if len(length) < 8 or count > min(_HEADER, self.size - 8):
-            raise CheckpointError(f"{self.path} is damaged: its header is cut, or is none of safetensors")
+            raise CheckpointError(f"{self.path} is damaged: its header is cut, or is not that of safetensors")
         return length + self._stream.read(count)
 
     def _entries(self) -> dict[str, Stored]:
@@ -141,7 +141,7 @@ class WeightsFile:
             header: Any = json.loads(self._header[8:])
             entries = {name: _entry(fields) for name, fields in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-            raise CheckpointError(f"{self.path} is damaged: its header is none of safetensors: {problem}") from None
+            raise CheckpointError(f"{self.path} is damaged: its header is not that of safetensors: {problem}") from None
         end = 0
         for name, stored in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
             if stored.start != end or stored.end < stored.start:

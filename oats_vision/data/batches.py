@@ -212,7 +212,9 @@ def _from_mapping(batch: dict[str, Any], number: int, reader: Reader) -> Inputs:
         return Inputs(batch, main, by_name=True)
     found = [tensors[name] for name in INPUTS if name in tensors] or list(tensors.values())
     if len(found) != 1:
-        raise DataError(f"calibration batch {number} has no one tensor {' or '.join(INPUTS)}, but {', '.join(batch)}")
+        raise DataError(
+            f"calibration batch {number} must have one tensor named {' or '.join(INPUTS)}, and has {', '.join(batch)}"
+        )
     return Inputs({"": found[0]}, "", by_name=False)
 
 

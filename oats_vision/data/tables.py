@@ -110,7 +110,7 @@ def rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
         except StopIteration:
             return
         except Exception as problem:  # as above
-            raise DataError(f"{source} cannot be read any further: {_one_line(problem)}") from problem
+            raise DataError(f"{source} could not be read to the end: {_one_line(problem)}") from problem
         yield row
 
 
@@ -222,7 +222,7 @@ def check_label(value: Any, column: str, where: str) -> int:
         raise DataError(f"{where}: there is no label in column {column!r} (null or below 0): take a labelled split")
     if isinstance(value, str):
         raise DataError(
-            f"{where}: column {column!r} holds text, which numbers no classes in a stream: do not stream it"
+            f"{where}: column {column!r} holds text, whose classes cannot be numbered in a stream: do not stream it"
         )
     if not isinstance(value, int):
         raise DataError(f"{where}: column {column!r} holds {type(value).__name__}: labels are whole numbers or names")

@@ -76,7 +76,7 @@ class Models:
         self.transform: Transform | None
         if self.directory is None:
             if dense:
-                raise ConfigError(f"`dense` is for a compressed checkpoint, and {model} is none")
+                raise ConfigError(f"`dense` is for a compressed checkpoint, and {model} is not one")
             module, self.transform = load_model(model, **self.options)
             self.loaders["dense"] = lambda: module
         else:

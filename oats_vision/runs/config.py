@@ -21,7 +21,7 @@ TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "private
 T = TypeVar("T")
 
 
-class RunConfig(CompressionOptions, DataOptions):
+class RunConfig(DataOptions, CompressionOptions):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
     pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")

@@ -131,7 +131,7 @@ def expand(
                 notes[f"{cell_words(settings)}: the rate follows from the pattern and the rank ratio"] = None
             cells.setdefault(cell_name(settings), settings)
     if not cells:
-        raise ConfigError(f"no cell of the grid can be: {'; '.join(skipped)}")
+        raise ConfigError(f"no cell of the grid is possible: {'; '.join(skipped)}")
     return Grid(tuple(cells.values()), tuple(skipped), tuple(notes))
 
 

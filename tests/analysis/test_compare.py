@@ -121,7 +121,7 @@ def test_settings_that_differ_are_columns_and_others_are_said_once():
     rows = [_run(1), _run(2, settings=resolve(rate=0.2, iterations=7), seed=3)]
     headings = [column.heading for column in columns(rows)]
     assert headings[:4] == ["run", "rate", "iterations", "seed"]
-    assert alike(rows) == "Alike in all: model vit, method oats, rank ratio 0.2, pattern row. Dense: 10.00 MB."
+    assert alike(rows) == "The same in all: model vit, method oats, rank ratio 0.2, pattern row. Dense: 10.00 MB."
     assert "top-1 80.00%" in alike([replace(run, labelled=_labelled(79)) for run in rows])
 
 
@@ -214,7 +214,7 @@ def test_command(directories, tmp_path, monkeypatch):
     shown = CliRunner().invoke(app, ["compare", *map(str, directories)])
     assert shown.exit_code == 0
     assert "* best of its column" in shown.output
-    assert "Alike in all: model" in shown.output
+    assert "The same in all: model" in shown.output
     assert shown.output.rstrip().endswith("Written to compare.html.")
     assert "Errors by block" in (tmp_path / "compare.html").read_text()
     printed = CliRunner().invoke(app, ["compare", *map(str, directories), "--json", "--html", "other.html"])

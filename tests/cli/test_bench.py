@@ -77,7 +77,7 @@ def test_a_sliced_model_is_timed_beside_one_of_the_shapes_that_it_had(model_dire
 def test_a_directory_without_a_model_is_a_clear_error(tmp_path):
     done = run("bench", tmp_path)
     assert done.returncode == 1
-    assert "no compressed model" in done.stderr
+    assert "not a compressed model" in done.stderr
 
 
 def test_rank_ratio_auto_stays_within_the_tolerance_and_the_budget(tiny_vit, pictures):

@@ -62,7 +62,7 @@ def test_inspect_shows_names_whole(saved, tmp_path):
 INSPECT = {
     "missing": (["{tmp}/none"], "none does not exist"),
     "a file": (["{tmp}/pictures [1]/note.txt"], "note.txt is a file"),
-    "no checkpoint": (["{tmp}"], "no compressed model"),
+    "no checkpoint": (["{tmp}"], "not a compressed model"),
     "page in no folder": (["{saved}", "--html", "{tmp}/none/x.html"], "--html {tmp}/none/x.html: the folder"),
     "page is a folder": (["{saved}", "--html", "{tmp}"], "--html {tmp} is a folder"),
     "page is the checkpoint's": (["{saved}", "--html", "{saved}/config.json"], "is a file of the checkpoint"),

@@ -264,3 +264,11 @@ def test_no_batch_and_a_compressed_model_are_errors(tiny_vit, pictures):
 def test_a_model_that_changes_hidden_states_between_blocks_is_an_error(batches):
     with pytest.raises(ModelError, match=r"changes the hidden states after layers\.0"):
         ov.compress(Tower(between=True), batches, family=TOWERS, rate=0.4)
+
+
+def test_what_is_compressed_in_part_is_refused(tiny_vit, pictures):
+    ov.compress(tiny_vit, pictures, iterations=2, skip="blocks.0")
+    with pytest.raises(
+        ModelError, match=r"compressed already, or a part of it \(blocks\.1\.attn\.qkv\): load the dense"
+    ):
+        ov.compress(tiny_vit, pictures, iterations=2)

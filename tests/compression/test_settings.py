@@ -89,6 +89,7 @@ def test_each_method_has_its_papers_defaults_and_resolved_settings_stay_as_they_
         ({"rank_ratio": "auto", "pattern": "2:4"}, "rank_ratio auto is for method oats"),
         ({"pattern": "2:4", "rate": 0.7}, r"rate must be at most 0\.5"),
         ({"rate": 1.5, "iterations": 0}, r"rate must be in \(0, 1\), got 1.5; iterations must be at least 1, got 0"),
+        ({"error_tolerance": float("inf")}, "error_tolerance must be a finite number, at least 0, got inf"),
         ({"rte": 0.5}, "rte is not a setting. Did you mean 'rate'"),
     ],
 )

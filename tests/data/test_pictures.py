@@ -331,7 +331,7 @@ def test_a_stream_that_breaks_is_an_error_and_not_its_end(tmp_path, monkeypatch)
 
     source = _dataset(tmp_path / "set", image=SIX)
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", rows)
-    with pytest.raises(DataError, match="cannot be read any further: the line is dead"):
+    with pytest.raises(DataError, match="could not be read to the end: the line is dead"):
         list(load_pictures(source, TRANSFORM, batch_size=1, streaming=True))
 
 

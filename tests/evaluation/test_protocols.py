@@ -90,7 +90,7 @@ def test_a_page_that_cannot_be_written_anew_is_said_in_one_line(checkpoint, monk
     arguments = ["eval", "top1", str(checkpoint), "--data", "demo", "--samples", "8", "--no-dense", "--json"]
     done = CliRunner().invoke(build(), arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    assert "the page was not written anew: no page today" in caplog.text
+    assert "the page was not rewritten: no page today" in caplog.text
     assert (checkpoint / "report.html").read_text() == before
     assert json.loads((checkpoint / "report.json").read_text())["evaluations"] == [json.loads(done.stdout)]
 

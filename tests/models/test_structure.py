@@ -252,7 +252,7 @@ class TestSkip:
         assert ov.record(loaded).report.settings.skip == report.settings.skip
 
     def test_a_name_that_is_not_there_is_an_error_that_lists_some(self, tiny_vit, pictures):
-        with pytest.raises(ConfigError, match=r"skip 'blocks\.7' .* such as blocks\.0, blocks\.0\.attn\.qkv"):
+        with pytest.raises(ConfigError, match=r"`skip` 'blocks\.7' .* such as blocks\.0, blocks\.0\.attn\.qkv"):
             ov.compress(tiny_vit, pictures, **OPTIONS, skip=["blocks.0", "blocks.7"])
 
     def test_something_must_be_left(self, tiny_vit, pictures):
