@@ -135,7 +135,7 @@ BAD = {
     "missing folder": (lambda path: ["--train", path / "none", "--val", "demo"], "does not exist"),
     "other classes": (lambda path: ["--train", "demo"], "the classes of --train and --val differ"),
     "too many neighbours": (lambda path: ["--k", 70], "k must be at most the number of training pictures, 60"),
-    "temperature": (lambda path: ["--temperature", "nan"], "--temperature must be above 0, got 'nan'"),
+    "temperature": (lambda path: ["--temperature", "nan"], "--temperature must be a finite number, above 0, got 'nan'"),
     "dense and none": (lambda path: ["--dense", "demo", "--no-dense"], "give either --dense or --no-dense"),
     "another model": (lambda path: ["--dense", "demo"], "is not a vit_tiny_patch16_224 as in"),
     "precision": (lambda path: ["--mixed-precision", "int8"], "must be float32, float16 or bfloat16, got 'int8'"),
