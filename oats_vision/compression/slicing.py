@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.statistics import Gram
+from oats_vision.compression.stream import described, eps_of, fold, gain_of, halves, linear_of, norm_of, subtracts_mean
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.families import Residual, Structure
 from oats_vision.nn.outputs import first_output
@@ -71,8 +71,8 @@ def check_rotation(
     """
     dtype = torch.promote_types(hidden[0].dtype, torch.float32)
     x = hidden[0].to(calls.device, dtype)
-    width, residual = x.shape[-1], _described(structure)
-    centre = _subtracts_mean(_norm(blocks[0][1], residual.norm1))
+    width, residual = x.shape[-1], described(structure)
+    centre = subtracts_mean(norm_of(blocks[0][1], residual.norm1))
     generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q.to(x.device)
     for i, (name, block) in enumerate(blocks):
@@ -108,20 +108,20 @@ def _slice(
     tell: Callable[[Stage, int, float], None] = lambda stage, block, share: None,
 ) -> Slicing:
     """Slice to the basis that `components` gives for what a norm passes on, with the share of it that is kept."""
-    blocks, residual = structure.named_blocks(model), _described(structure)
+    blocks, residual = structure.named_blocks(model), described(structure)
     width, sliced = plan.width, plan.sliced_width
-    centre = _subtracts_mean(_norm(blocks[0][1], residual.norm1))
+    centre = subtracts_mean(norm_of(blocks[0][1], residual.norm1))
     if centre:
         for b in range(len(hidden)):
             hidden[b] = hidden[b] - hidden[b].mean(-1, keepdim=True)
     kept: list[float] = []
     open_shortcut: tuple[nn.Linear, nn.Linear] | None = None  # the last block's, and its MLP's last linear
     for i, (name, block) in enumerate(blocks):
-        parts = _halves(block, residual)
+        parts = halves(block, residual)
         fold(block, residual)
         bases = []
         for half, (norm_name, submodule, readers, _) in enumerate(parts):
-            norm = SlicedNorm(width, _eps(block.get_submodule(norm_name)))
+            norm = SlicedNorm(width, eps_of(block.get_submodule(norm_name)))
             gram = Gram(width, hidden[0].device)
             tell("statistics", i, half / 2)
             for b in range(len(hidden)):
@@ -133,7 +133,7 @@ def _slice(
             bases.append(basis)
             P = basis.to(hidden[0])
             for reader in readers:
-                block.set_submodule(reader, _rotated_reader(_linear(block, reader), basis, half == 0))
+                block.set_submodule(reader, _rotated_reader(linear_of(block, reader), basis, half == 0))
             module = block.get_submodule(submodule)
             tell("applying", i, half / 2)
             for b in range(len(hidden)):
@@ -148,13 +148,13 @@ def _slice(
                 tell("applying", i, (half + (b + 1) / len(hidden)) / 2)
             tell("decomposing", i, (half + 1) / 2)
             if half == 1:
-                _rotate_writer(_linear(block, parts[0][3]), basis)
+                _rotate_writer(linear_of(block, parts[0][3]), basis)
             elif open_shortcut is not None:
                 skip, last = open_shortcut
                 skip.weight.data = (basis.T @ skip.weight.data.to(basis)).to(skip.weight.dtype)
                 skip.out_features = sliced
                 _rotate_writer(last, basis)
-        last_of_attention, last_of_mlp = (_linear(block, writer) for *_, writer in parts)
+        last_of_attention, last_of_mlp = (linear_of(block, writer) for *_, writer in parts)
         weight, entry = last_of_attention.weight, None
         if i == 0:
             centred = bases[0] - bases[0].mean(0) if centre else bases[0]  # P^T M
@@ -171,19 +171,19 @@ def empty_sliced_blocks(model: nn.Module, structure: Structure, slicing: Slicing
     Raises:
         ModelError: the family does not describe the residual stream.
     """
-    blocks, residual = structure.named_blocks(model), _described(structure)
+    blocks, residual = structure.named_blocks(model), described(structure)
     full, cut = slicing.width, slicing.sliced_width
     for i, (name, block) in enumerate(blocks):
-        parts = _halves(block, residual)
+        parts = halves(block, residual)
         out = (cut, full if i + 1 == len(blocks) else cut)
         for half, (norm, _, readers, writer) in enumerate(parts):
             shifted = getattr(block.get_submodule(norm), "bias", None) is not None
             for reader in readers:
-                linear = _linear(block, reader)
+                linear = linear_of(block, reader)
                 kind = SlicedReader if half == 0 else nn.Linear
                 bias = shifted or linear.bias is not None
                 block.set_submodule(reader, kind(cut, linear.out_features, bias=bias, device="meta"))
-            linear = _linear(block, writer)
+            linear = linear_of(block, writer)
             new = nn.Linear(linear.in_features, out[half], bias=linear.bias is not None, device="meta")
             block.set_submodule(writer, new)
         entry = nn.Linear(full, cut, bias=False, device="meta") if i == 0 else None
@@ -200,13 +200,13 @@ def plan_slicing(blocks: Sequence[tuple[str, nn.Module]], structure: Structure, 
         ModelError: the family does not describe the residual stream, or the norms are of an unknown kind.
         ConfigError: no width meets the rate.
     """
-    residual = _described(structure)
-    width = _gain(_norm(blocks[0][1], residual.norm1)).numel()
+    residual = described(structure)
+    width = gain_of(norm_of(blocks[0][1], residual.norm1)).numel()
     dense = per_column = last = 0
     for _, block in blocks:
-        for norm, _, readers, writer in _halves(block, residual):
-            _gain(_norm(block, norm))  # raises for norms that cannot be folded
-            linears = [_linear(block, name) for name in (*readers, writer)]
+        for norm, _, readers, writer in halves(block, residual):
+            gain_of(norm_of(block, norm))  # raises for norms that cannot be folded
+            linears = [linear_of(block, name) for name in (*readers, writer)]
             dense += sum(linear.weight.numel() for linear in linears)
             per_column += sum(linear.out_features for linear in linears[:-1]) + linears[-1].in_features
             last = linears[-1].in_features
@@ -230,119 +230,16 @@ def principal_components(gram: Tensor, count: int) -> tuple[Tensor, float]:
     return vectors.flip(1)[:, :count].contiguous(), float(values[:count].sum() / values.sum())
 
 
-def fold(block: nn.Module, residual: Residual) -> None:
-    """Move the norms' weights into the linears that read them, scales and the mean's subtraction into the writers.
-
-    Afterwards the block is that of a stream without mean, under norms without weights.
-    """
-    for (norm_name, _, readers, writer), scale_name in zip(
-        _halves(block, residual), (residual.scale1, residual.scale2), strict=True
-    ):
-        norm, out = _norm(block, norm_name), _linear(block, writer)
-        gain, shift = _gain(norm).double(), getattr(norm, "bias", None)
-        for reader in readers:
-            linear = _linear(block, reader)
-            W = linear.weight.double()
-            if shift is not None:
-                bias = W @ shift.double() + (0 if linear.bias is None else linear.bias.double())
-                linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-            linear.weight.copy_(W * gain)
-        W, b = out.weight.double(), None if out.bias is None else out.bias.double()
-        scale = _scale(block, scale_name)
-        if scale is not None:
-            W, b = W * scale[:, None], None if b is None else b * scale
-        if _subtracts_mean(norm):
-            W, b = W - W.mean(0), None if b is None else b - b.mean()
-        out.weight.copy_(W)
-        if b is not None:
-            out.bias.copy_(b)
-
-
-Half = tuple[str, str, list[str], str]  # norm, submodule, linears that read, linear that writes; names in the block
-
-
-def _halves(block: nn.Module, residual: Residual) -> tuple[Half, Half]:
-    """The attention's half of a block, and the MLP's."""
-    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    halves: list[Half] = []
-    for norm, submodule, candidates in (
-        (residual.norm1, residual.attention, residual.attention_out),
-        (residual.norm2, residual.mlp, residual.mlp_out),
-    ):
-        writer = next((name for name in candidates if name in names), None)
-        readers = [name for name in names if name.startswith(f"{submodule}.") and name != writer]
-        if writer is None or not readers:
-            raise ModelError(f"slicegpt: {type(block).__name__} has no linears {submodule}.* that end in {candidates}")
-        halves.append((norm, submodule, readers, writer))
-    return halves[0], halves[1]
-
-
-def _described(structure: Structure) -> Residual:
-    if structure.family.residual is None:
-        raise ModelError(
-            f"slicegpt needs to know the residual stream, and model family {structure.family.name} does not describe it"
-        )
-    return structure.family.residual
-
-
-def _norm(block: nn.Module, name: str) -> nn.Module:
-    norm: nn.Module | None = dict(block.named_modules()).get(name)
-    if norm is None:
-        raise ModelError(f"slicegpt: {type(block).__name__} has no norm {name}")
-    return norm
-
-
-def _gain(norm: nn.Module) -> Tensor:
-    """The weights of a norm. Raises ModelError for norms without, or of another kind."""
-    _subtracts_mean(norm)
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise ModelError(f"slicegpt: a {type(norm).__name__} of the model has no weights")
-    return weight
-
-
-def _subtracts_mean(norm: nn.Module) -> bool:
-    """LayerNorm does, RMSNorm does not. Raises ModelError for other norms."""
-    if isinstance(norm, nn.LayerNorm):
-        return True
-    if isinstance(norm, nn.RMSNorm) or type(norm).__name__.endswith("RMSNorm"):
-        return False
-    raise ModelError(f"slicegpt knows LayerNorm and RMSNorm, not {type(norm).__name__}")
-
-
 def _sliced(
     block: nn.Module, residual: Residual, entry: nn.Linear | None, shortcuts: Sequence[nn.Linear], width: int
 ) -> SlicedBlock:
     """The block of a block's sliced attention and MLP."""
     norms = (
-        SlicedNorm(width, _eps(block.get_submodule(residual.norm1))),
-        SlicedNorm(width, _eps(block.get_submodule(residual.norm2))),
+        SlicedNorm(width, eps_of(block.get_submodule(residual.norm1))),
+        SlicedNorm(width, eps_of(block.get_submodule(residual.norm2))),
     )
     attention, mlp = block.get_submodule(residual.attention), block.get_submodule(residual.mlp)
     return SlicedBlock(norms, attention, mlp, entry, shortcuts, width)
-
-
-def _eps(norm: nn.Module) -> float:
-    eps: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
-    return float(eps or torch.finfo(torch.float32).eps)
-
-
-def _scale(block: nn.Module, name: str) -> Tensor | None:
-    """A LayerScale's factors, float64 (width,), if the block has one."""
-    if not name:
-        return None
-    owner: Any = block
-    for part in name.split("."):
-        owner = getattr(owner, part, None)
-    if isinstance(owner, nn.Module):
-        owner = next(owner.parameters(), None)
-    return owner.detach().double() if isinstance(owner, Tensor) else None
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
 
 
 def _matrix(weight: Tensor, like: Tensor) -> nn.Linear:

@@ -16,8 +16,7 @@ from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.compression import pipeline
 from oats_vision.compression.record import CompressionReport
-from oats_vision.compression.settings import CompressionOptions, CompressionSettings, resolve
-from oats_vision.data.pictures import ENOUGH
+from oats_vision.compression.settings import CompressionOptions, resolve
 from oats_vision.display import Display
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.reference import Reference
@@ -25,21 +24,11 @@ from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import Timing, dense_twin
 from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
-from oats_vision.kernels import native
 from oats_vision.models.families import Family
 from oats_vision.progress import Step
+from oats_vision.runs.advice import BUSY, SLOW, UNTIMED, advice_on_cost, advice_on_layers, advice_on_speed
 
 ROUNDS, SECONDS = 7, 10.0  # of each measurement of speed, see `benchmark.in_turns`
-# a layer is named whose error is so many times the median of the model's layers, and so large
-FAR, NOTABLE = 3.0, 0.1
-SLOWER = 0.97  # times as fast: below it the difference is no noise
-WIDE = 0.3  # between the quartiles of a speedup: beyond it the machine did something else too
-
-
-# how lines of advice on speed begin
-SLOW = "Slower than dense"
-BUSY = "The timings vary much from round to round"
-UNTIMED = "The speed could not be measured"
 
 
 @dataclass
@@ -64,9 +53,9 @@ class Result:
         """What came out worse than it should, and what to do about it."""
         return [
             *([f"{UNTIMED}: {self.untimed}"] if self.untimed else []),
-            *_advice_on_speed(self.speed, self.report.settings),
-            *_advice_on_layers(self.report),
-            *_advice_on_cost(self.cost),
+            *advice_on_speed(self.speed, self.report.settings),
+            *advice_on_layers(self.report),
+            *advice_on_cost(self.cost),
         ]
 
     def save(self, path: str | Path, *, overwrite: bool = False, tokenizer: Any = None) -> None:
@@ -272,47 +261,10 @@ def update_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, 
     """
     settings = checkpoint.read_config(directory).report.settings
     kept = (line for line in read_report(directory).advice if not line.startswith((SLOW, BUSY, UNTIMED)))
-    advice = [*_advice_on_speed(timings, settings), *kept]
+    advice = [*advice_on_speed(timings, settings), *kept]
     speed = [timing.to_dict() for timing in timings]
     changed = {"speed": speed, "advice": advice, "speed_machine": machine}
     return checkpoint.change_report(directory, lambda content: changed)
-
-
-def _advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:
-    wide = [timing for timing in timings if timing.low and timing.high and timing.high - timing.low > WIDE]
-    if wide:
-        return [f"{BUSY}: time again on an idle machine with `oats-vision bench`."]
-    slow = [timing for timing in timings if timing.speedup < SLOWER]
-    if not slow:
-        return []
-    what = f"{SLOW}: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
-    if not native.available():
-        return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
-    auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.allocation.pattern.kind != "n:m"
-    ways = ["rank ratio auto (for each layer the ratio that is fastest here)"] * auto + ["a higher rate"]
-    return [f"{what} Try {' or '.join(ways)}; what is saved for certain is memory."]
-
-
-def _advice_on_layers(report: CompressionReport) -> list[str]:
-    errors = torch.tensor([layer.error for layer in report.layers])
-    if not len(errors):
-        return []
-    median = float(errors.median())
-    far = [layer for layer in report.layers if layer.error > max(FAR * median, NOTABLE)]
-    far.sort(key=lambda layer: -layer.error)
-    if not far:
-        return []
-    named = ", ".join(f"{layer.name} {layer.error:.3f}" for layer in far[:3]) + ", ..." * (len(far) > 3)
-    return [
-        f"{len(far)} of {len(errors)} layers have more than {FAR:g} times the median error of {median:.3f}: {named}. "
-        f"Leave the worst dense (skip {far[0].name}), or take a lower rate."
-    ]
-
-
-def _advice_on_cost(cost: Cost | None) -> list[str]:
-    if cost is None or cost.samples >= ENOUGH:
-        return []
-    return [f"Only {cost.samples} {cost.unit} were held out, so the intervals are wide: give more calibration data."]
 
 
 def _bytes_row(name: str, dense: int, ours: int) -> list[str]:

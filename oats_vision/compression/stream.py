@@ -1,0 +1,112 @@
+"""A block's residual stream: its norms, the linears that read and write it, and how norms are folded into these."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.errors import ModelError
+from oats_vision.models.families import Residual, Structure
+
+
+def fold(block: nn.Module, residual: Residual) -> None:
+    """Move the norms' weights into the linears that read them, scales and the mean's subtraction into the writers.
+
+    Afterwards the block is that of a stream without mean, under norms without weights.
+    """
+    for (norm_name, _, readers, writer), scale_name in zip(
+        halves(block, residual), (residual.scale1, residual.scale2), strict=True
+    ):
+        norm, out = norm_of(block, norm_name), linear_of(block, writer)
+        gain, shift = gain_of(norm).double(), getattr(norm, "bias", None)
+        for reader in readers:
+            linear = linear_of(block, reader)
+            W = linear.weight.double()
+            if shift is not None:
+                bias = W @ shift.double() + (0 if linear.bias is None else linear.bias.double())
+                linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+            linear.weight.copy_(W * gain)
+        W, b = out.weight.double(), None if out.bias is None else out.bias.double()
+        scale = _scale(block, scale_name)
+        if scale is not None:
+            W, b = W * scale[:, None], None if b is None else b * scale
+        if subtracts_mean(norm):
+            W, b = W - W.mean(0), None if b is None else b - b.mean()
+        out.weight.copy_(W)
+        if b is not None:
+            out.bias.copy_(b)
+
+
+Half = tuple[str, str, list[str], str]  # norm, submodule, linears that read, linear that writes; names in the block
+
+
+def halves(block: nn.Module, residual: Residual) -> tuple[Half, Half]:
+    """The attention's half of a block, and the MLP's."""
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    halves: list[Half] = []
+    for norm, submodule, candidates in (
+        (residual.norm1, residual.attention, residual.attention_out),
+        (residual.norm2, residual.mlp, residual.mlp_out),
+    ):
+        writer = next((name for name in candidates if name in names), None)
+        readers = [name for name in names if name.startswith(f"{submodule}.") and name != writer]
+        if writer is None or not readers:
+            raise ModelError(f"slicegpt: {type(block).__name__} has no linears {submodule}.* that end in {candidates}")
+        halves.append((norm, submodule, readers, writer))
+    return halves[0], halves[1]
+
+
+def described(structure: Structure) -> Residual:
+    if structure.family.residual is None:
+        raise ModelError(
+            f"slicegpt needs to know the residual stream, and model family {structure.family.name} does not describe it"
+        )
+    return structure.family.residual
+
+
+def norm_of(block: nn.Module, name: str) -> nn.Module:
+    norm: nn.Module | None = dict(block.named_modules()).get(name)
+    if norm is None:
+        raise ModelError(f"slicegpt: {type(block).__name__} has no norm {name}")
+    return norm
+
+
+def gain_of(norm: nn.Module) -> Tensor:
+    """The weights of a norm. Raises ModelError for norms without, or of another kind."""
+    subtracts_mean(norm)
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"slicegpt: a {type(norm).__name__} of the model has no weights")
+    return weight
+
+
+def subtracts_mean(norm: nn.Module) -> bool:
+    """LayerNorm does, RMSNorm does not. Raises ModelError for other norms."""
+    if isinstance(norm, nn.LayerNorm):
+        return True
+    if isinstance(norm, nn.RMSNorm) or type(norm).__name__.endswith("RMSNorm"):
+        return False
+    raise ModelError(f"slicegpt knows LayerNorm and RMSNorm, not {type(norm).__name__}")
+
+
+def eps_of(norm: nn.Module) -> float:
+    eps: Any = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
+    return float(eps or torch.finfo(torch.float32).eps)
+
+
+def _scale(block: nn.Module, name: str) -> Tensor | None:
+    """A LayerScale's factors, float64 (width,), if the block has one."""
+    if not name:
+        return None
+    owner: Any = block
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    if isinstance(owner, nn.Module):
+        owner = next(owner.parameters(), None)
+    return owner.detach().double() if isinstance(owner, Tensor) else None
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
