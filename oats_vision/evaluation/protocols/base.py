@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from typing import Protocol as Interface
 
 from oats_vision.display import Display
+from oats_vision.errors import ConfigError
 from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.results import Difference, Figure, Ratio, Score
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+# of every command of `oats-vision eval`, besides those of its protocol's settings
+OPTIONS = {"model", "dense", "no_dense", "device", "dtype", "trust_remote_code", "verbose", "log_file", "help"}
+OPTIONS |= {"json", "as_json"}  # the option, and what Python calls it
 S = TypeVar("S", bound=Settings)
 
 
@@ -33,7 +37,8 @@ class Given(Generic[S]):
     """What a protocol is given beside the model.
 
     data: what the settings opened, by the name of each source. reader: the model's transform of pictures, or its
-    tokenizer. which: of the two models it is, in words. display: for progress.
+    tokenizer. which: of the two models it is, in words. display: for progress. On labelled pictures, `classified` runs
+    the model as `eval top1` does.
     """
 
     settings: S
@@ -41,6 +46,28 @@ class Given(Generic[S]):
     reader: Any = None
     which: str = "model"
     display: Display = field(default_factory=Display)
+
+    def classified(self, model: nn.Module, source: str = "data") -> Iterator[tuple[Tensor, Tensor]]:
+        """What a classifier says of labelled pictures, with progress; in any dtype, on any device.
+
+        Args:
+            source: name of the pictures in `data`.
+
+        Yields:
+            For each batch the logits (batch, classes), float32, and which of the classes is right (batch,), int64: the
+            head's, with which the data's are matched by name. Both on the CPU.
+
+        Raises:
+            ModelError: the model has no classification head, or its logits are not finite.
+            DataError: the labels are not those of the head, or no picture could be read.
+        """
+        from oats_vision.evaluation.top1 import classified
+
+        batches = self.data[source]
+        precision = getattr(self.settings, "autocast_dtype", None)
+        with self.display.counting(f"pictures, {self.which}", "pictures", batches.total) as progress:
+            for logits, labels in classified(model, batches, progress, mixed_precision=precision):
+                yield logits.cpu(), labels.cpu()
 
 
 @dataclass(frozen=True)
@@ -102,17 +129,27 @@ def protocol(
         rank: 1 if no other says more of what compression cost.
         examples: commands, for the help.
 
+    A function that is defined again, as by a notebook's cell that is run again, takes the place of the earlier one.
+
     Raises:
-        ValueError: the name is taken.
+        ValueError: another protocol has the name, or every command has an option named as one of the settings.
     """
+    if taken := OPTIONS & settings.model_fields.keys():
+        raise ValueError(
+            f"{settings.__qualname__}.{min(taken)} is an option of every command: give the setting another name"
+        )
 
     def register(function: Callable[[nn.Module, Given[S]], Measurement]) -> Callable[..., Measurement]:
-        if name in _protocols:
+        if name in _protocols and _defined_in(_protocols[name].function) != _defined_in(function):
             raise ValueError(f"a protocol named {name!r} is registered already")
         _protocols[name] = Protocol(name, title or name, settings, function, rank, examples)
         return function
 
     return register
+
+
+def _defined_in(function: Callable[..., Any]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def protocols() -> list[Protocol[Any]]:
@@ -121,11 +158,20 @@ def protocols() -> list[Protocol[Any]]:
 
 
 def find_protocol(name: str) -> Protocol[Any]:
-    """The protocol of a name."""
+    """The protocol of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _protocols:
+        known = ", ".join(one.name for one in protocols())
+        raise ConfigError(f"protocol must be one of {known}, got {name!r}")
     return _protocols[name]
 
 
 def rank_of(title: str) -> tuple[int, bool]:
     """How early a protocol comes, by its title as it is written down; a variant such as `quick ...` comes after it."""
-    places = [(one.rank, title != one.title) for one in _protocols.values() if title.endswith(one.title)]
-    return min(places, default=(1000, True))
+    ranks = {one.title: one.rank for one in protocols()}
+    if title in ranks:
+        return ranks[title], False
+    return ranks.get(title.partition(" ")[2], 1000), True
