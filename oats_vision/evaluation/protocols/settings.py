@@ -25,7 +25,7 @@ LABELLED = "labelled pictures: one folder per class, hf:name or demo"
 class Settings(BaseModel):
     """Base of all; `unit` says the task: what the model must read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     unit: ClassVar[Unit]
 
@@ -57,7 +57,7 @@ class OnPictures(Settings):
     unit = "pictures"
 
     batch_size: int = Field(64, ge=1, description="pictures in a batch")
-    seed: int = Field(42, description="seed for choosing the pictures")
+    seed: int = Field(42, ge=0, lt=1 << 63, description="seed for choosing the pictures")
     mixed_precision: Dtype | None = Field(None, description="precision of matrix products alone (autocast)")
     streaming: bool = Field(False, description="stream a Hugging Face dataset")
     workers: int = Field(0, ge=0, description="processes that read pictures")
