@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -73,31 +73,54 @@ def evaluate_top1(
     device = next(model.parameters()).device
     metrics: dict[int, MulticlassAccuracy] = {}
     correct: list[Tensor] = []
-    order = torch.empty(0)
-    head = highest = 0
     start = time.perf_counter()
-    model.eval()
-    for images, labels in batches:
-        logits = classify(model, images, mixed_precision).float()
+    for logits, labels in classified(model, batches, progress, mixed_precision=mixed_precision):
         if not metrics:
             head = logits.shape[1]
-            order = head_index(batches.classes, head, source_of(model).label_names)
             for k in {1, min(5, head)}:
                 metrics[k] = MulticlassAccuracy(head, top_k=k, average="micro").to(device)
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(order):
-            raise DataError(f"label {low if low < 0 else high} is outside the {head} classes of the model's head")
-        highest = max(highest, high)
-        labels = order[labels].to(device)
         for metric in metrics.values():
             metric.update(logits, labels)
         correct.append((logits.argmax(1) == labels).cpu())
-        progress(sum(map(len, correct)))
-    if batches.classes is None and 2 * (highest + 1) <= head:
-        log.warning("labels are 0 to %d, taken as the first outputs of a head of %d: are they its own?", highest, head)
     hits = torch.cat(correct)
     values = [100 * float(metrics[k].compute()) for k in (1, max(metrics))]
     return Top1(values[0], values[1], len(hits), batches.skipped, time.perf_counter() - start, hits)
+
+
+@torch.inference_mode()
+def classified(
+    model: nn.Module,
+    batches: Batches,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    mixed_precision: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a classifier says of each batch, and what would be right.
+
+    Args:
+        model, batches, progress, mixed_precision: see `evaluate_top1`.
+
+    Yields:
+        Logits (batch, classes), float32, and the head's outputs that are right (batch,), int64, on the model's device.
+
+    Raises:
+        ModelError, DataError: see `evaluate_top1`.
+    """
+    order, head, highest, done = torch.empty(0), 0, 0, 0
+    model.eval()
+    for images, labels in batches:
+        logits = classify(model, images, mixed_precision).float()
+        if not done:
+            head = logits.shape[1]
+            order = head_index(batches.classes, head, source_of(model).label_names)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(order):
+            raise DataError(f"label {low if low < 0 else high} is outside the {head} classes of the model's head")
+        highest, done = max(highest, high), done + len(labels)
+        yield logits, order[labels].to(logits.device)
+        progress(done)
+    if batches.classes is None and 2 * (highest + 1) <= head:
+        log.warning("labels are 0 to %d, taken as the first outputs of a head of %d: are they its own?", highest, head)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import nn
 from typer.testing import CliRunner
@@ -20,9 +23,17 @@ from oats_vision.evaluation.stored import read_report
 
 
 @pytest.fixture
-def sure() -> Iterator[None]:
-    """A protocol that is registered for one test."""
+def only_here() -> Iterator[None]:
+    """Protocols that are registered in one test are forgotten after it."""
     before = dict(base._protocols)
+    yield
+    base._protocols.clear()
+    base._protocols.update(before)
+
+
+@pytest.fixture
+def sure(only_here) -> None:
+    """A protocol with a setting of its own."""
 
     class Settings(LabelledPictures):
         share: float = Field(0.5, gt=0, lt=1, description="of the probability, to be sure of a class")
@@ -34,10 +45,6 @@ def sure() -> Iterator[None]:
             shares = torch.cat([model(pictures).softmax(1).amax(1) for pictures, _ in given.data["data"]])
         accuracy = Accuracy(shares > given.settings.share)
         return Measurement({"sure": accuracy}, samples=len(shares), details={"mean_share": float(shares.mean())})
-
-    yield
-    base._protocols.clear()
-    base._protocols.update(before)
 
 
 @pytest.fixture
@@ -78,6 +85,51 @@ def test_a_protocol_of_ones_own_is_a_command_with_its_options_and_its_place_on_t
     assert "sure" in table
     wrong = CliRunner().invoke(build(), ["eval", "sure", str(checkpoint), "--data", "demo", "--share", "2"])
     assert str(wrong.exception) == "--share must be in (0, 1), got 2"
+
+
+@pytest.fixture
+def firsts(only_here) -> None:
+    """Top-1 and top-2, as a user would write them."""
+
+    @protocol("firsts", LabelledPictures)
+    def firsts(model: nn.Module, given: Given[LabelledPictures]) -> Measurement:
+        """How often the right class is the first, and among the first two."""
+        ranks = [(logits > logits.gather(1, labels[:, None])).sum(1) for logits, labels in given.classified(model)]
+        rank = torch.cat(ranks)
+        compared = {"top-1": Accuracy(rank < 1), "top-2": Accuracy(rank < 2)}
+        return Measurement(compared, samples=len(rank), details={"ranks": rank.tolist()})
+
+
+@pytest.fixture
+def folders(tmp_path, model_directory) -> Path:
+    """Folders named by the head's positions: half of the pictures are of the model's first class, half its second."""
+    generator = np.random.default_rng(0)
+    model, transform = ov.load_model(model_directory)
+    for i in range(24):
+        picture = Image.fromarray(generator.integers(256, size=(28, 28, 3), dtype=np.uint8))
+        label = int(model(transform(picture)[None]).topk(2).indices[0, i % 2])
+        (tmp_path / "val" / str(label)).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "val" / str(label) / f"{i}.png")
+    return tmp_path / "val"
+
+
+@pytest.mark.usefixtures("firsts")
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--mixed-precision", "bfloat16")])
+def test_a_protocol_of_ones_own_classifies_as_top1_does(options, folders, model_directory):
+    """Folders whose order is not the head's, in any dtype."""
+
+    def measured(name: str) -> dict[str, Any]:
+        arguments = ["eval", name, str(model_directory), "--data", str(folders), "--json", *options]
+        done = CliRunner().invoke(build(), arguments, catch_exceptions=False)
+        return json.loads(done.stdout)["dense"]
+
+    ours, top1 = measured("firsts"), measured("top1")
+    assert len([*folders.iterdir()]) < 10  # of the head's: labels of the data are not the head's
+    first, second = (metric["value"] for metric in ours["metrics"])
+    assert first == top1["top1"]
+    if not options:
+        assert (first, second) == (50, 100)  # as the folders were made
+    assert 30 < first < second
 
 
 def test_a_page_that_cannot_be_written_anew_is_said_in_one_line(checkpoint, monkeypatch, caplog):

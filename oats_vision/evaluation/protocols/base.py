@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from typing import Protocol as Interface
@@ -13,7 +13,7 @@ from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.results import Difference, Figure, Ratio, Score
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 S = TypeVar("S", bound=Settings)
 
@@ -33,7 +33,8 @@ class Given(Generic[S]):
     """What a protocol is given beside the model.
 
     data: what the settings opened, by the name of each source. reader: the model's transform of pictures, or its
-    tokenizer. which: of the two models it is, in words. display: for progress.
+    tokenizer. which: of the two models it is, in words. display: for progress. On labelled pictures, `classified` runs
+    the model as `eval top1` does.
     """
 
     settings: S
@@ -41,6 +42,28 @@ class Given(Generic[S]):
     reader: Any = None
     which: str = "model"
     display: Display = field(default_factory=Display)
+
+    def classified(self, model: nn.Module, source: str = "data") -> Iterator[tuple[Tensor, Tensor]]:
+        """What a classifier says of labelled pictures, with progress; in any dtype, on any device.
+
+        Args:
+            source: name of the pictures in `data`.
+
+        Yields:
+            For each batch the logits (batch, classes), float32, and which of the classes is right (batch,), int64: the
+            head's, with which the data's are matched by name. Both on the CPU.
+
+        Raises:
+            ModelError: the model has no classification head, or its logits are not finite.
+            DataError: the labels are not those of the head, or no picture could be read.
+        """
+        from oats_vision.evaluation.top1 import classified
+
+        batches = self.data[source]
+        precision = getattr(self.settings, "autocast_dtype", None)
+        with self.display.counting(f"pictures, {self.which}", "pictures", batches.total) as progress:
+            for logits, labels in classified(model, batches, progress, mixed_precision=precision):
+                yield logits.cpu(), labels.cpu()
 
 
 @dataclass(frozen=True)
