@@ -19,6 +19,7 @@ from oats_vision.cli.commands import build
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation.paired import Accuracy
 from oats_vision.evaluation.protocols import Given, LabelledPictures, Measurement, base, protocol, protocols
+from oats_vision.evaluation.protocols.base import rank_of
 from oats_vision.evaluation.stored import read_report
 
 
@@ -152,3 +153,14 @@ def test_names_are_taken_once_and_the_one_that_says_most_is_first():
     assert [one.name for one in protocols() if one.settings.unit == "sequences"] == ["perplexity", "lm"]
     with pytest.raises(ValueError, match="'knn' is registered already"):
         protocol("knn", LabelledPictures)(lambda model, given: Measurement({}, 1))
+
+
+@pytest.mark.usefixtures("only_here")
+def test_a_rank_is_of_the_title_itself_and_not_of_one_that_ends_alike():
+    for name, title, rank in (("zero-shot-top1", "", 50), ("robust", "robust top1", 60)):
+        protocol(name, LabelledPictures, title=title, rank=rank)(lambda model, given: Measurement({}, 1))
+    assert rank_of("zero-shot-top1") == (50, False)
+    assert rank_of("robust top1") == (60, False)
+    assert rank_of("linear probe") == (2, False)
+    assert rank_of("quick linear probe") == (2, True)
+    assert rank_of("other-top1") == (1000, True)

@@ -150,5 +150,7 @@ def find_protocol(name: str) -> Protocol[Any]:
 
 def rank_of(title: str) -> tuple[int, bool]:
     """How early a protocol comes, by its title as it is written down; a variant such as `quick ...` comes after it."""
-    places = [(one.rank, title != one.title) for one in _protocols.values() if title.endswith(one.title)]
-    return min(places, default=(1000, True))
+    ranks = {one.title: one.rank for one in protocols()}
+    if title in ranks:
+        return ranks[title], False
+    return ranks.get(title.partition(" ")[2], 1000), True
