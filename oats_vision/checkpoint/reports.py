@@ -10,6 +10,9 @@ from oats_vision.checkpoint.place import REPORT
 from oats_vision.errors import CheckpointError
 from oats_vision.files import replacing
 
+# settings of an evaluation that do not change what it measures
+HOW_READ = {"batch_size", "cache", "no_cache", "streaming", "workers"}
+
 log = logging.getLogger(__name__)
 
 
@@ -23,14 +26,17 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def add_evaluation(path: Path, result: dict[str, Any]) -> bool:
-    """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same protocol and data.
+    """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same.
+
+    The same is: protocol, data and settings, but for those of `HOW_READ`; of results of earlier versions, which have
+    no settings, protocol and data.
 
     Returns:
         Whether it could be written.
     """
 
     def added(content: dict[str, Any]) -> dict[str, Any]:
-        kept = [old for old in content.get("evaluations", []) if _what(old) != _what(result)]
+        kept = [old for old in content.get("evaluations", []) if not _same(old, result)]
         return {"evaluations": [*kept, result]}
 
     return change_report(path, added)
@@ -62,5 +68,12 @@ def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
     return True
 
 
-def _what(result: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(result.get(name) for name in ("protocol", "data", "train", "val"))
+def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if any(old.get(name) != new.get(name) for name in ("protocol", "data", "train", "val")):
+        return False
+    before, now = old.get("settings"), new.get("settings")
+    return not (before and now) or _that_matter(before) == _that_matter(now)
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in HOW_READ}

@@ -161,6 +161,21 @@ def test_the_last_evaluation_of_the_best_protocol_says_most(tmp_path):
     assert read_report(_write(tmp_path, {"evaluations": [lone]})).labelled is None
 
 
+def test_an_evaluation_takes_the_place_of_the_same_and_of_no_other(tmp_path):
+    def kept(*settings: dict[str, object] | None) -> list[object]:
+        _write(tmp_path, {})
+        for one in settings:
+            assert add_evaluation(tmp_path, GOOD if one is None else GOOD | {"settings": one})
+        return [one.get("settings") for one in json.loads((tmp_path / "report.json").read_text())["evaluations"]]
+
+    ten, twenty = {"k": [10], "workers": 0}, {"k": [20], "workers": 0}
+    assert kept(ten, twenty) == [ten, twenty]
+    assert kept(ten, twenty, ten) == [twenty, ten]
+    assert kept(ten, ten | {"workers": 4}) == [ten | {"workers": 4}]
+    assert kept(None, ten) == [ten]  # of an earlier version
+    assert kept(ten, None) == [None]
+
+
 @pytest.mark.parametrize("odd", [[], 5, {"dense": 1, "compressed": None}, {"dense": {}, "compressed": {"top1": {}}}])
 def test_what_compress_measured_may_be_odd_too(odd, tmp_path):
     content = {"run": ["demo"], "top1": odd, "perplexity": odd, "evaluations": [GOOD]}
