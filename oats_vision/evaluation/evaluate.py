@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from oats_vision.display import Display
+from oats_vision.errors import ConfigError
 from oats_vision.evaluation.models import Models
-from oats_vision.evaluation.protocols.base import Given, Measurement, Protocol
+from oats_vision.evaluation.protocols.base import Given, Measurement, Protocol, protocols
 from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.results import Evaluation
 from oats_vision.evaluation.tasks import task_of_unit
+
+READ = {"pictures": "pictures", "sequences": "text"}  # by the unit in which it is counted
 
 
 def measure_models(
@@ -21,12 +24,23 @@ def measure_models(
     Raises:
         OatsVisionError: data or a model cannot be read, or do not go together.
     """
+    if settings.unit != models.unit:
+        raise ConfigError(_of_another_kind(protocol, settings, models))
     reader = task_of_unit(settings.unit).reader(models.name, models.transform)
     data = settings.open(reader)
     return {
         which: protocol.function(load(), Given(settings, data, reader, which, display))
         for which, load in models.loaders.items()
     }
+
+
+def _of_another_kind(protocol: Protocol[Any], settings: Settings, models: Models) -> str:
+    """That the protocol is for models that read something else, and which ones fit."""
+    *others, last = [one.name for one in protocols() if one.settings.unit == models.unit]
+    return (
+        f"{protocol.name} is for models that read {READ[settings.unit]}, and {models.name} reads {READ[models.unit]}: "
+        f"take {', '.join(others)}{' or ' * bool(others)}{last}"
+    )
 
 
 def evaluation_of(

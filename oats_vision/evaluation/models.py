@@ -35,7 +35,8 @@ def check_names(model: str, dense: str | None, no_dense: bool) -> None:
 class Models:
     """What is evaluated: `compressed` and `dense`, of a checkpoint; `dense` alone, of any other model.
 
-    device: of both. directory: of the checkpoint; None if there is none. transform: of pictures, if it is known.
+    device: of both. directory: of the checkpoint; None if there is none. unit: of what they read, `pictures` or
+    `sequences`. transform: of pictures, if it is known.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Models:
         check_names(model, dense, no_dense)
         from oats_vision import checkpoint
         from oats_vision.machine import choose_device, dtype_of
+        from oats_vision.models.families.registry import family_named
         from oats_vision.models.loading.load import load_model
+        from oats_vision.models.record import structure_of
 
         self.name, self.device, self._say = model, choose_device(device), say
         self.options: dict[str, Any] = {
@@ -78,9 +81,11 @@ class Models:
             if dense:
                 raise ConfigError(f"`dense` is for a compressed checkpoint, and {model} is not one")
             module, self.transform = load_model(model, **self.options)
+            self.unit = structure_of(module).family.unit
             self.loaders["dense"] = lambda: module
         else:
-            source = checkpoint.read_config(self.directory).source
+            config = checkpoint.read_config(self.directory)
+            source, self.unit = config.source, family_named(config.report.family, model).unit
             self.transform = checkpoint.load_transform(self.directory)
             if not no_dense:
                 self.loaders["dense"] = lambda: self._dense(source, dense)

@@ -63,6 +63,22 @@ def test_evaluation_table(quick, tmp_path):
         assert words in shown.stdout
 
 
+def test_a_protocol_for_models_of_another_kind_names_those_that_fit(
+    quick, model_directory, language_directory, tmp_path
+):
+    done = run(*quick, "--out", tmp_path / "out", "--no-eval")
+    assert done.returncode == 0, done.stderr
+    for model in (tmp_path / "out", language_directory):
+        done = run("eval", "top1", model, "--data", "demo")
+        fit = f"top1 is for models that read pictures, and {model} reads text: take perplexity or lm"
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: {fit}")
+    done = run("eval", "perplexity", model_directory, "--data", "demo")
+    fit = (
+        f"perplexity is for models that read text, and {model_directory} reads pictures: take top1, linear-probe or knn"
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: {fit}")
+
+
 BAD = {
     "text too short": (["--sequence-length", 128, "--data", "short.txt"], "fewer than one sequence of 128"),
     "missing text": (["--data", "none.txt"], "none.txt does not exist"),
