@@ -1,5 +1,6 @@
 """A protocol of one's own: one registration, and it is a command, runs, is written down, and is on the page."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,16 +10,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, create_model
 from torch import nn
 from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.analysis.html_report import write_html
 from oats_vision.cli.commands import build
+from oats_vision.cli.evaluate import evaluation_command
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation.paired import Accuracy
-from oats_vision.evaluation.protocols import Given, LabelledPictures, Measurement, base, protocol, protocols
+from oats_vision.evaluation.protocols import (
+    Given,
+    LabelledPictures,
+    Measurement,
+    base,
+    find_protocol,
+    protocol,
+    protocols,
+)
 from oats_vision.evaluation.protocols.base import rank_of
 from oats_vision.evaluation.stored import read_report
 
@@ -164,3 +174,27 @@ def test_a_rank_is_of_the_title_itself_and_not_of_one_that_ends_alike():
     assert rank_of("linear probe") == (2, False)
     assert rank_of("quick linear probe") == (2, True)
     assert rank_of("other-top1") == (1000, True)
+
+
+@pytest.mark.usefixtures("only_here")
+def test_a_cell_that_is_run_again_registers_its_protocol_again():
+    def cell(words: str) -> None:
+        @protocol("mine", LabelledPictures)
+        def mine(model: nn.Module, given: Given[LabelledPictures]) -> Measurement:
+            return Measurement({}, 1, unit=words)
+
+    for words in ("first", "second"):
+        cell(words)
+    assert find_protocol("mine").function(nn.Identity(), Given(LabelledPictures(data="demo"), {})).unit == "second"
+    assert [one.name for one in protocols()].count("mine") == 1
+
+
+@pytest.mark.usefixtures("only_here")
+@pytest.mark.filterwarnings("ignore:Field name .json. .* shadows")
+def test_a_setting_named_as_an_option_of_every_command_is_refused():
+    ours = inspect.signature(evaluation_command(find_protocol("top1"))).parameters.keys()
+    assert ours - LabelledPictures.model_fields.keys() == base.OPTIONS - {"json", "help"}
+    for name in base.OPTIONS:
+        kind = create_model("Mine", __base__=LabelledPictures, **{name: (str, "auto")})
+        with pytest.raises(ValueError, match=f"Mine.{name} is an option of every command: give the setting another"):
+            protocol("mine", kind)

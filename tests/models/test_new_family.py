@@ -85,3 +85,19 @@ def test_without_its_registration_it_is_not_found(registered, pictures, tmp_path
         ov.load(tmp_path / "out", model=Trunk())
     with pytest.raises(ModelError, match=r"no model family fits .*Trunk; known: timm_vit"):
         ov.compress(Trunk(), pictures)
+
+
+def test_a_cell_that_is_run_again_registers_its_family_again(registered):
+    def cell(words: str) -> type[ov.Family]:
+        @ov.register_family
+        class Mine(TrunkFamily):
+            name = "mine"
+            serves = words
+
+        return Mine
+
+    for words in ("first", "second"):
+        assert cell(words).serves == words
+    assert [family.serves for family in registry.families() if family.name == "mine"] == ["second"]
+    with pytest.raises(ValueError, match="'mine' is registered already"):
+        ov.register_family(type("Other", (TrunkFamily,), {"name": "mine"}))

@@ -15,6 +15,9 @@ from oats_vision.evaluation.results import Difference, Figure, Ratio, Score
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# of every command of `oats-vision eval`, besides those of its protocol's settings
+OPTIONS = {"model", "dense", "no_dense", "device", "dtype", "trust_remote_code", "verbose", "log_file", "help"}
+OPTIONS |= {"json", "as_json"}  # the option, and what Python calls it
 S = TypeVar("S", bound=Settings)
 
 
@@ -125,17 +128,27 @@ def protocol(
         rank: 1 if no other says more of what compression cost.
         examples: commands, for the help.
 
+    A function that is defined again, as by a notebook's cell that is run again, takes the place of the earlier one.
+
     Raises:
-        ValueError: the name is taken.
+        ValueError: another protocol has the name, or every command has an option named as one of the settings.
     """
+    if taken := OPTIONS & settings.model_fields.keys():
+        raise ValueError(
+            f"{settings.__qualname__}.{min(taken)} is an option of every command: give the setting another name"
+        )
 
     def register(function: Callable[[nn.Module, Given[S]], Measurement]) -> Callable[..., Measurement]:
-        if name in _protocols:
+        if name in _protocols and _defined_in(_protocols[name].function) != _defined_in(function):
             raise ValueError(f"a protocol named {name!r} is registered already")
         _protocols[name] = Protocol(name, title or name, settings, function, rank, examples)
         return function
 
     return register
+
+
+def _defined_in(function: Callable[..., Any]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def protocols() -> list[Protocol[Any]]:

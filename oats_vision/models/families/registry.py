@@ -13,11 +13,14 @@ _registered: list[Family] = []
 def register_family(kind: Kind) -> Kind:
     """Make a model family known, as a decorator on its class; one that is registered later is asked first.
 
+    A class that is defined again, as by a notebook's cell that is run again, takes the place of the earlier one.
+
     Raises:
         TypeError: the class lacks something that a family must say.
-        ValueError: the name is taken.
+        ValueError: another family has the name.
     """
-    _registered.insert(0, _checked(kind))
+    family = _checked(kind)
+    _registered[:] = [family, *(known for known in _registered if known.name != family.name)]
     return kind
 
 
@@ -59,6 +62,11 @@ def _checked(kind: type[Family]) -> Family:
         if not isinstance(getattr(kind, field, None), str):
             raise TypeError(f"{kind.__qualname__} must have a {field}, a string")
     family = kind()
-    if any(known.name == family.name for known in families()):
+    taken = next((known for known in families() if known.name == family.name), None)
+    if taken and (is_shipped(taken) or _defined_in(type(taken)) != _defined_in(kind)):
         raise ValueError(f"a model family named {family.name!r} is registered already")
     return family
+
+
+def _defined_in(kind: type[Family]) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
