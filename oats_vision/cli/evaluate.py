@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from oats_vision import logs
 from oats_vision.cli.common import messages, results
-from oats_vision.cli.fields import field_option, given_fields
+from oats_vision.cli.fields import given_fields, with_fields
 from oats_vision.cli.flags import flag, with_flags
 from oats_vision.cli.help import DATA, MACHINE, MEASURE, MODELS, RARE
 from oats_vision.cli.options import Device, Dtype, Json, LogFile, Trust, Verbose, option, suggest
@@ -85,22 +84,17 @@ def evaluation_command(protocol: Protocol[Any]) -> Callable[..., None]:
         _show(done, model, as_json)
         done.keep(display)  # last: a damaged report must not lose what was measured
 
-    first, *others, _ = inspect.signature(command, eval_str=True).parameters.values()
-    options = [*_options(protocol), *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in others)]
-    signature = inspect.Signature([first, *options])
     command.__doc__ = with_flags(protocol.words)
     command.__name__ = protocol.name
-    command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
-    return command
+    return with_fields(protocol.settings, _panels(protocol))(command)
 
 
-def _options(protocol: Protocol[Any]) -> Iterator[inspect.Parameter]:
-    """One for each field of the protocol's settings, in the order of the panels."""
+def _panels(protocol: Protocol[Any]) -> dict[str, str]:
+    """The fields of the protocol's settings, by panel."""
     fields = protocol.settings.model_fields
-    shared = {name: panel for panel, names in PANELS.items() for name in names.split() if name in fields}
-    for name in [*shared, *(name for name in fields if name not in shared)]:
-        yield field_option(protocol.settings, name, shared.get(name, MEASURE))
+    shared = {panel: [name for name in names.split() if name in fields] for panel, names in PANELS.items()}
+    own = [name for name in fields if not any(name in names for names in shared.values())]
+    return {panel: " ".join(names) for panel, names in {**shared, MEASURE: own}.items()}
 
 
 def _show(done: Evaluated, model: str, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Options that are made of the fields of settings; pydantic parses and checks their values."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, get_origin
 
@@ -39,6 +39,27 @@ def field_option(kind: type[BaseModel], name: str, panel: str) -> inspect.Parame
         annotation = Annotated[text if required else text | None, option(panel, flag(name), **details)]
     empty = inspect.Parameter.empty if field.is_required() else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
+
+
+def with_fields(
+    kind: type[BaseModel], panels: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, after its argument, an option for each of these fields; it finds them in its `**given`.
+
+    Args:
+        panels: names of fields, apart by spaces, by the panel of the help.
+    """
+    options = [field_option(kind, name, panel) for panel, names in panels.items() for name in names.split()]
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        first, *others, _ = inspect.signature(command, eval_str=True).parameters.values()
+        options_of_its_own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in others]
+        signature = inspect.Signature([first, *options, *options_of_its_own])
+        command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+        return command
+
+    return add
 
 
 def _facts(kind: type[BaseModel], name: str, default: str) -> str:

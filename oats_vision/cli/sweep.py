@@ -10,9 +10,12 @@ import typer
 
 from oats_vision import logs
 from oats_vision.cli.common import messages, results
-from oats_vision.cli.help import GRID, OUTPUT, WHAT
+from oats_vision.cli.fields import given_fields
+from oats_vision.cli.flags import flag
+from oats_vision.cli.help import GRID, OUTPUT, WHAT, Facts
 from oats_vision.cli.options import SWEEP, Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
+from oats_vision.fields import allowed, validated
 from oats_vision.models.loading import provider_of
 from oats_vision.runs.grid import OUT, Extent, load_sweep_config
 
@@ -30,6 +33,8 @@ OATS and two baselines, with three draws of the calibration pictures
 a grid that is in a file, in which `rate` and the like may be lists
   oats-vision sweep --config sweep.yaml --out dinov2_l_sweep"""
 
+SEEDS = Facts(lambda: f"{allowed(Extent, 'seeds')}; default: {Extent.model_fields['seeds'].default}")
+
 
 @with_settings(SWEEP)
 def sweep(
@@ -37,7 +42,7 @@ def sweep(
         Path | None, option(WHAT, metavar="FILE", help="YAML file of these settings (underscores for dashes)")
     ] = None,
     seeds: Annotated[
-        int | None, option(GRID, min=1, metavar="N", help=Extent.model_fields["seeds"].description, show_default="1")
+        str | None, option(GRID, metavar="N", help=Extent.model_fields["seeds"].description, show_default=SEEDS)
     ] = None,
     out: Annotated[
         Path | None,
@@ -61,6 +66,7 @@ def sweep(
     when it is started again; with more values, it runs those too.
     """
     logs.set_up(verbose, log_file)
+    validated(Extent, given_fields({"seeds": seeds, "keep": keep}), flag)
     own = {"seeds": seeds, "out": out, "keep": keep, "report": report}
     chosen = load_sweep_config(config, settings | own)
     provider_of(chosen.base.model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from oats_vision.data.batches import Inputs
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
+from oats_vision.evaluation.load import Load as Load
 from oats_vision.models.loading.load import rebuild, source_of
 from oats_vision.models.transforms import Transform
 from oats_vision.nn.sliced import SlicedBlock
@@ -23,16 +24,6 @@ from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.timing import in_turns
 
 BEGINNING = 16  # tokens that generation starts from
-
-
-@dataclass(frozen=True)
-class Load:
-    """What `oats-vision bench` times: pictures in a batch, tokens of a prompt, and tokens to generate after one."""
-
-    batch_size: Sequence[int] = (1, 16)
-    prompt: Sequence[int] = (128,)
-    new_tokens: int = 32
-    repeats: int = 7
 
 
 def weight_bytes(model: nn.Module) -> int:

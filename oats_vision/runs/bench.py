@@ -12,7 +12,8 @@ import torch
 from oats_vision import checkpoint
 from oats_vision.analysis.html_report import renew_page
 from oats_vision.display import Display
-from oats_vision.evaluation.speed import Load, Timing, dense_twin, weight_bytes
+from oats_vision.evaluation.load import Load
+from oats_vision.evaluation.speed import Timing, dense_twin, weight_bytes
 from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
 from oats_vision.machine import choose_device, dtype_of, machine, warn_if_slow
@@ -62,20 +63,19 @@ def bench(
     *,
     device: str = "auto",
     dtype: str = "float32",
-    threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> Bench:
     """Time a compressed model in turns with a dense one of the same shapes, in the same precision.
 
     Args:
         directory: a checkpoint.
-        threads: of the CPU; PyTorch's own number if not given.
+        load: what to time, and with how many threads of the CPU.
 
     Raises:
         OatsVisionError: something that was given is wrong, or a model's outputs are not finite.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    if load.threads:
+        torch.set_num_threads(load.threads)
     target, precision = choose_device(device), dtype_of(dtype)
     warn_if_slow(dtype, target, "use `dtype=float32`")
     compressed = checkpoint.load(directory, device=target, dtype=precision, trust_remote_code=trust_remote_code)

@@ -127,3 +127,19 @@ def test_side_by_side_takes_turns_and_the_twin_is_dense(tiny_vit, pictures):
     twin = dense_twin(tiny_vit)
     assert weight_bytes(twin) == before
     torch.testing.assert_close(twin(x), tiny_vit(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "x", "--repeats", "nan"], "--repeats must be a whole number, at least 1, got 'nan'"),
+        (["bench", "x", "--prompt", "0"], "--prompt must be in [1, 1048576], got 0"),
+        (["bench", "x", "--batch-size", "1", "--batch-size", "0"], "--batch-size must be in [1, 65536], got 0"),
+        (["bench", "x", "--threads", "2000"], "--threads must be in [1, 1024], got 2000"),
+        (["sweep", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["sweep", "--seeds", "x"], "--seeds must be a whole number, at least 1, got 'x'"),
+    ],
+)
+def test_numbers_out_of_range_are_said_as_compress_says_them(arguments, message):
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
