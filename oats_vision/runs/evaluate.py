@@ -16,6 +16,7 @@ from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.results import Evaluation
 
 log = logging.getLogger(__name__)
+SILENT = Display()
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Evaluated:
                 lines.setdefault(name, []).append(text)
         return lines
 
-    def keep(self, display: Display) -> None:
+    def keep(self, display: Display = SILENT) -> None:
         """Add the result to the checkpoint's report.json, and write its page anew if it has one.
 
         Raises:
@@ -57,7 +58,7 @@ def evaluate(
     protocol: Protocol[Any],
     settings: Settings,
     model: str,
-    display: Display,
+    display: Display = SILENT,
     *,
     dense: str | None = None,
     no_dense: bool = False,
@@ -66,11 +67,16 @@ def evaluate(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = log.info,
 ) -> Evaluated:
-    """Measure a compressed model and its dense one, or a dense model alone.
+    """Measure a compressed model and its dense one, or a dense model alone, as `oats-vision eval` does.
 
     Args:
+        protocol: such as `find_protocol` gives. settings: its data and what else it needs.
         model: a checkpoint's directory, or what `load_model` takes.
+        display: for progress; none if not given.
         dense, no_dense, say: see `Models`.
+
+    Returns:
+        `evaluation`, as it is written down; `keep()` adds it to the checkpoint's report.json.
 
     Raises:
         OatsVisionError: something that was given is wrong.

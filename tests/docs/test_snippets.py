@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ tell a reader to type: Python runs, flags exist, links lead somewhere."""
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -111,6 +112,12 @@ def test_links_lead_to_files(page):
     local = [link for pair in links for link in pair if link and "://" not in link]
     assert page.stem != "README" or len(local) > 15
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_reference_has_every_public_name():
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert {f"oats_vision.{name}" for name in ov.__all__} <= set(named)
+    assert [name for name in named if pkgutil.resolve_name(name).__doc__ is None] == []
 
 
 def test_the_readme_is_short():

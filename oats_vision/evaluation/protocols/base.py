@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from typing import Protocol as Interface
 
 from oats_vision.display import Display
+from oats_vision.errors import ConfigError
 from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.results import Difference, Figure, Ratio, Score
 
@@ -157,7 +158,14 @@ def protocols() -> list[Protocol[Any]]:
 
 
 def find_protocol(name: str) -> Protocol[Any]:
-    """The protocol of a name."""
+    """The protocol of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _protocols:
+        known = ", ".join(one.name for one in protocols())
+        raise ConfigError(f"protocol must be one of {known}, got {name!r}")
     return _protocols[name]
 
 
