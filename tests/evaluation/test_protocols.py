@@ -163,6 +163,8 @@ def test_names_are_taken_once_and_the_one_that_says_most_is_first():
     assert [one.name for one in protocols() if one.settings.unit == "sequences"] == ["perplexity", "lm"]
     with pytest.raises(ValueError, match="'knn' is registered already"):
         protocol("knn", LabelledPictures)(lambda model, given: Measurement({}, 1))
+    with pytest.raises(ConfigError, match=r"must be one of perplexity, top1, .*, knn, got 'kn'"):
+        find_protocol("kn")
 
 
 @pytest.mark.usefixtures("only_here")
