@@ -58,9 +58,11 @@ class Method(ABC):
 class LinearMethod(Method):
     """A method that decomposes each linear's weight by itself."""
 
-    @abstractmethod
     def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
-        """An empty statistic of a linear's inputs, of the kind that `decompose` needs."""
+        """An empty statistic of a linear's inputs, of the kind that `decompose` needs: by default the second moment."""
+        from oats_vision.calibration.statistics import SecondMoment
+
+        return SecondMoment(in_features, device)
 
     @abstractmethod
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:

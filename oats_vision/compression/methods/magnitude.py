@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from oats_vision.compression.methods import LinearMethod, register
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from oats_vision.calibration.statistics import Statistic
@@ -23,11 +22,6 @@ class Magnitude(LinearMethod):
     name = "magnitude"
     citation = "Han et al., Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015"
     pattern = "layer"
-
-    def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
-        from oats_vision.calibration.statistics import SecondMoment
-
-        return SecondMoment(in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
         return magnitude(weight, statistic.scale(), budget)

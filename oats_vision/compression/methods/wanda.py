@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from oats_vision.compression.methods import LinearMethod, register
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from oats_vision.calibration.statistics import Statistic
@@ -22,11 +21,6 @@ class Wanda(LinearMethod):
 
     name = "wanda"
     citation = "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024"
-
-    def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
-        from oats_vision.calibration.statistics import SecondMoment
-
-        return SecondMoment(in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
         return wanda(weight, statistic.scale(), budget)
