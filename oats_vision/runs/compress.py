@@ -18,7 +18,7 @@ from oats_vision.compression import pipeline
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionOptions, resolve
 from oats_vision.display import Display
-from oats_vision.errors import ModelError
+from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import Timing, dense_twin
@@ -138,7 +138,7 @@ def compress(
     fused_qkv: Literal["split", "joint"] = "split",
     error_tolerance: float = 0.05,
     latency_tokens: int | None = None,
-    family: Family | None = None,
+    family: type[Family] | Family | None = None,
     activation_memory: float = 8.0,
     progress: bool | Callable[[Step], None] = False,
 ) -> Result:
@@ -166,7 +166,7 @@ def compress(
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the lowest of all ratios.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
-        family: that the model is of; found by itself if not given.
+        family: that the model is of, a class or an instance; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: True for a bar (in notebooks too), or a function that is called with each step.
 
@@ -182,6 +182,10 @@ def compress(
     """
     given = locals()
     settings = resolve(**{name: given[name] for name in CompressionOptions.model_fields})
+    if isinstance(family, type):
+        family = family()
+    if family is not None and not isinstance(family, Family):
+        raise ConfigError(f"family must be a class of ov.Family, such as you register, got {family!r}")
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out

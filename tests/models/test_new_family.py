@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.cli.commands import app
-from oats_vision.errors import CheckpointError, ModelError
+from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.models.families import registry
 
 
@@ -69,6 +69,11 @@ def test_it_is_compressed_saved_loaded_and_listed(registered, pictures, tmp_path
     report = ov.compress(model, pictures, rate=0.5, iterations=2).report
     assert report.family == "trunk"
     assert [[part.name for part in layer.spec.parts] for layer in report.layers] == [["q", "k", "v"], ["out"]] * 2
+    torch.manual_seed(0)
+    given = ov.compress(Trunk().eval(), pictures, rate=0.5, iterations=2, family=TrunkFamily).report
+    assert [layer.errors for layer in given.layers] == [layer.errors for layer in report.layers]
+    with pytest.raises(ConfigError, match=r"family must be a class of ov\.Family, such as you register, got 'trunk'"):
+        ov.compress(Trunk().eval(), pictures, family="trunk")
     ov.save(model, tmp_path / "out")
     loaded = ov.load(tmp_path / "out", model=Trunk())
     torch.testing.assert_close(loaded(pictures[0]), model(pictures[0]))
