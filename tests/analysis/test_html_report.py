@@ -257,6 +257,7 @@ def test_what_was_not_measured_is_said_with_the_command_that_does(saved, tmp_pat
     assert not {"img", "ul"} & set(found.open)
 
 
+@pytest.mark.slow
 def test_page_of_a_large_model_stays_small(pictures, tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=96, depth=24, num_heads=3)
     ov.compress(model, pictures, rate=0.5, iterations=1, refit=False, storage_dtype="float16")

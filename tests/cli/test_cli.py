@@ -86,6 +86,7 @@ def test_config_file_and_flags_that_override_it(quick, tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
+@pytest.mark.slow
 def test_seed_decides_the_result(quick, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(*quick, "--seed", seed, "--out", tmp_path / name).returncode == 0

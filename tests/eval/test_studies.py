@@ -29,6 +29,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.slow
 def test_study_writes_table_and_plot_and_resumes(name, model_directory, tmp_path):
     arguments = ["--model", model_directory, "--samples", 20, "--eval-samples", 50, "--seeds", 0, 1, "--out", tmp_path]
     done = _study(name, *arguments, *FEW[name])

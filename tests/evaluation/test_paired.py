@@ -14,6 +14,7 @@ def _pair(n: int, lost: int, won: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("n", "lost", "won"), [(1000, 40, 25), (300, 3, 30), (50_000, 900, 700)])
+@pytest.mark.slow
 def test_interval_is_scipys_paired_bootstrap(n, lost, won):
     dense, ours = _pair(n, lost, won)
     difference = paired_difference(dense, ours)

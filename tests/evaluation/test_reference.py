@@ -155,6 +155,7 @@ def test_what_is_not_finite_or_empty_is_said(tiny_vit, many):
         dense_reference(shaken(tiny_vit, 0), [])
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_say():
     """95% of the exact intervals of draws from a known share hold it, and of the bootstrap's about as many."""
     from oats_vision.evaluation import intervals as module
