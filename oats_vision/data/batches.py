@@ -12,10 +12,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from oats_vision.errors import DataError
 
-# What a user gives as one batch: a tensor, a sequence whose first entry is it (labels are ignored), or keywords such as
-# a Hugging Face processor gives; a 2-d `attention_mask` (batch, tokens) among these marks padding tokens.
-Batch = Tensor | np.ndarray | list[Any] | tuple[Any, ...] | Mapping[str, Any]
-
+# A batch is a tensor or an array, a sequence whose first entry is one (labels are ignored), or keywords such as a
+# Hugging Face processor gives; a 2-d `attention_mask` (batch, tokens) among these marks padding tokens.
 TOGETHER = 64  # single pictures, or the rows of one tensor, that make a batch
 LABELS = {"label", "labels", "target", "targets"}
 INPUTS = ("pixel_values", "image", "images", "img", "input", "inputs", "x", "input_ids")

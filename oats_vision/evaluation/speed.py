@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from oats_vision.data.batches import Inputs
 from oats_vision.errors import ModelError
 from oats_vision.evaluation.finite import is_finite
-from oats_vision.evaluation.load import Load as Load
 from oats_vision.models.loading.load import rebuild, source_of
 from oats_vision.models.transforms import Transform
 from oats_vision.nn.sliced import SlicedBlock

@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from oats_vision.data.batches import Inputs
+    from oats_vision.evaluation.load import Load
     from oats_vision.evaluation.protocols.base import Protocol
     from oats_vision.evaluation.protocols.settings import Settings
     from oats_vision.evaluation.reference import Reference
-    from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.evaluation.speed import Timing
     from oats_vision.evaluation.tasks.options import DataOptions
     from oats_vision.models.transforms import Transform
-
-ENOUGH = 64  # inputs held out to measure the cost on
 
 Progress = Callable[[int], None]
 Options = TypeVar("Options", bound="DataOptions")
@@ -62,6 +61,8 @@ class Task(ABC):
 
     def held_out(self, config: DataOptions) -> int:
         """How many inputs to keep apart to measure the cost on."""
+        from oats_vision.data.pictures import ENOUGH
+
         return max(ENOUGH, (config.samples or self.samples) // 8) if config.eval else 0
 
     @abstractmethod

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from oats_vision.data.batches import Inputs
     from oats_vision.data.pictures import Batches
+    from oats_vision.evaluation.load import Load
     from oats_vision.evaluation.protocols.settings import Settings
     from oats_vision.evaluation.reference import PictureReference
-    from oats_vision.evaluation.speed import Load, Timing
+    from oats_vision.evaluation.speed import Timing
     from oats_vision.evaluation.tasks.options import DataOptions
     from oats_vision.models.transforms import Transform
 
