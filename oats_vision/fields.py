@@ -85,12 +85,12 @@ def choices(kind: type[BaseModel], name: str) -> list[str]:
     for mark in kind.model_fields[name].metadata:
         if isinstance(mark, OneOf):
             return list(mark.words())
-    return [word for one in _kinds(kind, name) for word in one.get("enum", [one["const"]] if "const" in one else [])]
+    return [word for one in kinds(kind, name) for word in one.get("enum", [one["const"]] if "const" in one else [])]
 
 
 def allowed(kind: type[BaseModel], name: str) -> str:
     """The values that a field takes, in words: `in (0, 1)`, `at least 1`, `split or joint`; or none."""
-    *others, last = [*filter(None, map(_range, _kinds(kind, name))), *choices(kind, name)] or [""]
+    *others, last = [*filter(None, map(_range, kinds(kind, name))), *choices(kind, name)] or [""]
     return f"{', '.join(others)}{' or ' * bool(others)}{last}"
 
 
@@ -101,7 +101,7 @@ def _schemas(kind: type[BaseModel]) -> dict[str, dict[str, Any]]:
     return schemas
 
 
-def _kinds(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
+def kinds(kind: type[BaseModel], name: str) -> list[dict[str, Any]]:
     """The schemas of the values that a field may have, or a list in it, besides None."""
     schema = _schemas(kind)[name]
     return [one.get("items", one) for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]

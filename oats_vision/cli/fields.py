@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from oats_vision.cli.flags import flag, with_flags
 from oats_vision.cli.help import Facts
-from oats_vision.cli.options import option, suggest_words
-from oats_vision.fields import allowed, choices
+from oats_vision.cli.options import Command, keyword_only, option, suggest_words, with_parameters
+from oats_vision.fields import allowed, choices, kinds
 from oats_vision.runs.config import KNOWN_DATA
 
 # what stands for a value, where neither the field's name nor its type says it
@@ -41,9 +41,7 @@ def field_option(kind: type[BaseModel], name: str, panel: str) -> inspect.Parame
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
 
 
-def with_fields(
-    kind: type[BaseModel], panels: Mapping[str, str]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_fields(kind: type[BaseModel], panels: Mapping[str, str]) -> Callable[[Command], Command]:
     """Give a command, after its argument, an option for each of these fields; it finds them in its `**given`.
 
     Args:
@@ -51,13 +49,9 @@ def with_fields(
     """
     options = [field_option(kind, name, panel) for panel, names in panels.items() for name in names.split()]
 
-    def add(command: Callable[..., None]) -> Callable[..., None]:
+    def add(command: Command) -> Command:
         first, *others, _ = inspect.signature(command, eval_str=True).parameters.values()
-        options_of_its_own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in others]
-        signature = inspect.Signature([first, *options, *options_of_its_own])
-        command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
-        return command
+        return with_parameters(command, [first, *options, *map(keyword_only, others)])
 
     return add
 
@@ -86,9 +80,8 @@ def _metavar(kind: type[BaseModel], name: str) -> str:
     """`N`, `X`, `DTYPE`, `FOLDER`, ...: by the name, by the type, or the last word of the name."""
     if name in METAVARS:
         return METAVARS[name]
-    schema = kind.model_json_schema()["properties"][name]
-    first = next(one for one in schema.get("anyOf", [schema]) if one.get("type") != "null")
-    first = first.get("items") or next(iter(first.get("prefixItems", [])), first)
+    first = kinds(kind, name)[0]
+    first = next(iter(first.get("prefixItems", [])), first)
     if choices(kind, name) and name.endswith("precision"):
         return "DTYPE"
     found = OF_TYPE.get(first.get("format", first.get("type", "")))

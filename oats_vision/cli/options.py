@@ -1,7 +1,7 @@
 """The options of the commands: those of RunConfig's fields, and those that several commands share."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,19 +120,28 @@ def with_settings(panels: Mapping[str, Mapping[str, str]] = SETTINGS) -> Callabl
 
     def add(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
-        settings = {
-            name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        settings = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             for panel, fields in panels.items()
             for name, metavar in fields.items()
             for annotation in [setting(name, panel, metavar)]
-        }
-        *kept, _ = (parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values())
-        signature = inspect.Signature([*settings.values(), *kept])
-        command.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
-        return command
+        ]
+        *kept, _ = map(keyword_only, own.values())
+        return with_parameters(command, [*settings, *kept])
 
     return add
+
+
+def keyword_only(parameter: inspect.Parameter) -> inspect.Parameter:
+    """The parameter, given by name alone."""
+    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def with_parameters(command: Command, parameters: Sequence[inspect.Parameter]) -> Command:
+    """Let a command have these parameters in the eyes of typer, which makes its options of them."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 def checked(name: str, panel: str, metavar: str, words: str) -> Any:
