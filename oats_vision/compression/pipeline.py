@@ -131,18 +131,19 @@ def compress(
                 )
             plan.linears.clear()  # so that the memory of those that are replaced is free
             report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
-            job = Job(settings, storage, hidden, calls, clock, report)
             if plan.slicing:
                 method = methods.find(settings.method)
                 assert isinstance(method, BlockMethod)
                 report.slicing = method.compress(model, structure, plan.slicing, hidden, calls, clock)
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
-            for i, (name, block) in enumerate(plan.blocks if not plan.slicing else []):
-                compress_block(job, i, name, block, plan.parts[name], begun=undo.pop_all)
-                if i + 1 < len(plan.blocks):
-                    apply_block(job, i, name, block)
-                log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
+            else:
+                job = Job(settings, storage, hidden, calls, clock, report)
+                for i, (name, block) in enumerate(plan.blocks):
+                    compress_block(job, i, name, block, plan.parts[name], begun=undo.pop_all)
+                    if i + 1 < len(plan.blocks):
+                        apply_block(job, i, name, block)
+                    log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
     known = record_of(model)
