@@ -53,19 +53,9 @@ def collect_statistics(
         statistics[name], tokens[name] = statistic, 0
 
         def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:
-            x: Tensor = args[0]
-            count = x.shape[:-1].numel()
-            if mask is not None:
-                if mask.numel() != count:
-                    raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
-                x = x[mask.to(x.device).view(x.shape[:-1])]
-            if not all_finite(x):
-                raise ModelError(
-                    f"{block_name}.{name}: its inputs are not finite in calibration batch {b}: the model overflows "
-                    f"{x.dtype}, or is broken"
-                )
+            x = counted(args[0], mask, f"{block_name}.{name}", b)
             statistic.update(x)
-            tokens[name] += x.shape[:-1].numel()
+            tokens[name] += len(x)
 
         handles.append(linear.register_forward_pre_hook(update))
     try:
@@ -79,20 +69,41 @@ def collect_statistics(
     return statistics, tokens
 
 
-def check_tokens(
-    block_name: str, block: nn.Module, statistics: Mapping[str, Statistic], tokens: Mapping[str, int]
-) -> None:
-    """Say which linears (experts) saw few tokens; one that saw none counts every input feature alike."""
-    if not any(tokens.values()):
-        return  # decomposing says so
+def counted(x: Tensor, mask: Tensor | None, name: str, batch: int) -> Tensor:
+    """The inputs of a linear that count, (tokens, in_features).
+
+    Args:
+        x: (..., in_features). mask: true for tokens that are no padding. name: of the linear. batch: its number.
+
+    Raises:
+        DataError: batches are padded, and the linear sees a part of the tokens only.
+        ModelError: the inputs are not finite.
+    """
+    if mask is not None:
+        count = x.shape[:-1].numel()
+        if mask.numel() != count:
+            raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
+        x = x[mask.to(x.device).view(x.shape[:-1])]
+    if not all_finite(x):
+        raise ModelError(
+            f"{name}: its inputs are not finite in calibration batch {batch}: the model overflows {x.dtype}, or is "
+            "broken"
+        )
+    return x.flatten(0, -2)
+
+
+def check_called(name: str, linear: nn.Linear, statistic: Statistic, tokens: int) -> None:
+    """A linear that saw no token counts every input feature alike, if it is an expert's; another one is an error."""
+    if tokens:
+        return
+    if not in_experts(name):
+        raise ModelError(f"{name} was never called, and is not an expert: leave it dense by skip")
+    statistic.update(torch.eye(linear.in_features, device=linear.weight.device))
+
+
+def warn_of_few(block_name: str, tokens: Mapping[str, int]) -> None:
+    """Say which linears of a block (experts) saw few tokens."""
     few = {name: count for name, count in tokens.items() if count < min(ENOUGH_TOKENS, max(tokens.values()))}
-    for name, count in few.items():
-        if not count:
-            if not in_experts(f"{block_name}.{name}"):
-                raise ModelError(f"{block_name}.{name} was never called, and is not an expert: leave it dense by skip")
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            statistics[name].update(torch.eye(linear.in_features, device=linear.weight.device))
     if few:
         least = min(few, key=few.__getitem__)
         log.warning(

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from oats_vision.core.joint import Correlations
 from oats_vision.core.oats import column_scale
 from oats_vision.models.values import all_finite
 
@@ -139,10 +140,13 @@ class Gram:
             for first in range(0, in_features, self.BLOCK)
         ]
         self.tokens = 0
+        self._mean: Tensor | None = None
+        self._correlations: Correlations | None = None
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
         tokens = _tokens(inputs, mask)
+        self._mean = self._correlations = None
         for chunk in tokens.chunk(max(1, -(-len(tokens) // 8192))):
             x = chunk if chunk.dtype == torch.float64 else chunk.float()
             for first, block in zip(range(0, x.shape[1], self.BLOCK), self.upper, strict=True):
@@ -152,20 +156,59 @@ class Gram:
         self.tokens += len(tokens)
 
     def compute(self) -> Tensor:
-        """The mean of x x^T, (in_features, in_features), float64. Raises ValueError if no token was seen."""
+        """The mean of x x^T, (in_features, in_features), float64; not to be changed.
+
+        Raises:
+            ValueError: no token was seen.
+        """
         if not self.tokens:
             raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
-        width = self.upper[0].shape[1]
-        mean = self.upper[0].new_empty(width, width)
-        for first, block in zip(range(0, width, self.BLOCK), self.upper, strict=True):
-            last = first + len(block)
-            mean[first:last, first:] = block / self.tokens
-            mean[last:, first:last] = mean[first:last, last:].T
-        return mean
+        if self._mean is None:
+            width = self.upper[0].shape[1]
+            self._mean = mean = self.upper[0].new_empty(width, width)
+            for first, block in zip(range(0, width, self.BLOCK), self.upper, strict=True):
+                last = first + len(block)
+                mean[first:last, first:] = block / self.tokens
+                mean[last:, first:last] = mean[first:last, last:].T
+        return self._mean
+
+    def correlations(self) -> Correlations:
+        """The same with a unit diagonal, in float32; made once for all that read these inputs.
+
+        Raises:
+            ValueError: no token was seen, or the moments are not finite.
+        """
+        if self._correlations is None:
+            self._correlations = Correlations(self.compute(), torch.float32)
+        return self._correlations
 
     def scale(self) -> Tensor:
         """D = sqrt(second moment), finite and positive, (in_features,)."""
         return column_scale(self.compute().diagonal())
+
+
+class CrossMoment:
+    """Mean of y x^T over all tokens: what two streams have in common.
+
+    Products are summed in float32 over a batch and in float64 beyond, as in `Gram`.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, y: Tensor, x: Tensor) -> None:
+        """Add (tokens, rows) and (tokens, columns), any floating dtypes."""
+        for left, right in zip(y.split(8192), x.split(8192), strict=True):
+            product = left.float().T @ right.float()
+            self.total += product if all_finite(product) else left.double().T @ right.double()
+        self.tokens += len(y)
+
+    def compute(self) -> Tensor:
+        """The mean of y x^T, (rows, columns), float64. Raises ValueError if no token was seen."""
+        if not self.tokens:
+            raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
+        return self.total / self.tokens
 
 
 class NoScale:

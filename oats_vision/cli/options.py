@@ -31,13 +31,21 @@ Command = Callable[..., None]
 # RunConfig's fields by panel, in the order of the help, and what stands for a value
 SETTINGS = {
     WHAT: {"model": "MODEL", "skip": "NAME", "image_size": "PIXELS", "pretrained": ""},
-    HOW_MUCH: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN"},
+    HOW_MUCH: {
+        "rate": "X",
+        "rank_ratio": "X",
+        "method": "METHOD",
+        "pattern": "PATTERN",
+        "quality": "QUALITY",
+        "targets": "",
+    },
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
     OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
     MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
     EXPERTS: {
         "refit": "",
+        "joint": "",
         "scaling": "NAME",
         "solver": "NAME",
         "iterations": "N",

@@ -2,28 +2,25 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import BlockCalls, capture_block_calls, check_finite_states
-from oats_vision.calibration.collect import check_tokens, collect_statistics
-from oats_vision.calibration.statistics import Statistic
+from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression import methods
-from oats_vision.compression.budgets import PartBudget, candidates, fastest
-from oats_vision.compression.methods import BlockMethod, LinearMethod
+from oats_vision.compression.blocks import Job
+from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
-from oats_vision.compression.record import CompressionRecord, CompressionReport, LayerReport
+from oats_vision.compression.record import CompressionRecord, CompressionReport
+from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import expected_samples
-from oats_vision.errors import ConfigError, DataError
+from oats_vision.errors import ConfigError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
 from oats_vision.models.loading.load import record_weights
@@ -35,34 +32,6 @@ from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock, Step, shares
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all blocks of a compression share.
-
-    storage: precision that weights are rounded to. hidden: what the next block is given, one tensor a batch. calls:
-    what blocks are called with besides. report: each layer is added to it.
-    """
-
-    settings: CompressionSettings
-    storage: torch.dtype
-    hidden: ActivationStore
-    calls: BlockCalls
-    clock: Clock
-    report: CompressionReport
-
-    @property
-    def method(self) -> LinearMethod:
-        method = methods.find(self.settings.method)
-        assert isinstance(method, LinearMethod)
-        return method
-
-    def tokens_at_once(self, tokens: int) -> int:
-        """How many tokens a layer is timed with: those of a picture, of all that the layer saw; one of text."""
-        if self.settings.latency_tokens:
-            return self.settings.latency_tokens
-        return max(tokens // self.report.samples, 1) if self.report.unit == "pictures" else 1
 
 
 @torch.no_grad()
@@ -116,7 +85,8 @@ def compress(
         before(model)
         start += time.perf_counter() - tick  # which is no part of the compression
         clock, expected = Clock(plan.work, structure.family.unit, progress, start=start), expected_samples(calibration)
-        with ActivationStore(activation_memory * 1e9) as hidden:
+        streams = 1 + settings.targets  # beside the compressed model's hidden states those of the dense one
+        with ActivationStore(activation_memory * 1e9 / streams) as hidden:
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
             undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))
@@ -138,11 +108,10 @@ def compress(
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                job = Job(settings, storage, hidden, calls, clock, report)
+                job = Job.of(structure.family.residual, settings, storage, hidden, calls, clock, report)
                 for i, (name, block) in enumerate(plan.blocks):
-                    compress_block(job, i, name, block, plan.parts[name], begun=undo.pop_all)
-                    if i + 1 < len(plan.blocks):
-                        apply_block(job, i, name, block)
+                    last = i + 1 == len(plan.blocks)
+                    compress_block(job, i, name, block, plan.parts[name], undo.pop_all, last)
                     log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
@@ -207,118 +176,3 @@ def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[
     """The tensors of a model that matter before its second block: those in no other block than the first."""
     later = tuple(f"{name}." for name, _ in blocks[1:])
     return [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
-
-
-def compress_block(
-    job: Job,
-    index: int,
-    name: str,
-    block: nn.Module,
-    parts: Mapping[str, list[PartBudget]],
-    begun: Callable[[], object],
-) -> None:
-    """Replace a block's linears by what they are decomposed into.
-
-    Args:
-        parts: of each linear to compress.
-        begun: called once a linear is replaced, and what would undo earlier steps is of no use any more.
-    """
-    clock, report = job.clock, job.report
-    clock.at("statistics", index, 0.0)
-    round_to(block.state_dict().values(), job.storage)
-    statistics, tokens = collect_statistics(
-        block,
-        parts,
-        partial(job.method.statistic, job.settings),
-        job.hidden,
-        job.calls,
-        index,
-        name,
-        lambda share: clock.at("statistics", index, share),
-    )
-    check_tokens(name, block, statistics, tokens)
-    before = _shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
-    for linear_name, share in zip(parts, before, strict=True):
-        clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
-        layer = _compress_linear(
-            job, block, name, linear_name, parts[linear_name], statistics[linear_name], tokens[linear_name]
-        )
-        report.layers.append(layer)
-        begun()
-    clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
-
-
-def _shares_before(
-    block: nn.Module, parts: Mapping[str, list[PartBudget]], before: Sequence[LayerReport]
-) -> list[float]:
-    """The share of a block's decompositions that is done when that of each linear begins.
-
-    Args:
-        before: the last layers that were decomposed: where they are the same ones of another block, by their times.
-    """
-    costs = [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
-    if len(before) == len(costs) and all(map(str.endswith, (layer.name for layer in before), parts)):
-        costs = [layer.seconds for layer in before]
-    done = [0.0, *accumulate(costs)]
-    return [cost / max(done[-1], 1e-9) for cost in done[:-1]]
-
-
-def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
-    """What the compressed block makes of its inputs takes their place: it is what the next block gets."""
-    hidden, calls = job.hidden, job.calls
-    job.clock.at("applying", index, 0.0)
-    for b in range(len(hidden)):
-        hidden[b] = calls.run(block, index, b, hidden[b])
-        check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
-        job.clock.at("applying", index, (b + 1) / len(hidden))
-
-
-def _compress_linear(
-    job: Job,
-    block: nn.Module,
-    block_name: str,
-    name: str,
-    parts: list[PartBudget],
-    statistic: Statistic,
-    tokens: int,
-) -> LayerReport:
-    """Decompose one linear of the block and put the compressed layer in its place.
-
-    Args:
-        tokens: that the statistic has seen.
-    """
-    start, settings = time.perf_counter(), job.settings
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    full = f"{block_name}.{name}"
-    rows = linear.weight.split([part.out_features for part in parts])
-    choices = [parts]
-    if settings.rank_ratio == "auto":
-        choices = candidates(parts, linear.in_features, settings.allocation)
-    layers, factors_of = [], []
-    for choice in choices:
-        try:
-            factors = [
-                (part.name, job.method.decompose(weight, statistic, part.budget, settings))
-                for weight, part in zip(rows, choice, strict=True)
-            ]
-        except ValueError as unusable:
-            raise DataError(f"{full}: {unusable}") from None
-        factors_of.append(factors)
-        layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, job.storage))
-    best = 0
-    if len(layers) > 1:
-        errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
-        best = fastest(layers, errors, settings.error_tolerance, job.tokens_at_once(tokens), linear.weight.dtype)
-    layer, factors = layers[best], factors_of[best]
-    check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), job.storage)
-    block.set_submodule(name, layer.to(linear.weight.dtype))
-    return LayerReport(
-        name=full,
-        spec=layer.spec,
-        errors={part: f.error for part, f in factors},
-        output_errors={part: f.output_error for part, f in factors if f.output_error is not None},
-        iterations={part: f.iterations for part, f in factors},
-        seconds=time.perf_counter() - start,
-        tokens=tokens,
-    )

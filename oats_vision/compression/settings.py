@@ -12,6 +12,7 @@ from oats_vision.fields import OneOf, what_is_wrong
 Scaling = Literal["second_moment", "median", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Solver = Literal["fast", "exact"]
+Quality = Literal["best", "fast", "plain"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
@@ -27,6 +28,8 @@ class _Shared(BaseModel):
     rank_ratio: Ratio | Literal["auto"] | None
     pattern: str | None
     refit: bool | None
+    joint: bool | None
+    targets: bool | None
     error_tolerance: float = Field(
         0.05, ge=0, description="with rank ratio auto: share by which a layer's error may exceed the lowest"
     )
@@ -64,6 +67,8 @@ class CompressionSettings(_Shared):
     rank_ratio: Ratio | Literal["auto"]
     pattern: str
     refit: bool
+    joint: bool = False  # which checkpoints of earlier versions do not name
+    targets: bool = False
 
     @property
     def allocation(self) -> Allocation:
@@ -76,9 +81,8 @@ class CompressionSettings(_Shared):
         """Method, rate, rank ratio and pattern in words."""
         share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
         skipped = f", without {' '.join(self.skip)}" if self.skip else ""
-        return (
-            f"{self.method}{' + refit' * self.refit}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{skipped}"
-        )
+        levers = "".join(f" + {name}" for name in ("joint", "refit", "targets") if getattr(self, name))
+        return f"{self.method}{levers}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{skipped}"
 
 
 class CompressionOptions(_Shared):
@@ -95,9 +99,22 @@ class CompressionOptions(_Shared):
         None,
         description="non-zeros by row, by layer or N:M, such as 2:4 [default: row; baselines: their own]",
     )
+    quality: Quality | None = Field(
+        None,
+        description="best: joint, refit and targets; fast: refit alone; plain: the paper's algorithm "
+        "[default: best; for oats]",
+    )
     refit: bool | None = Field(
         None,
-        description="least-squares fit of S, U, V to the outputs after OATS [default: yes with scaling second_moment]",
+        description="least-squares fit of S, U, V to the outputs after OATS [default: by quality]",
+    )
+    joint: bool | None = Field(
+        None, description="choose the positions of S by the inputs' correlations [default: by quality]"
+    )
+    targets: bool | None = Field(
+        None,
+        description="aim each layer at the dense model's outputs, so that it makes up for the layers before it "
+        "[default: by quality; baselines: no]",
     )
 
     @field_validator("pattern")
@@ -122,12 +139,12 @@ class CompressionOptions(_Shared):
         ratio = self.rank_ratio if isinstance(self.rank_ratio, float) else method.rank_ratio
         allocation = Allocation.of(self.rate, ratio, pattern)
         return CompressionSettings(
-            **{name: getattr(self, name) for name in CompressionOptions.model_fields}
+            **{name: getattr(self, name) for name in _Shared.model_fields}
             | {
                 "rate": allocation.rate,
                 "rank_ratio": "auto" if self.rank_ratio == "auto" else allocation.rank_ratio,
                 "pattern": str(pattern),
-                "refit": method.refits(self),
+                **method.levers(self),
             }
         )
 

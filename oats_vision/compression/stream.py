@@ -1,10 +1,12 @@
 """A block's residual stream: its norms, the linears that read and write it, and how norms are folded into these."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from oats_vision.calibration.walk import Run
 from oats_vision.errors import ModelError
 from oats_vision.models.families import Residual, Structure
 
@@ -110,3 +112,37 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a linear's output joins the residual stream: stream + gain * output.
+
+    norm: of the block, that reads the stream as it is before that; "" where it is the block's input. gain:
+    (out_features,), if there is one.
+    """
+
+    norm: str
+    gain: Tensor | None
+
+    def stream(self, run: Run, block_input: Tensor) -> Tensor:
+        """The stream that the output is added to, on a pass through the block that is stopped at the linear."""
+        stream = run.stream if self.norm else block_input
+        assert stream is not None
+        return stream
+
+
+def writers(block: nn.Module, residual: Residual | None) -> dict[str, Writer]:
+    """The linears of a block that write to its residual stream, by name, as far as the family describes it."""
+    if residual is None:
+        return {}
+    names = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for candidates, norm, scale in (
+        (residual.attention_out, "", residual.scale1),
+        (residual.mlp_out, residual.norm2, residual.scale2),
+    ):
+        linear = next((name for name in candidates if name in names), None)
+        if linear is not None:
+            found[linear] = Writer(norm, _scale(block, scale))
+    return found

@@ -15,9 +15,11 @@ from torch import nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression import methods
+from oats_vision.compression.blocks import Job
 from oats_vision.compression.methods import BlockMethod
-from oats_vision.compression.pipeline import Job, apply_block, compress_block, plain_arithmetic, prepare
+from oats_vision.compression.pipeline import plain_arithmetic, prepare
 from oats_vision.compression.record import CompressionReport
+from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
@@ -107,11 +109,9 @@ def trial(
             assert isinstance(method, BlockMethod)
             method.compress(alone, replace(structure, blocks=""), plan.slicing, hidden, calls, clock)
         else:
-            job = Job(
-                settings, storage, hidden, calls, clock, CompressionReport(structure.family.name, settings, tried, unit)
-            )
-            compress_block(job, index, name, block, plan.parts[name], begun=lambda: None)
-            apply_block(job, index, name, block)
+            report = CompressionReport(structure.family.name, settings, tried, unit)
+            job = Job.of(structure.family.residual, settings, storage, hidden, calls, clock, report)
+            compress_block(job, index, name, block, plan.parts[name], lambda: None, last=False)
         taken = clock.seconds
     done = Trial(
         tried,

@@ -130,7 +130,10 @@ def compress(
     pattern: str | None = None,
     skip: str | Sequence[str] = (),
     storage_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    quality: Literal["best", "fast", "plain"] | None = None,
     refit: bool | None = None,
+    joint: bool | None = None,
+    targets: bool | None = None,
     iterations: int = 80,
     solver: Literal["fast", "exact"] = "fast",
     tolerance: float = 1e-3,
@@ -158,7 +161,12 @@ def compress(
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
         skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
         storage_dtype: precision that the weights are rounded to and stored in; the model's if not given.
-        refit: fit S's values, U and V to the inputs' full second moments by least squares; by default with `oats`.
+        quality: of `oats`. `best`, the default: joint, refit and targets; `fast`: refit alone; `plain`: the paper's
+            algorithm and nothing else.
+        refit: fit S's values, U and V to the inputs' full second moments by least squares.
+        joint: choose the positions of S, and the low-rank term with them, by the inputs' full second moments.
+        targets: aim each layer at what the dense model says, given what the compressed layers before it do; off for
+            baselines, unless it is asked for.
         iterations: of alternating thresholding, at most.
         solver: `fast` is warm-started and extrapolated; `exact` takes an SVD in each iteration, as the paper does.
         tolerance: `fast` stops when ten iterations lower the error by less than this share; 0: never.

@@ -25,7 +25,8 @@ class Method(ABC):
 
     name: as `method` is given. citation: the paper, in a line. pattern: of the non-zeros. rank_ratio: the only one that
     it has; None: the user's choice. keeps_sparse: whether it has a sparse term, of which the pattern may be chosen.
-    keeps_shapes: whether each layer keeps its inputs and outputs, so that it can be left dense or merged.
+    keeps_shapes: whether each layer keeps its inputs and outputs, so that it can be left dense or merged. has_quality:
+    whether `quality` may be chosen.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Method(ABC):
     rank_ratio: ClassVar[float | None] = 0.0
     keeps_sparse: ClassVar[bool] = True
     keeps_shapes: ClassVar[bool] = True
+    has_quality: ClassVar[bool] = False
 
     def check(self, options: CompressionOptions) -> None:
         """See that options fit the method.
@@ -47,16 +49,28 @@ class Method(ABC):
             raise ValueError(f"rank_ratio must be {self.rank_ratio:g} (or left out) with method {self.name}")
         if not self.keeps_sparse and options.pattern not in (None, self.pattern):
             raise ValueError(f"pattern must be left out with method {self.name}: it keeps no sparse matrix")
-        if options.refit and not self.refits(options):
-            raise ValueError("refit is for method oats with scaling second_moment")
+        if options.quality and not self.has_quality:
+            raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
+        for lever, used in self.levers(options).items():
+            if getattr(options, lever) and not used:
+                raise ValueError(f"{lever} {self.needs(lever)}")
 
-    def refits(self, options: CompressionOptions) -> bool:
-        """Whether it fits the factors to the outputs after the decomposition."""
-        return False
+    def levers(self, options: CompressionOptions) -> dict[str, bool]:
+        """Which of `refit`, `joint` and `targets` are used."""
+        return {"refit": False, "joint": False, "targets": False}
+
+    def needs(self, lever: str) -> str:
+        """What a lever is for that cannot be used, in words that follow its name."""
+        if lever == "targets":
+            return f"must be left out with method {self.name}: it does not go linear by linear"
+        return "is for method oats with scaling second_moment"
 
 
 class LinearMethod(Method):
     """A method that decomposes each linear's weight by itself."""
+
+    def levers(self, options: CompressionOptions) -> dict[str, bool]:
+        return super().levers(options) | {"targets": bool(options.targets)}
 
     def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
         """An empty statistic of a linear's inputs, of the kind that `decompose` needs: by default the second moment."""

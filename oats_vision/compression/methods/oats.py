@@ -23,6 +23,7 @@ class OATS(LinearMethod):
     name = "oats"
     citation = "Zhang & Papyan, OATS: Outlier-Aware Pruning Through Sparse and Low Rank Decomposition, ICLR 2025"
     rank_ratio = None
+    has_quality = True
 
     def check(self, options: CompressionOptions) -> None:
         """Raises ValueError if rank ratio auto is asked for with N:M, which fixes it."""
@@ -30,31 +31,43 @@ class OATS(LinearMethod):
         if options.rank_ratio == "auto" and options.pattern not in (None, "row", "layer"):
             raise ValueError("rank_ratio auto is for method oats with pattern row or layer")
 
-    def refits(self, options: CompressionOptions) -> bool:
-        return options.scaling == "second_moment" and options.refit is not False
+    def levers(self, options: CompressionOptions) -> dict[str, bool]:
+        """By quality, where none is named; all but targets need the second moments that scaling second_moment takes."""
+        moments, best = options.scaling == "second_moment", options.quality in (None, "best")
+        refit = moments and (options.quality != "plain" if options.refit is None else options.refit)
+        joint = moments and (best and refit if options.joint is None else options.joint)
+        targets = moments and best if options.targets is None else options.targets
+        return {"refit": refit, "joint": joint, "targets": targets}
 
     def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
         from oats_vision.calibration.statistics import SCALES, Gram
 
-        return Gram(in_features, device) if settings.refit else SCALES[settings.scaling](in_features, device)
+        if settings.refit or settings.joint:
+            return Gram(in_features, device)
+        return SCALES[settings.scaling](in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
         from oats_vision.calibration.statistics import Gram
-        from oats_vision.core.oats import column_scale, oats
+        from oats_vision.core.joint import joint
+        from oats_vision.core.oats import oats
         from oats_vision.core.refit import refit
         from oats_vision.kernels.thresholding import sparse_term
 
-        gram = statistic.compute() if isinstance(statistic, Gram) else None
         factors = oats(
             weight,
-            statistic.scale() if gram is None else column_scale(gram.diagonal()),
+            statistic.scale(),
             budget,
             solver=settings.solver,
             iterations=settings.iterations,
             tolerance=settings.tolerance,
             sparse_term=sparse_term,
         )
-        return factors if gram is None else refit(weight, factors, gram)
+        if isinstance(statistic, Gram):
+            if settings.joint:
+                factors = joint(weight, factors, statistic.correlations(), budget)
+            if settings.refit:
+                factors = refit(weight, factors, statistic.compute())
+        return factors
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)

@@ -1,0 +1,204 @@
+"""One block of a model: what its linears see, what they are decomposed into, and what comes out of it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+from torch import Tensor, dtype, nn
+
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls, check_finite_states
+from oats_vision.calibration.collect import check_called, collect_statistics, warn_of_few
+from oats_vision.calibration.statistics import Statistic
+from oats_vision.compression import methods
+from oats_vision.compression.budgets import PartBudget, candidates, fastest
+from oats_vision.compression.methods import LinearMethod
+from oats_vision.compression.record import CompressionReport, LayerReport
+from oats_vision.compression.settings import CompressionSettings
+from oats_vision.errors import DataError
+from oats_vision.models.families import Residual
+from oats_vision.models.values import check_storable, round_to
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
+from oats_vision.progress import Clock
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all blocks of a compression share.
+
+    storage: precision that weights are rounded to. hidden: what the next block is given, one tensor a batch. calls:
+    what blocks are called with besides. report: each layer is added to it. dense: what the next block is given in the
+    dense model, where targets are propagated. residual: how blocks use their residual stream, if the family says so.
+    """
+
+    settings: CompressionSettings
+    storage: dtype
+    hidden: ActivationStore
+    calls: BlockCalls
+    clock: Clock
+    report: CompressionReport
+    dense: ActivationStore | None
+    residual: Residual | None
+
+    @classmethod
+    def of(
+        cls,
+        residual: Residual | None,
+        settings: CompressionSettings,
+        storage: dtype,
+        hidden: ActivationStore,
+        calls: BlockCalls,
+        clock: Clock,
+        report: CompressionReport,
+    ) -> "Job":
+        """A job at its first block, whose inputs are those of the dense model."""
+        dense = ActivationStore(hidden.memory_limit) if settings.targets else None
+        for b in range(len(hidden) if dense is not None else 0):
+            assert dense is not None
+            dense.append(hidden[b])
+        return cls(settings, storage, hidden, calls, clock, report, dense, residual)
+
+    @property
+    def method(self) -> LinearMethod:
+        method = methods.find(self.settings.method)
+        assert isinstance(method, LinearMethod)
+        return method
+
+    def tokens_at_once(self, tokens: int) -> int:
+        """How many tokens a layer is timed with: those of a picture, of all that the layer saw; one of text."""
+        if self.settings.latency_tokens:
+            return self.settings.latency_tokens
+        return max(tokens // self.report.samples, 1) if self.report.unit == "pictures" else 1
+
+
+def compress_at_once(
+    job: Job,
+    index: int,
+    name: str,
+    block: nn.Module,
+    parts: Mapping[str, list[PartBudget]],
+    begun: Callable[[], object],
+) -> None:
+    """Replace a block's linears by what they are decomposed into, all by what they read in the dense block (OATS, 3.3).
+
+    Args:
+        parts: of each linear to compress.
+        begun: called once a linear is replaced, and what would undo earlier steps is of no use any more.
+    """
+    clock, report = job.clock, job.report
+    clock.at("statistics", index, 0.0)
+    round_to(block.state_dict().values(), job.storage)
+    statistics, tokens = collect_statistics(
+        block,
+        parts,
+        partial(job.method.statistic, job.settings),
+        job.hidden,
+        job.calls,
+        index,
+        name,
+        lambda share: clock.at("statistics", index, share),
+    )
+    if any(tokens.values()):  # else decomposing says so
+        for linear_name, statistic in statistics.items():
+            check_called(f"{name}.{linear_name}", linear_of(block, linear_name), statistic, tokens[linear_name])
+        warn_of_few(name, tokens)
+    before = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
+    for linear_name, share in zip(parts, before, strict=True):
+        clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
+        given = Given(statistics[linear_name], tokens[linear_name])
+        report.layers.append(compress_linear(job, block, name, linear_name, parts[linear_name], given))
+        begun()
+    clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
+
+
+def shares_before(
+    block: nn.Module, parts: Mapping[str, list[PartBudget]], before: Sequence[LayerReport]
+) -> list[float]:
+    """The share of a block's decompositions that is done when that of each linear begins.
+
+    Args:
+        before: the last layers that were decomposed: where they are the same ones of another block, by their times.
+    """
+    costs = [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
+    if len(before) == len(costs) and all(map(str.endswith, (layer.name for layer in before), parts)):
+        costs = [layer.seconds for layer in before]
+    done = [0.0, *accumulate(costs)]
+    return [cost / max(done[-1], 1e-9) for cost in done[:-1]]
+
+
+def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
+    """What the compressed block makes of its inputs takes their place: it is what the next block gets."""
+    hidden, calls = job.hidden, job.calls
+    job.clock.at("applying", index, 0.0)
+    for b in range(len(hidden)):
+        hidden[b] = calls.run(block, index, b, hidden[b])
+        check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
+        job.clock.at("applying", index, (b + 1) / len(hidden))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a linear is decomposed by.
+
+    statistic: of its inputs, and tokens: that it has seen. weight: (out_features, in_features), what is aimed at in
+    place of its own. gain: (out_features,), what its outputs are multiplied by before they join the stream: errors of
+    the outputs weigh as much.
+    """
+
+    statistic: Statistic
+    tokens: int
+    weight: Tensor | None = None
+    gain: Tensor | None = None
+
+
+def compress_linear(
+    job: Job, block: nn.Module, block_name: str, name: str, parts: list[PartBudget], given: Given
+) -> LayerReport:
+    """Decompose one linear of the block and put the compressed layer in its place."""
+    start, settings = time.perf_counter(), job.settings
+    linear = linear_of(block, name)
+    full = f"{block_name}.{name}"
+    weight = linear.weight if given.weight is None else given.weight
+    gain = None if given.gain is None else given.gain.to(weight)[:, None]
+    rows = (weight if gain is None else weight * gain).split([part.out_features for part in parts])
+    choices = [parts]
+    if settings.rank_ratio == "auto":
+        choices = candidates(parts, linear.in_features, settings.allocation)
+    layers, factors_of = [], []
+    for choice in choices:
+        try:
+            factors = [
+                (part.name, job.method.decompose(row, given.statistic, part.budget, settings))
+                for row, part in zip(rows, choice, strict=True)
+            ]
+        except ValueError as unusable:
+            raise DataError(f"{full}: {unusable}") from None
+        if gain is not None:  # of a linear that is one part
+            factors = [(part, replace(f, S=f.S / gain, U=f.U / gain)) for part, f in factors]
+        factors_of.append(factors)
+        layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, job.storage))
+    best = 0
+    if len(layers) > 1:
+        errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
+        best = fastest(layers, errors, settings.error_tolerance, job.tokens_at_once(given.tokens), linear.weight.dtype)
+    layer, factors = layers[best], factors_of[best]
+    check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), job.storage)
+    block.set_submodule(name, layer.to(linear.weight.dtype))
+    return LayerReport(
+        name=full,
+        spec=layer.spec,
+        errors={part: f.error for part, f in factors},
+        output_errors={part: f.output_error for part, f in factors if f.output_error is not None},
+        iterations={part: f.iterations for part, f in factors},
+        seconds=time.perf_counter() - start,
+        tokens=given.tokens,
+    )
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The linear of a name in the block, which is not replaced yet."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear

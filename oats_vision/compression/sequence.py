@@ -1,0 +1,206 @@
+"""A block compressed linear by linear, each aimed at what the dense model would have said.
+
+Each linear's inputs are those that the compressed linears before it give, in its own block too. The dense model's
+inputs of the same linear are computed beside them; from both, the linear's target follows: see `core/target.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import check_finite_states
+from oats_vision.calibration.collect import check_called, counted, warn_of_few
+from oats_vision.calibration.statistics import CrossMoment, Gram, Statistic
+from oats_vision.calibration.walk import Walk
+from oats_vision.compression.blocks import (
+    Given,
+    Job,
+    apply_block,
+    compress_at_once,
+    compress_linear,
+    linear_of,
+    shares_before,
+)
+from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.stream import Writer, writers
+from oats_vision.core.target import propagated_target
+from oats_vision.models.structure import in_experts
+from oats_vision.models.values import round_to
+
+# how much a feature must tell before it changes the weight, as a share of its mean square: text has fewer tokens
+DAMPING = {"pictures": 0.01, "sequences": 0.1}
+
+
+def compress_block(
+    job: Job,
+    index: int,
+    name: str,
+    block: nn.Module,
+    parts: Mapping[str, list[PartBudget]],
+    begun: Callable[[], object],
+    last: bool,
+) -> None:
+    """Replace a block's linears by what they are decomposed into, and make the inputs of the next block.
+
+    Args:
+        parts: of each linear to compress.
+        begun: called once a linear is replaced, and what would undo earlier steps is of no use any more.
+        last: whether there is no next block.
+    """
+    if job.dense is not None:
+        _compress_in_sequence(job, job.dense, index, name, block, parts, begun, last)
+        return
+    compress_at_once(job, index, name, block, parts, begun)
+    if not last:
+        apply_block(job, index, name, block)
+
+
+def _compress_in_sequence(
+    job: Job,
+    dense_hidden: ActivationStore,
+    index: int,
+    name: str,
+    block: nn.Module,
+    parts: Mapping[str, list[PartBudget]],
+    begun: Callable[[], object],
+    last: bool,
+) -> None:
+    hidden, calls, clock, report = job.hidden, job.calls, job.clock, job.report
+    clock.at("statistics", index, 0.0)
+    round_to(block.state_dict().values(), job.storage)
+    shares = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
+    dense_block = _sharing_weights(block)
+    known = writers(block, job.residual)
+    norm = next((writer.norm for writer in known.values() if writer.norm), "")
+    own = [linear_of(block, linear) for linear in parts]
+    wait = 2 + max((one.in_features + one.out_features for one in own), default=0) / hidden[0].shape[-1]
+    waiting = [int(hidden[b].nbytes * wait) for b in range(len(hidden))]
+    memory = max(hidden.memory_limit - hidden.in_memory, 0.0)
+    with (
+        Walk(block, list(parts), lambda b: calls.run(block, index, b, hidden[b]), waiting, memory, norm) as ours,
+        Walk(
+            dense_block,
+            [linear for linear in parts if not in_experts(linear)],
+            lambda b: calls.run(dense_block, index, b, dense_hidden[b]),
+            waiting,
+            memory,
+            norm,
+        ) as dense,
+    ):
+        tokens: dict[str, int] = {}
+        moments: Moments | None = None
+        for linear, share in zip(ours.stops(), shares, strict=True):
+            clock.at("statistics", index, share)
+            writer = known.get(linear)
+            if moments is None or writer is not None or not moments.read_by(ours):
+                moments = gather(job, ours, dense, linear, f"{name}.{linear}", writer, dense_hidden)
+            tokens[linear] = moments.tokens
+            check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
+            clock.at("decomposing", index, share, linear, report.layers[-1].error if report.layers else None)
+            given = Given(
+                moments.statistic,
+                moments.tokens,
+                moments.target(linear_of(block, linear).weight, DAMPING[report.unit]),
+                None if writer is None else writer.gain,
+            )
+            report.layers.append(compress_linear(job, block, name, linear, parts[linear], given))
+            begun()
+        if tokens:
+            warn_of_few(name, tokens)
+        clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
+        if last:
+            return
+        clock.at("applying", index, 0.0)
+        for b, output in dense.outputs():
+            dense_hidden[b] = output
+        for b, output in ours.outputs():
+            check_finite_states(output, calls.masks[b], f"the outputs of {name}", b)
+            hidden[b] = output
+            clock.at("applying", index, (b + 1) / len(hidden))
+
+
+@dataclass
+class Moments:
+    """What was gathered of a linear's inputs in both streams.
+
+    statistic: of the method. gram: of the inputs. cross: of the dense model's inputs with these, or of the wanted
+    outputs with these if `direct`; None where the streams cannot be laid side by side.
+    inputs: of the first batch, by its number: linears that are given the same tensor share what was gathered.
+    """
+
+    statistic: Statistic
+    gram: Gram
+    cross: CrossMoment | None
+    direct: bool
+    tokens: int = 0
+    inputs: tuple[int, Tensor] | None = None
+
+    def read_by(self, walk: Walk) -> bool:
+        """Whether the linear that a walk has stopped at is given the very inputs that these are of."""
+        if self.inputs is None or self.direct:
+            return False
+        batch, tensor = self.inputs
+        return walk.runs[batch].inputs is tensor
+
+    def target(self, weight: Tensor, damping: float) -> Tensor | None:
+        """The weight to aim at, in float32 or better; None for its own."""
+        if self.cross is None or not self.cross.tokens:
+            return None
+        wanted = self.cross.compute()
+        if not self.direct:
+            wanted = weight.double() @ wanted
+        target = propagated_target(weight, self.gram.compute(), wanted, damping)
+        return target.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def gather(
+    job: Job, ours: Walk, dense: Walk, linear: str, name: str, writer: Writer | None, dense_hidden: ActivationStore
+) -> Moments:
+    """What the linear that both walks come to next reads, over all batches.
+
+    Args:
+        linear: its name in the block; name: its full name.
+        writer: how it writes to the residual stream, if it does.
+    """
+    module = linear_of(ours.block, linear)
+    width, device = module.in_features, module.weight.device
+    statistic = job.method.statistic(job.settings, width, device)
+    gram = statistic if isinstance(statistic, Gram) else Gram(width, device)
+    twin = None if in_experts(linear) else linear_of(dense.block, linear)
+    cross = None if twin is None else CrossMoment(width if writer is None else module.out_features, width, device)
+    found = Moments(statistic, gram, cross, direct=writer is not None)
+    for run in ours.at(linear):
+        assert run.inputs is not None
+        batch, mask = run.batch, job.calls.masks[run.batch]
+        x = counted(run.inputs, mask, name, batch)
+        statistic.update(x)
+        if statistic is not gram:
+            gram.update(x)
+        found.tokens += len(x)
+        found.inputs = found.inputs or (batch, run.inputs)
+        if cross is None or twin is None:
+            continue
+        beside = dense.runs[batch]
+        if not beside.go_to(linear):
+            found.cross = None
+            continue
+        assert beside.inputs is not None
+        wanted = counted(beside.inputs, mask, f"{name} of the dense model", batch)
+        if writer is not None:
+            beside.answer = twin_output = nn.functional.linear(beside.inputs, twin.weight, twin.bias)
+            wanted = counted(twin_output if twin.bias is None else twin_output - twin.bias, mask, name, batch)
+            lost = writer.stream(beside, dense_hidden[batch]) - writer.stream(run, job.hidden[batch])
+            lost = counted(lost.to(device), mask, name, batch)
+            wanted = wanted + (lost if writer.gain is None else lost / writer.gain.to(lost))
+        cross.update(wanted, x)
+        beside.release()
+    return found
+
+
+def _sharing_weights(block: nn.Module) -> nn.Module:
+    """A copy of a block with the same tensors, in which linears can be called as they are now."""
+    return deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})

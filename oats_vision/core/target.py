@@ -1,0 +1,44 @@
+"""What the weight of a layer should be, once the layers before it are compressed.
+
+A compressed layer reads x where the dense model's reads x'. In place of W, which maps x' to what is wanted, take the
+weight that comes closest to the wanted outputs t on the inputs that there are: the T of
+
+    min  E |t - T x|^2 + lambda |(T - W) d|^2,    d^2 the mean squares of x,
+    T = W + (E[t x^T] - W G) (G + lambda diag(d^2))^-1,    G = E[x x^T].
+
+t is what the dense layer gives, W x'. A layer that writes to the residual stream can make up for what has gone wrong
+there too: t = W x' + r / g, r the dense model's stream less the compressed one's before the layer's output is added,
+and g what that output is multiplied by (LayerScale). For pruning see SparseLLM, and GPTAQ (Li et al., 2025).
+"""
+
+import torch
+from torch import Tensor
+
+from oats_vision.core.oats import column_scale
+
+
+def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: float) -> Tensor:
+    """The weight that comes closest to the wanted outputs.
+
+    Args:
+        weight: W, (out_features, in_features).
+        gram: G, mean of x x^T, (in_features, in_features), float64.
+        wanted: mean of t x^T, (out_features, in_features), float64.
+        damping: lambda, above 0: how much a feature must tell before it changes W.
+
+    Returns:
+        T, float64.
+
+    Raises:
+        ValueError: the moments are not finite.
+    """
+    if not (gram.isfinite().all() and wanted.isfinite().all()):
+        raise ValueError("the inputs' second moments are not finite")
+    W, d = weight.double(), column_scale(gram.diagonal())
+    C = gram / d / d[:, None]
+    C.diagonal().add_(damping)
+    missed = (wanted - W @ gram) / d  # (out, in)
+    factor, failed = torch.linalg.cholesky_ex(C)
+    if failed:
+        raise ValueError("the inputs' second moments are not positive")
+    return W + torch.cholesky_solve(missed.T, factor).T / d
