@@ -10,14 +10,12 @@ pulls the two together, ever more strongly as rho grows. ALPS (Meng et al., 2024
 plus low-rank so. C has a unit diagonal: an outlier feature decides neither the damping nor rho.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from oats_vision.core.budget import Budget
 from oats_vision.core.lowrank import orthonormal
-from oats_vision.core.oats import Factors, arithmetic, column_scale
+from oats_vision.core.oats import Factors, arithmetic, column_scale, relative_error
 from oats_vision.core.threshold import keep_largest
 
 
@@ -50,10 +48,11 @@ def joint(
     correlations: Correlations,
     budget: Budget,
     *,
-    rounds: int = 20,
-    rho: tuple[float, float] = (0.05, 1.0),
+    rounds: int = 24,
+    rho: tuple[float, float] = (0.1, 1.0),
     refresh: int = 4,
-    tolerance: float = 1e-2,
+    relaxation: float = 1.6,
+    tolerance: float = 0.01,
 ) -> Factors:
     """Move the support of S, and L with it, to what the inputs' correlations ask for; values are fitted by `refit`.
 
@@ -63,27 +62,29 @@ def joint(
         correlations: of the layer's inputs.
         budget: of the factors.
         rounds: at most. rho: first and last. refresh: rounds between two values of rho.
+        relaxation: of Z, in [1, 2): above 1 a longer step, which saves rounds (Boyd et al., 2011, section 3.4.3).
         tolerance: stops when Z and D differ by less than this share of D.
     """
-    A = arithmetic(weight) * correlations.d.to(weight.device)
-    C = correlations.C
-    D, U = factors.S * correlations.d, factors.U
-    L = U @ (factors.V * correlations.d)
+    W, d, C = arithmetic(weight), correlations.d, correlations.C
+    A = W.to(C) * d
+    D, U = factors.S.to(C) * d, factors.U.to(C)
+    L = U @ (factors.V.to(C) * d)
     Y = torch.zeros_like(A)
     done = 0
     for done in range(1, rounds + 1):
-        level = (done - 1) // refresh / max((rounds - 1) // refresh, 1)
-        r = rho[0] * (rho[1] / rho[0]) ** level
+        r = rho[0] * (rho[1] / rho[0]) ** ((done - 1) // refresh / max((rounds - 1) // refresh, 1))
         rest = A - L
         Z = rest + (r * (D - rest) - Y) @ correlations.inverse(r)
+        Z = torch.lerp(D, Z, relaxation)
         D = keep_largest(Z + Y / r, budget)
         Y = Y.add_(Z - D, alpha=r)
-        if budget.rank:
-            R = A - D  # of which L is the best approximation in the norm of C, by a power step
+        if budget.rank:  # a power step to the best approximation of what D leaves, in the norm of C
+            R = A - D
             U = orthonormal((R @ C) @ (R.T @ U))
-            V = U.T @ R
-            L = U @ V
+            L = U @ (U.T @ R)
         if torch.linalg.vector_norm(Z - D) <= tolerance * torch.linalg.vector_norm(D):
             break
-    V = U.T @ (A - D) if budget.rank else factors.V
-    return replace(factors, S=D / correlations.d, U=U, V=V / correlations.d, iterations=factors.iterations + done)
+    V = U.T @ (A - D) if budget.rank else factors.V.to(C)
+    S, U, V = ((D / d).to(W), U.to(W), (V / d).to(W))
+    error = relative_error(W, S, U, V, d.to(W))
+    return Factors(S, U, V, error, factors.iterations + done)
