@@ -22,6 +22,7 @@ from oats_vision.compression.methods import BlockMethod, LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.sharing import share_out
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, DataError
 from oats_vision.models.families import Family, Structure
@@ -139,8 +140,9 @@ def compress(
                 round_to(model.state_dict().values(), storage)
             else:
                 job = Job(settings, storage, hidden, calls, clock, report)
+                parts = share_out(model, structure, plan, settings, hidden, calls, clock.sharing)
                 for i, (name, block) in enumerate(plan.blocks):
-                    compress_block(job, i, name, block, plan.parts[name], begun=undo.pop_all)
+                    compress_block(job, i, name, block, parts[name], begun=undo.pop_all)
                     if i + 1 < len(plan.blocks):
                         apply_block(job, i, name, block)
                     log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))

@@ -12,6 +12,7 @@ from oats_vision.fields import OneOf, what_is_wrong
 Scaling = Literal["second_moment", "median", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Solver = Literal["fast", "exact"]
+Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
@@ -27,6 +28,11 @@ class _Shared(BaseModel):
     rank_ratio: Ratio | Literal["auto"] | None
     pattern: str | None
     refit: bool | None
+    budget: Budgets = Field(
+        "uniform",
+        description="how the rate is shared out: each linear alike; measured: by what each costs the output; "
+        "owl, alphapruning: blocks by outliers, or spectra",
+    )
     error_tolerance: float = Field(
         0.05, ge=0, description="with rank ratio auto: share by which a layer's error may exceed the lowest"
     )
@@ -75,9 +81,11 @@ class CompressionSettings(_Shared):
     def summary(self) -> str:
         """Method, rate, rank ratio and pattern in words."""
         share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
+        shared = f", {self.budget} budgets" * (self.budget != "uniform")
         skipped = f", without {' '.join(self.skip)}" if self.skip else ""
         return (
-            f"{self.method}{' + refit' * self.refit}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{skipped}"
+            f"{self.method}{' + refit' * self.refit}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}"
+            f"{shared}{skipped}"
         )
 
 

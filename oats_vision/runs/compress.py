@@ -128,6 +128,7 @@ def compress(
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
+    budget: Literal["uniform", "measured", "owl", "alphapruning"] = "uniform",
     skip: str | Sequence[str] = (),
     storage_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     refit: bool | None = None,
@@ -156,6 +157,9 @@ def compress(
         rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the ratio
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
+        budget: how the rate is shared out over the linears; as much is kept in all. `uniform`: each loses the same
+            share; `measured`: those lose more whose errors cost the model's output less; `owl`, `alphapruning`: blocks
+            by their outliers, or by their weights' spectra.
         skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
         storage_dtype: precision that the weights are rounded to and stored in; the model's if not given.
         refit: fit S's values, U and V to the inputs' full second moments by least squares; by default with `oats`.

@@ -47,8 +47,22 @@ class Method(ABC):
             raise ValueError(f"rank_ratio must be {self.rank_ratio:g} (or left out) with method {self.name}")
         if not self.keeps_sparse and options.pattern not in (None, self.pattern):
             raise ValueError(f"pattern must be left out with method {self.name}: it keeps no sparse matrix")
+        if options.budget != "uniform":
+            self._check_budget(options)
         if options.refit and not self.refits(options):
             raise ValueError("refit is for method oats with scaling second_moment")
+
+    def _check_budget(self, options: CompressionOptions) -> None:
+        if not self.keeps_shapes:
+            raise ValueError(
+                f"budget must be uniform with method {self.name}: all blocks share the stream that it cuts"
+            )
+        if options.pattern not in (None, "row", "layer"):
+            raise ValueError(
+                f"budget must be uniform with pattern {options.pattern}, which fixes every layer's density"
+            )
+        if options.rank_ratio == "auto":
+            raise ValueError("budget must be uniform with rank_ratio auto, which tries each layer at one size")
 
     def refits(self, options: CompressionOptions) -> bool:
         """Whether it fits the factors to the outputs after the decomposition."""
@@ -71,6 +85,10 @@ class LinearMethod(Method):
         Raises:
             ValueError: the statistic has seen no token, or is not finite.
         """
+
+    def rough(self, settings: CompressionSettings) -> CompressionSettings:
+        """Settings under which `decompose` is quick, and its error differs from layer to layer as it will."""
+        return settings
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         """What a decomposition works with: float32 matrices of the weight's size, bytes for each pair of inputs."""
