@@ -5,27 +5,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["reading", "statistics", "decomposing", "applying"]
+Stage = Literal["reading", "gradients", "budgets", "statistics", "decomposing", "applying"]
 Unit = Literal["pictures", "sequences"]
-STAGES: tuple[Stage, ...] = ("reading", "statistics", "decomposing", "applying")
+STAGES: tuple[Stage, ...] = ("statistics", "decomposing", "applying")  # of each block
 # shares of a block's time before any block was timed
 _GUESS: dict[Stage, float] = {"statistics": 0.5, "decomposing": 0.4, "applying": 0.1}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds that a whole run takes, and of these the reading of what it is calibrated on."""
+    """Seconds that a whole run takes, and of these the reading of what it is calibrated on, and sharing out budgets."""
 
     total: float
     reading: float
     blocks: int
     unit: Unit
+    budgets: float = 0.0
 
     def __str__(self) -> str:
-        block = duration((self.total - self.reading) / self.blocks)
+        block = duration((self.total - self.reading - self.budgets) / self.blocks)
+        budgets = f", budgets {duration(self.budgets)}" if self.budgets else ""
         return (
             f"about {duration(self.total)} in all: {count(self.blocks, 'block')} of {block}, "
-            f"{reading(self.unit)} {duration(self.reading)}"
+            f"{reading(self.unit)} {duration(self.reading)}{budgets}"
         )
 
 
@@ -70,7 +72,7 @@ class Clock:
         start: float | None = None,
     ) -> None:
         self.work, self.unit, self.progress, self.now = work, unit, progress, now
-        self._reading = 0.0
+        self._before: dict[Stage, float] = {"reading": 0.0}  # the first block
         self._taken: list[dict[Stage, float]] = []  # of each block begun
         self._shares: dict[Stage, float] = {}  # done of each stage of this block
         self._stage: Stage = "reading"
@@ -81,8 +83,8 @@ class Clock:
     @property
     def seconds(self) -> dict[str, float]:
         """Where the time went so far, by stage, and the total."""
-        taken: dict[str, float] = {stage: sum(block.get(stage, 0.0) for block in self._taken) for stage in STAGES}
-        taken["reading"] = self._reading
+        taken: dict[str, float] = {stage: seconds for stage, seconds in self._before.items()}
+        taken |= {stage: sum(block.get(stage, 0.0) for block in self._taken) for stage in STAGES}
         return taken | {"total": sum(taken.values())}
 
     def read(self, samples: int, expected: int | None) -> None:
@@ -91,6 +93,20 @@ class Clock:
         self._stage = "reading"
         detail = "" if not samples else f"{samples:,}" if expected is None else f"{samples:,} of {expected:,}"
         self.progress(Step(0.0, 0, len(self.work), reading(self.unit), detail=detail))
+
+    def gradients(self, share: float) -> None:
+        """So much of the work is done to see what errors do to the model's output."""
+        self._first("gradients", "what errors do to the output", share)
+
+    def sharing(self, share: float) -> None:
+        """So much of the work is done to share out the budget over the layers."""
+        self._first("budgets", "sharing out the budget", share)
+
+    def _first(self, stage: Stage, words: str, share: float) -> None:
+        """Something that comes before the first block."""
+        self._charge()
+        self._stage = stage
+        self.progress(Step(0.0, 0, len(self.work), words, detail=f"{share:.0%}"))
 
     def at(self, stage: Stage, block: int, share: float, detail: str = "", error: float | None = None) -> None:
         """A block, by its number from 0, has this share of a stage's work behind it."""
@@ -109,7 +125,9 @@ class Clock:
         self._done = max(self._done, done)
         blocks, estimate = len(self.work), None
         if left is not None:
-            estimate = Estimate(self.seconds["total"] + left, self._reading, blocks, self.unit)
+            reading = self._before["reading"]
+            others = sum(self._before.values()) - reading
+            estimate = Estimate(self.seconds["total"] + left, reading, blocks, self.unit, others)
         self.progress(Step(self._done, block + 1, blocks, stage, self._error, detail, left, estimate))
 
     def finish(self) -> None:
@@ -120,8 +138,8 @@ class Clock:
     def _charge(self) -> None:
         """Add the time since the last call to the stage that was going on."""
         now = self.now()
-        if self._stage == "reading":
-            self._reading += now - self._last
+        if self._stage not in STAGES:
+            self._before[self._stage] = self._before.get(self._stage, 0.0) + now - self._last
         else:
             block = self._taken[-1]
             block[self._stage] = block.get(self._stage, 0.0) + now - self._last

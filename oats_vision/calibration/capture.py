@@ -16,6 +16,7 @@ from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite
 from oats_vision.nn.outputs import first_output
 
+INPUTS_KEPT = 32  # pictures (or sequences), to the batch: what gradients are taken on
 Form = Callable[[Tensor], Any]  # hidden states -> what a block returns
 
 
@@ -50,11 +51,13 @@ class BlockCalls:
 
     calls[b][i]: of batch b for block i; one entry serves all blocks when the model passes each the same.
     masks[b]: true for tokens that are no padding, (batch, tokens); None if there is none.
+    inputs[b]: what the model was called with, of the first batches only.
     """
 
     device: torch.device
     calls: list[list[Call]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    inputs: list[Inputs] = field(default_factory=list)
 
     def call(self, index: int, batch: int) -> Call:
         """How block `index` is called in batch `batch`."""
@@ -96,7 +99,7 @@ def capture_block_calls(
 
     def record(inputs: Inputs, number: int, forms: list[Form] | None) -> _Record:
         with _recording(blocks, forms) as done, suppress(_LastBlockReached):
-            _call(model, inputs, number, first.device, first.dtype)
+            call_model(model, inputs, number, first.device, first.dtype)
         done.check(blocks)
         return done
 
@@ -105,7 +108,7 @@ def capture_block_calls(
         mask = inputs.padding_mask
         if mask is not None and not mask.any():
             continue  # nothing to learn from, and attention over nothing may not be finite
-        with _no_cache(model):
+        with no_cache(model):
             done = record(inputs, number, shortcut)
             forms = [form for form in done.forms if form is not None]
             if not found.calls and len(forms) == len(blocks):
@@ -118,6 +121,8 @@ def capture_block_calls(
         check_finite_states(done.hidden, mask, f"the inputs of {blocks[0][0]}", number)
         found.calls.append(calls)
         found.masks.append(mask)
+        if samples < INPUTS_KEPT:
+            found.inputs.append(inputs)
         hidden.append(done.hidden)
         samples += len(done.hidden)
         tell(samples)
@@ -140,13 +145,13 @@ def first_block_input(model: nn.Module, block: nn.Module, example: Tensor) -> Te
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal found
-        found = _split(module, module.forward, args, kwargs)[1]
+        found = split_call(module, module.forward, args, kwargs)[1]
         raise _LastBlockReached
 
     first, hook = floating(model), block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with suppress(_LastBlockReached):
-            _call(model, Inputs({"": example}, "", by_name=False), 0, first.device, first.dtype)
+            call_model(model, Inputs({"": example}, "", by_name=False), 0, first.device, first.dtype)
     finally:
         hook.remove()
     if found is None:
@@ -217,7 +222,7 @@ def _forward_replaced(
     forward: Callable[..., Any] = block.forward
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        call, hidden = _split(block, forward, args, kwargs)
+        call, hidden = split_call(block, forward, args, kwargs)
         record.enter(index, blocks, call, hidden)
         output = forward(*args, **kwargs) if forms is None else forms[index](hidden)
         record.leave(output)
@@ -236,7 +241,7 @@ def _forward_replaced(
             block.forward = own
 
 
-def _split(
+def split_call(
     block: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Call, Tensor]:
     """The hidden states among a block's arguments, and the others: they are the first of its `forward`."""
@@ -268,7 +273,7 @@ def _form(output: Any) -> Form | None:
 
 
 @contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
+def no_cache(model: nn.Module) -> Iterator[None]:
     """Without a cache of keys and values, which would grow with each run of a block."""
     configs: list[Any] = []
     for module in model.modules():
@@ -284,10 +289,10 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _call(model: nn.Module, inputs: Inputs, number: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Call the model on a batch. Raises DataError if it cannot take it."""
+def call_model(model: nn.Module, inputs: Inputs, number: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """What the model makes of a batch. Raises DataError if it cannot take it."""
     try:
-        inputs.call(model, device, dtype)
+        return inputs.call(model, device, dtype)
     except (OatsVisionError, _LastBlockReached, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as problem:  # models raise what they like

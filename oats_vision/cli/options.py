@@ -34,6 +34,7 @@ SETTINGS = {
     HOW_MUCH: {
         "rate": "X",
         "rank_ratio": "X",
+        "budget": "NAME",
         "method": "METHOD",
         "pattern": "PATTERN",
         "quality": "QUALITY",
@@ -46,6 +47,7 @@ SETTINGS = {
     EXPERTS: {
         "refit": "",
         "joint": "",
+        "sensitivity": "",
         "scaling": "NAME",
         "solver": "NAME",
         "iterations": "N",
@@ -59,7 +61,8 @@ SETTINGS = {
 # and of them those of a sweep; the grid's may be given several times
 SWEEP = {
     WHAT: SETTINGS[WHAT],
-    GRID: SETTINGS[HOW_MUCH],
+    GRID: {name: metavar for name, metavar in SETTINGS[HOW_MUCH].items() if name != "budget"},
+    HOW_MUCH: {"budget": SETTINGS[HOW_MUCH]["budget"]},
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: SETTINGS[EVALUATION],
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},

@@ -1,8 +1,8 @@
 """One block of a model: what its linears see, what they are decomposed into, and what comes out of it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -11,14 +11,15 @@ from torch import Tensor, dtype, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.collect import check_called, collect_statistics, warn_of_few
-from oats_vision.calibration.statistics import Statistic
+from oats_vision.calibration.sensitivity import OutputGradients, output_correlations
+from oats_vision.calibration.statistics import Gram, Statistic
 from oats_vision.compression import methods
 from oats_vision.compression.budgets import PartBudget, candidates, fastest
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import DataError
-from oats_vision.models.families import Residual
+from oats_vision.models.families import Residual, Structure
 from oats_vision.models.values import check_storable, round_to
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock
@@ -31,6 +32,7 @@ class Job:
     storage: precision that weights are rounded to. hidden: what the next block is given, one tensor a batch. calls:
     what blocks are called with besides. report: each layer is added to it. dense: what the next block is given in the
     dense model, where targets are propagated. residual: how blocks use their residual stream, if the family says so.
+    gradients: of the dense model's output, where errors are weighed by it.
     """
 
     settings: CompressionSettings
@@ -41,11 +43,13 @@ class Job:
     report: CompressionReport
     dense: ActivationStore | None
     residual: Residual | None
+    gradients: OutputGradients | None
 
     @classmethod
     def of(
         cls,
-        residual: Residual | None,
+        model: nn.Module,
+        structure: Structure,
         settings: CompressionSettings,
         storage: dtype,
         hidden: ActivationStore,
@@ -54,11 +58,21 @@ class Job:
         report: CompressionReport,
     ) -> "Job":
         """A job at its first block, whose inputs are those of the dense model."""
-        dense = ActivationStore(hidden.memory_limit) if settings.targets else None
-        for b in range(len(hidden) if dense is not None else 0):
-            assert dense is not None
-            dense.append(hidden[b])
-        return cls(settings, storage, hidden, calls, clock, report, dense, residual)
+        gradients = dense = None
+        if settings.sensitivity:
+            gradients = OutputGradients(model, structure, calls, memory=hidden.memory_limit, tell=clock.gradients)
+        if settings.targets:
+            dense = ActivationStore(hidden.memory_limit)
+            for b in range(len(hidden)):
+                dense.append(hidden[b])
+        residual = structure.family.residual
+        return cls(settings, storage, hidden, calls, clock, report, dense, residual, gradients)
+
+    def output_moments(self, index: int, name: str, block: nn.Module, linears: Collection[str]) -> dict[str, Gram]:
+        """What the model's output asks of the outputs of a dense block's linears; nothing where it is not asked."""
+        if self.gradients is None:
+            return {}
+        return self.gradients.of_linears(block, name, index, linears, self.dense or self.hidden)
 
     @property
     def method(self) -> LinearMethod:
@@ -104,10 +118,11 @@ def compress_at_once(
         for linear_name, statistic in statistics.items():
             check_called(f"{name}.{linear_name}", linear_of(block, linear_name), statistic, tokens[linear_name])
         warn_of_few(name, tokens)
+    asked = job.output_moments(index, name, block, parts)
     before = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
     for linear_name, share in zip(parts, before, strict=True):
         clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
-        given = Given(statistics[linear_name], tokens[linear_name])
+        given = Given(statistics[linear_name], tokens[linear_name], outputs=asked.get(linear_name))
         report.layers.append(compress_linear(job, block, name, linear_name, parts[linear_name], given))
         begun()
     clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
@@ -143,14 +158,13 @@ class Given:
     """What a linear is decomposed by.
 
     statistic: of its inputs, and tokens: that it has seen. weight: (out_features, in_features), what is aimed at in
-    place of its own. gain: (out_features,), what its outputs are multiplied by before they join the stream: errors of
-    the outputs weigh as much.
+    place of its own. outputs: of the gradients at its outputs.
     """
 
     statistic: Statistic
     tokens: int
     weight: Tensor | None = None
-    gain: Tensor | None = None
+    outputs: Gram | None = None
 
 
 def compress_linear(
@@ -160,9 +174,11 @@ def compress_linear(
     start, settings = time.perf_counter(), job.settings
     linear = linear_of(block, name)
     full = f"{block_name}.{name}"
-    weight = linear.weight if given.weight is None else given.weight
-    gain = None if given.gain is None else given.gain.to(weight)[:, None]
-    rows = (weight if gain is None else weight * gain).split([part.out_features for part in parts])
+    rows = [part.out_features for part in parts]
+    weights = (linear.weight if given.weight is None else given.weight).split(rows)
+    asked = [
+        output_correlations(given.outputs, slice(end - n, end)) for n, end in zip(rows, accumulate(rows), strict=True)
+    ]
     choices = [parts]
     if settings.rank_ratio == "auto":
         choices = candidates(parts, linear.in_features, settings.allocation)
@@ -170,13 +186,11 @@ def compress_linear(
     for choice in choices:
         try:
             factors = [
-                (part.name, job.method.decompose(row, given.statistic, part.budget, settings))
-                for row, part in zip(rows, choice, strict=True)
+                (part.name, job.method.decompose_for_output(W, given.statistic, part.budget, settings, outputs))
+                for W, part, outputs in zip(weights, choice, asked, strict=True)
             ]
         except ValueError as unusable:
             raise DataError(f"{full}: {unusable}") from None
-        if gain is not None:  # of a linear that is one part
-            factors = [(part, replace(f, S=f.S / gain, U=f.U / gain)) for part, f in factors]
         factors_of.append(factors)
         layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, job.storage))
     best = 0

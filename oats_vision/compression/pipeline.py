@@ -19,6 +19,7 @@ from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport
 from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.sharing import share_out
 from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError
 from oats_vision.models.families import Family, Structure
@@ -108,10 +109,11 @@ def compress(
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                job = Job.of(structure.family.residual, settings, storage, hidden, calls, clock, report)
+                job = Job.of(model, structure, settings, storage, hidden, calls, clock, report)
+                parts = share_out(model, structure, plan, settings, hidden, calls, clock.sharing)
                 for i, (name, block) in enumerate(plan.blocks):
                     last = i + 1 == len(plan.blocks)
-                    compress_block(job, i, name, block, plan.parts[name], undo.pop_all, last)
+                    compress_block(job, i, name, block, parts[name], undo.pop_all, last)
                     log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds

@@ -74,6 +74,7 @@ def _compress_in_sequence(
     round_to(block.state_dict().values(), job.storage)
     shares = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
     dense_block = _sharing_weights(block)
+    asked = job.output_moments(index, name, dense_block, parts)
     known = writers(block, job.residual)
     norm = next((writer.norm for writer in known.values() if writer.norm), "")
     own = [linear_of(block, linear) for linear in parts]
@@ -105,7 +106,7 @@ def _compress_in_sequence(
                 moments.statistic,
                 moments.tokens,
                 moments.target(linear_of(block, linear).weight, DAMPING[report.unit]),
-                None if writer is None else writer.gain,
+                asked.get(linear),
             )
             report.layers.append(compress_linear(job, block, name, linear, parts[linear], given))
             begun()

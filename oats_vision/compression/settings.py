@@ -13,7 +13,9 @@ Scaling = Literal["second_moment", "median", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Solver = Literal["fast", "exact"]
 Quality = Literal["best", "fast", "plain"]
+Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+LEVERS = ("joint", "refit", "targets", "sensitivity")
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
@@ -30,6 +32,12 @@ class _Shared(BaseModel):
     refit: bool | None
     joint: bool | None
     targets: bool | None
+    sensitivity: bool | None
+    budget: Budgets = Field(
+        "uniform",
+        description="how the rate is shared out: each linear alike; measured: by what each costs the output; "
+        "owl, alphapruning: blocks by outliers, or spectra",
+    )
     error_tolerance: float = Field(
         0.05, ge=0, description="with rank ratio auto: share by which a layer's error may exceed the lowest"
     )
@@ -69,6 +77,7 @@ class CompressionSettings(_Shared):
     refit: bool
     joint: bool = False  # which checkpoints of earlier versions do not name
     targets: bool = False
+    sensitivity: bool = False
 
     @property
     def allocation(self) -> Allocation:
@@ -80,9 +89,10 @@ class CompressionSettings(_Shared):
     def summary(self) -> str:
         """Method, rate, rank ratio and pattern in words."""
         share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
+        shared = f", {self.budget} budgets" * (self.budget != "uniform")
         skipped = f", without {' '.join(self.skip)}" if self.skip else ""
-        levers = "".join(f" + {name}" for name in ("joint", "refit", "targets") if getattr(self, name))
-        return f"{self.method}{levers}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{skipped}"
+        levers = "".join(f" + {name}" for name in LEVERS if getattr(self, name))
+        return f"{self.method}{levers}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{shared}{skipped}"
 
 
 class CompressionOptions(_Shared):
@@ -101,7 +111,7 @@ class CompressionOptions(_Shared):
     )
     quality: Quality | None = Field(
         None,
-        description="best: joint, refit and targets; fast: refit alone; plain: the paper's algorithm "
+        description="best: joint, refit, targets and sensitivity; fast: refit alone; plain: the paper's algorithm "
         "[default: best; for oats]",
     )
     refit: bool | None = Field(
@@ -115,6 +125,9 @@ class CompressionOptions(_Shared):
         None,
         description="aim each layer at the dense model's outputs, so that it makes up for the layers before it "
         "[default: by quality; baselines: no]",
+    )
+    sensitivity: bool | None = Field(
+        None, description="weigh a layer's errors by what they do to the model's output [default: by quality]"
     )
 
     @field_validator("pattern")

@@ -110,7 +110,7 @@ def trial(
             method.compress(alone, replace(structure, blocks=""), plan.slicing, hidden, calls, clock)
         else:
             report = CompressionReport(structure.family.name, settings, tried, unit)
-            job = Job.of(structure.family.residual, settings, storage, hidden, calls, clock, report)
+            job = Job.of(model, structure, settings, storage, hidden, calls, clock, report)
             compress_block(job, index, name, block, plan.parts[name], lambda: None, last=False)
         taken = clock.seconds
     done = Trial(

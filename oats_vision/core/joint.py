@@ -1,14 +1,18 @@
-"""Sparse plus low-rank with the positions chosen by all second moments of the inputs.
+"""Sparse plus low-rank with the positions chosen by what an error does: by all second moments, not by sizes alone.
 
-OATS weighs an error in each column of W by that input's size alone. Here the whole second moments G = E[x x^T] weigh
-it: in coordinates scaled by d = sqrt(diag G), with A = W d and C = G / d / d^T,
+OATS weighs an error in each column of W by that input's size. Here the inputs' second moments G = E[x x^T] weigh it
+whole, and so do those of the gradients at the layer's outputs, M = E[g g^T]: to first order an error E of the weight
+moves the model's output by tr(M E G E^T). In coordinates scaled by d = sqrt(diag G) and e = sqrt(diag M), with
+A = e W d, C = G / d / d^T and F = M / e / e^T, both with a unit diagonal so that no outlier decides the damping:
 
-    min  trace((A - S - L) C (A - S - L)^T),    S sparse, L of rank r.
+    min  tr(F (A - S - L) C (A - S - L)^T),    S sparse, L of rank r.
 
 The rounds are ADMM (alternating direction method of multipliers): Z is S without the constraint, D is S with it, Y
-pulls the two together, ever more strongly as rho grows. ALPS (Meng et al., 2024) prunes so, and 3BASiL (2025) finds S
-plus low-rank so. C has a unit diagonal: an outlier feature decides neither the damping nor rho.
+pulls the two together, ever more strongly as rho grows. ALPS (Meng et al., 2024) prunes so, and 3BASiL (2025) finds
+sparse plus low-rank so, by G alone; F is the other half of K-FAC's curvature (Martens & Grosse, 2015).
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,71 +24,95 @@ from oats_vision.core.threshold import keep_largest
 
 
 class Correlations:
-    """Second moments of the inputs scaled to a unit diagonal, and inverses that the rounds need.
+    """Second moments scaled to a unit diagonal, and damped: what weighs errors on one side of a weight.
 
-    d: (in_features,). C: (in_features, in_features), in the dtype of the arithmetic, damped.
+    d: (features,), the roots of the diagonal. C: (features, features).
+
+    Args:
+        moments: (features, features), float64.
+        dtype: of d and C.
+        damping: added to the diagonal.
+
+    Raises:
+        ValueError: the moments are not finite.
     """
 
-    def __init__(self, gram: Tensor, dtype: torch.dtype, damping: float = 0.01) -> None:
-        if not gram.isfinite().all():
+    def __init__(self, moments: Tensor, dtype: torch.dtype, damping: float = 0.01) -> None:
+        if not moments.isfinite().all():
             raise ValueError("the inputs' second moments are not finite")
-        d = column_scale(gram.diagonal())
-        self.d, self.C = d.to(dtype), (gram / d / d[:, None]).to(dtype)
+        d = column_scale(moments.diagonal())
+        self.d, self.C = d.to(dtype), (moments / d / d[:, None]).to(dtype)
         self.C.diagonal().add_(damping)
-        self._inverses: dict[float, Tensor] = {}
 
-    def inverse(self, rho: float) -> Tensor:
-        """(C + rho I)^-1."""
-        if rho not in self._inverses:
-            shifted = self.C.clone()
-            shifted.diagonal().add_(rho)
-            self._inverses[rho] = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        return self._inverses[rho]
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (features,) of C, positive, and eigenvectors in columns."""
+        values, vectors = torch.linalg.eigh(self.C)
+        return values.clamp_min(torch.finfo(values.dtype).eps), vectors
 
 
 def joint(
     weight: Tensor,
     factors: Factors,
-    correlations: Correlations,
     budget: Budget,
+    inputs: Correlations,
+    outputs: Correlations | None = None,
     *,
-    rounds: int = 24,
-    rho: tuple[float, float] = (0.1, 1.0),
-    refresh: int = 4,
+    rounds: int = 16,
+    rho: tuple[float, float] = (0.05, 1.0),
     relaxation: float = 1.6,
     tolerance: float = 0.01,
 ) -> Factors:
-    """Move the support of S, and L with it, to what the inputs' correlations ask for; values are fitted by `refit`.
+    """Move the support of S, and L with it, to what correlations ask for; `refit` fits the values.
 
     Args:
-        weight: (out_features, in_features).
+        weight: W, (out_features, in_features).
         factors: of the weight, by `oats`: where to start.
-        correlations: of the layer's inputs.
         budget: of the factors.
-        rounds: at most. rho: first and last. refresh: rounds between two values of rho.
+        inputs: C and d, of the layer's inputs. outputs: F and e, of the gradients at its outputs; None: rows weigh
+            alike.
+        rounds: at most. rho: first and last, of a geometric sequence.
         relaxation: of Z, in [1, 2): above 1 a longer step, which saves rounds (Boyd et al., 2011, section 3.4.3).
         tolerance: stops when Z and D differ by less than this share of D.
     """
-    W, d, C = arithmetic(weight), correlations.d, correlations.C
-    A = W.to(C) * d
-    D, U = factors.S.to(C) * d, factors.U.to(C)
-    L = U @ (factors.V.to(C) * d)
-    Y = torch.zeros_like(A)
+    W, d = arithmetic(weight), inputs.d
+    e = torch.ones_like(d[:1]) if outputs is None else outputs.d[:, None]
+    across, Q = inputs.eigen
+    down, P = (torch.ones_like(d[:1]), None) if outputs is None else outputs.eigen
+    curvature = down[:, None] * across  # in the eigenvectors' coordinates the objective is a weighted square
+
+    def rotated(X: Tensor) -> Tensor:
+        return X @ Q if P is None else P.T @ X @ Q
+
+    def back(X: Tensor) -> Tensor:
+        return X @ Q.T if P is None else P @ X @ Q.T
+
+    A = rotated(e * W.to(d) * d)
+    S = factors.S.to(d) * e * d
+    D, L = rotated(S), rotated((factors.U.to(d) * e) @ (factors.V.to(d) * d))
+    Y, root = torch.zeros_like(A), curvature.sqrt()
+    B = None
+    if budget.rank:  # an orthonormal basis of L's columns, where they weigh as errors do
+        U = factors.U.to(d) * e
+        B = orthonormal(down.sqrt()[:, None] * (U if P is None else P.T @ U))
     done = 0
     for done in range(1, rounds + 1):
-        r = rho[0] * (rho[1] / rho[0]) ** ((done - 1) // refresh / max((rounds - 1) // refresh, 1))
+        r = rho[0] * (rho[1] / rho[0]) ** ((done - 1) / max(rounds - 1, 1))
         rest = A - L
-        Z = rest + (r * (D - rest) - Y) @ correlations.inverse(r)
+        Z = rest + (r * (D - rest) - Y) / (curvature + r)
         Z = torch.lerp(D, Z, relaxation)
-        D = keep_largest(Z + Y / r, budget)
-        Y = Y.add_(Z - D, alpha=r)
-        if budget.rank:  # a power step to the best approximation of what D leaves, in the norm of C
-            R = A - D
-            U = orthonormal((R @ C) @ (R.T @ U))
-            L = U @ (U.T @ R)
+        S = keep_largest(back(Z + Y / r), budget)
+        D = rotated(S)
+        Y.add_(Z - D, alpha=r)
+        if B is not None:  # a power step to the best approximation of what D leaves
+            R = root * (A - D)
+            B = orthonormal(R @ (R.T @ B))
+            L = (B @ (B.T @ R)) / root
         if torch.linalg.vector_norm(Z - D) <= tolerance * torch.linalg.vector_norm(D):
             break
-    V = U.T @ (A - D) if budget.rank else factors.V.to(C)
-    S, U, V = ((D / d).to(W), U.to(W), (V / d).to(W))
-    error = relative_error(W, S, U, V, d.to(W))
-    return Factors(S, U, V, error, factors.iterations + done)
+    U, V = factors.U, factors.V
+    if B is not None:
+        left, right = B / down.sqrt()[:, None], (B.T @ (root * (A - D))) / across.sqrt()
+        U, V = (left if P is None else P @ left) / e, (right @ Q.T) / d
+    S, U, V = (S / e / d).to(W), U.to(W), V.to(W)
+    return Factors(S, U, V, relative_error(W, S, U, V, d.to(W)), factors.iterations + done)

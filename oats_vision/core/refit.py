@@ -8,13 +8,21 @@ the layer's output error over the calibration inputs, trace((W - S - U V) H (W -
 import torch
 from torch import Tensor
 
+from oats_vision.core.joint import Correlations
 from oats_vision.core.oats import Factors, arithmetic, normalised, output_error, relative_error
 
 DEAD = 1e-12  # of the mean second moment: what counts as that of a feature without inputs, to be divided by
 
 
 def refit(
-    weight: Tensor, factors: Factors, gram: Tensor, *, rounds: int = 3, steps: int = 5, damping: float = 0.01
+    weight: Tensor,
+    factors: Factors,
+    gram: Tensor,
+    outputs: Correlations | None = None,
+    *,
+    rounds: int = 3,
+    steps: int = 5,
+    damping: float = 0.01,
 ) -> Factors:
     """Fit the values of S, and U and V, to all second moments of the inputs; support and rank stay.
 
@@ -24,6 +32,7 @@ def refit(
         weight: (out_features, in_features).
         factors: of the weight, by `oats`.
         gram: H, (in_features, in_features).
+        outputs: of the gradients at the layer's outputs, which weigh errors as in `joint`; None: rows weigh alike.
         rounds: of U, V and S in turn; steps: of conjugate gradients in each.
         damping: added to the diagonal of H, as a share of each entry: of the mean, a few outlier features would set
             it far above all others.
@@ -37,6 +46,7 @@ def refit(
     H = normalised(gram).to(W)
     D = H.diagonal().sqrt()
     H.diagonal().mul_(1 + damping).masked_fill_(H.diagonal() <= 0, DEAD)
+    M = None if outputs is None else (outputs.C * outputs.d * outputs.d[:, None]).to(W)
     S, U, V = factors.S.clone(), factors.U, factors.V
     mask = (S != 0).to(W)
     for _ in range(rounds):
@@ -44,34 +54,44 @@ def refit(
             rest = W - S
             VH = V @ H
             U = rest @ VH.T @ torch.linalg.pinv(VH @ V.T, hermitian=True)
-            V = torch.linalg.pinv(U.T @ U, hermitian=True) @ (U.T @ rest)
-        S = fit_values(W - U @ V, H, S, mask, steps)
+            UM = U.T if M is None else U.T @ M
+            V = torch.linalg.pinv(UM @ U, hermitian=True) @ (UM @ rest)
+        S = fit_values(W - U @ V, H, S, mask, steps, M)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.iterations, of_output)
 
 
-def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Minimise trace((target - S) H (target - S)^T) over the values of S where `mask` is 1.
+def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M: Tensor | None = None) -> Tensor:
+    """Minimise trace(M (target - S) H (target - S)^T) over the values of S where `mask` is 1.
 
-    Each row is a least-squares problem of its own; all rows take a step of conjugate gradients, scaled by the
-    diagonal of H, in one matrix product.
+    Without M each row is a least-squares problem of its own; all rows take a step of conjugate gradients, scaled by
+    the diagonals, in one matrix product. With it they are one problem.
 
     Args:
         target, S, mask: (out_features, in_features); S is where to start.
-        H: (in_features, in_features), symmetric and positive.
+        H: (in_features, in_features); M: (out_features, out_features): symmetric and positive.
     """
+
+    def image(X: Tensor) -> Tensor:
+        return (X @ H if M is None else M @ X @ H).mul_(mask)
+
+    def inner(X: Tensor, Y: Tensor) -> Tensor:
+        return (X * Y).sum(1, keepdim=True) if M is None else (X * Y).sum()
+
     scale = mask / H.diagonal()
-    residual = ((target - S) @ H).mul_(mask)
+    if M is not None:
+        scale = scale / M.diagonal()[:, None]
+    residual = image(target - S)
     direction = residual * scale
-    energy = (residual * direction).sum(1, keepdim=True)
+    energy = inner(residual, direction)
     for _ in range(steps):
-        image = (direction @ H).mul_(mask)
+        moved = image(direction)
         # a row that is solved has no direction left
-        curvature = (direction * image).sum(1, keepdim=True)
+        curvature = inner(direction, moved)
         step = torch.where(curvature > 0, energy / curvature, 0.0)
         S = torch.addcmul(S, step, direction)
-        residual = torch.addcmul(residual, step, image, value=-1)
+        residual = torch.addcmul(residual, step, moved, value=-1)
         scaled = residual * scale
-        previous, energy = energy, (residual * scaled).sum(1, keepdim=True)
+        previous, energy = energy, inner(residual, scaled)
         direction = scaled + torch.where(previous > 0, energy / previous, 0.0) * direction
     return S

@@ -24,7 +24,7 @@ from oats_vision.evaluation.paired import paired_ratio
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.evaluation.thumbnails import patch_maps, thumbnail
-from oats_vision.evaluation.top1 import class_logits, has_head
+from oats_vision.models.head import class_logits, has_head
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
 from oats_vision.models.transforms import Transform

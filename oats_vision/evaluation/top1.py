@@ -2,10 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,18 +13,10 @@ from torch import Tensor, nn
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.labels import head_index
+from oats_vision.models.head import class_logits
 from oats_vision.models.loading.load import source_of
 
 log = logging.getLogger(__name__)
-
-HEADS = (
-    "head",
-    "heads",
-    "mlp_head",
-    "linear_head",
-    "fc",
-    "classifier",
-)  # what the last layer of a classifier is called
 
 
 @dataclass(frozen=True)
@@ -143,41 +134,3 @@ def classify(model: nn.Module, images: Tensor, mixed_precision: torch.dtype | No
     if not logits.isfinite().all():  # argmax takes a NaN for the largest
         raise ModelError("the logits are not finite: the model diverges on these pictures, or its dtype is too narrow")
     return logits
-
-
-def class_logits(model: nn.Module, output: Any) -> Tensor | None:
-    """The logits (batch, classes) in what a model returned; None if it is a backbone, which gives features."""
-    logits = getattr(output, "logits", output)
-    none = not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or _is_backbone(model)
-    return None if none else logits
-
-
-def has_head(model: nn.Module, output: Any) -> bool:
-    """Whether a model says that its outputs are classes: by their number, by `logits`, or by a head's usual name."""
-    classes = getattr(model, "num_classes", None)
-    named = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
-    return hasattr(output, "logits") or named or (isinstance(classes, int) and classes > 0)
-
-
-def _is_backbone(model: nn.Module) -> bool:
-    """Whether what is called a head by its usual names holds no matrix; a model may have none of these names."""
-    if getattr(model, "num_classes", None) == 0 or _is_clip_tower(model):
-        return True
-    heads = [getattr(model, name, 0) for name in HEADS]
-    heads = [head for head in heads if head is None or isinstance(head, nn.Module)]
-    return bool(heads) and not any(tensor.ndim > 1 for head in filter(None, heads) for tensor in _tensors(head))
-
-
-def _is_clip_tower(model: nn.Module) -> bool:
-    """Whether timm's head is CLIP's projection to the space of texts, whose outputs are no classes."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    trained_on_classes = "_ft_" in f"_{cfg.get('tag') or ''}_"
-    return (
-        "_clip_" in str(cfg.get("architecture"))
-        and not trained_on_classes
-        and getattr(model, "num_classes", None) == cfg.get("num_classes")
-    )
-
-
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    return chain(module.parameters(), module.buffers())

@@ -128,12 +128,14 @@ def compress(
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
+    budget: Literal["uniform", "measured", "owl", "alphapruning"] = "uniform",
     skip: str | Sequence[str] = (),
     storage_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     quality: Literal["best", "fast", "plain"] | None = None,
     refit: bool | None = None,
     joint: bool | None = None,
     targets: bool | None = None,
+    sensitivity: bool | None = None,
     iterations: int = 80,
     solver: Literal["fast", "exact"] = "fast",
     tolerance: float = 1e-3,
@@ -159,14 +161,18 @@ def compress(
         rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the ratio
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
+        budget: how the rate is shared out over the linears; as much is kept in all. `uniform`: each loses the same
+            share; `measured`: those lose more whose errors cost the model's output less; `owl`, `alphapruning`: blocks
+            by their outliers, or by their weights' spectra.
         skip: linears or blocks to leave dense, by name, such as `*.mlp.fc2`.
         storage_dtype: precision that the weights are rounded to and stored in; the model's if not given.
-        quality: of `oats`. `best`, the default: joint, refit and targets; `fast`: refit alone; `plain`: the paper's
-            algorithm and nothing else.
+        quality: of `oats`. `best`, the default: joint, refit, targets and sensitivity; `fast`: refit alone; `plain`:
+            the paper's algorithm and nothing else.
         refit: fit S's values, U and V to the inputs' full second moments by least squares.
         joint: choose the positions of S, and the low-rank term with them, by the inputs' full second moments.
         targets: aim each layer at what the dense model says, given what the compressed layers before it do; off for
             baselines, unless it is asked for.
+        sensitivity: weigh errors of each layer's outputs by what they do to the model's output, to first order.
         iterations: of alternating thresholding, at most.
         solver: `fast` is warm-started and extrapolated; `exact` takes an SVD in each iteration, as the paper does.
         tolerance: `fast` stops when ten iterations lower the error by less than this share; 0: never.

@@ -162,7 +162,7 @@ def forecast(
         settings=settings,
         storage=str(storage).removeprefix("torch."),
         sizes=measure(shell.state_dict(keep_vars=True).values(), report, storage),
-        exact=settings.rank_ratio != "auto",
+        exact=settings.rank_ratio != "auto" and settings.budget == "uniform",
         unit=structure.family.unit,
         data=data,
         samples=samples,

@@ -46,7 +46,7 @@ def walk(block: nn.Module, batches: list[torch.Tensor], memory: float = 1e9, lin
     return Walk(block, linears, lambda b: block(batches[b].clone()), [b.nbytes for b in batches], memory, "norm")
 
 
-@pytest.mark.parametrize(("memory", "runs"), [(1e9, 3), (0.0, 7)])  # what does not wait is run again for `out`, ...
+@pytest.mark.parametrize(("memory", "runs"), [(1e9, 3), (0.0, 5)])  # two batches do not wait
 @torch.no_grad()
 def test_each_linear_is_reached_in_order_and_what_replaces_it_is_what_runs(block, batches, memory, runs):
     replaced = {name: nn.Linear(8, 8) for name in ("q", "k", "out")}
@@ -95,9 +95,8 @@ def test_an_answer_is_what_the_linear_returns(block, batches):
 @torch.no_grad()
 def test_a_block_that_is_left_in_the_middle_works_as_before(block, batches):
     expected = block(batches[0])
-    with pytest.raises(RuntimeError, match="enough"), walk(block, batches) as walking:
-        for _ in walking.stops():
-            raise RuntimeError("enough")
+    with walk(block, batches) as walking:
+        next(walking.stops())
     torch.testing.assert_close(block(batches[0]), expected)
     assert not block.norm._forward_pre_hooks
 
@@ -110,8 +109,9 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        route = x[0, 0, :2].int().tolist()
         for number, expert in enumerate(self.experts):
-            if number in x[0, 0, :2].int().tolist():
+            if number in route:
                 x = x + expert(x)
         return x
 

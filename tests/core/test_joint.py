@@ -33,31 +33,44 @@ def output_error(W: torch.Tensor, factors: Factors, G: torch.Tensor) -> float:
 def solve(W: torch.Tensor, G: torch.Tensor, budget: Budget, dtype: torch.dtype, **options) -> tuple[Factors, Factors]:
     """By OATS and refit alone, and with the joint rounds between them."""
     start = oats(W, column_scale(G.diagonal()), budget)
-    return refit(W, start, G), refit(W, joint(W, start, Correlations(G, dtype), budget, **options), G)
+    return refit(W, start, G), refit(W, joint(W, start, budget, Correlations(G, dtype), **options), G)
 
 
-def test_two_rounds_are_those_of_the_formulas(weight):
+@pytest.mark.parametrize("with_outputs", [False, True])
+def test_two_rounds_are_those_of_the_formulas(weight, with_outputs):
     G, budget = moments(), Allocation(0.5, 0.3).budget(M, N)
     start = oats(weight, column_scale(G.diagonal()), budget)
-    ours = joint(weight, start, Correlations(G, torch.float64), budget, rounds=2, refresh=1, relaxation=1.0)
+    inputs, outputs = Correlations(G, torch.float64), None
+    F, e = np.eye(M), np.ones(M)
+    if with_outputs:
+        gradients = np.random.default_rng(2).standard_normal((100, M)) @ np.random.default_rng(3).standard_normal(
+            (M, M)
+        )
+        raw = gradients.T @ gradients / 100
+        e = np.sqrt(np.diag(raw))
+        F = raw / np.outer(e, e) + 0.1 * np.eye(M)
+        outputs = Correlations(torch.from_numpy(raw), torch.float64, 0.1)
+    ours = joint(weight, start, budget, inputs, outputs, rounds=2, relaxation=1.0)
 
     d = np.sqrt(np.diag(G.numpy()))
-    A, C = weight.numpy() * d, G.numpy() / np.outer(d, d) + 0.01 * np.eye(N)
-    D, U, L = start.S.numpy() * d, start.U.numpy(), (start.U @ start.V).numpy() * d
+    both = np.outer(e, d)
+    A, C = weight.numpy() * both, G.numpy() / np.outer(d, d) + 0.01 * np.eye(N)
+    D, U, L = start.S.numpy() * both, start.U.numpy() * e[:, None], (start.U @ start.V).numpy() * both
     Y = np.zeros_like(A)
-    for rho in (0.1, 1.0):
-        # Z minimises tr((A - L - Z) C (A - L - Z)^T) / 2 + <Y, Z - D> + rho |Z - D|^2 / 2: the gradient is zero
-        Z = np.linalg.solve(C + rho * np.eye(N), ((A - L) @ C - Y + rho * D).T).T
+    for rho in (0.05, 1.0):
+        # Z minimises tr(F (A - L - Z) C (A - L - Z)^T) / 2 + <Y, Z - D> + rho |Z - D|^2 / 2: the gradient is zero
+        right = F @ (A - L) @ C - Y + rho * D
+        Z = np.linalg.solve(np.kron(F, C) + rho * np.eye(M * N), right.ravel()).reshape(M, N)
         scores = Z + Y / rho
         kept = np.argsort(-np.abs(scores), axis=1)[:, : budget.nonzeros // M]
         D = np.zeros_like(A)
         np.put_along_axis(D, kept, np.take_along_axis(scores, kept, axis=1), axis=1)
         Y = Y + rho * (Z - D)
         R = A - D
-        U = np.linalg.qr(R @ C @ R.T @ U)[0]
-        L = U @ U.T @ R
-    np.testing.assert_allclose(ours.S, D / d, rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose((ours.U @ ours.V), L / d, rtol=1e-6, atol=1e-9)
+        U = R @ C @ R.T @ F @ U
+        L = U @ np.linalg.solve(U.T @ F @ U, U.T @ F @ R)
+    np.testing.assert_allclose(ours.S, D / both, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose((ours.U @ ours.V), L / both, rtol=1e-5, atol=1e-8)
     assert ours.iterations == start.iterations + 2
 
 
@@ -81,7 +94,7 @@ def test_positions_chosen_by_correlations_lower_the_output_error(weight, pattern
     seed=st.integers(0, 1000),
     outlier=st.sampled_from([1.0, 100.0, 1000.0]),
     tokens=st.sampled_from([8, 500]),  # eight: singular
-    rate=st.sampled_from([0.3, 0.5, 0.8]),
+    rate=st.sampled_from([0.3, 0.5, 0.6]),
 )
 def test_outliers_and_singular_moments_are_borne(seed, outlier, tokens, rate):
     W = torch.randn(M, N, generator=torch.Generator().manual_seed(seed))

@@ -36,7 +36,9 @@ def test_the_target_is_the_damped_least_squares_solution(seed, gain, outlier, da
     d = np.sqrt((x**2).mean(0))
     # rows that ask for W, each as strongly as the damping says
     stacked = np.vstack([x, np.sqrt(damping * TOKENS) * np.diag(d)])
-    solution = np.linalg.lstsq(stacked, np.vstack([wanted, np.sqrt(damping * TOKENS) * d[:, None] * W.T]), rcond=None)[0]
+    solution = np.linalg.lstsq(stacked, np.vstack([wanted, np.sqrt(damping * TOKENS) * d[:, None] * W.T]), rcond=None)[
+        0
+    ]
     np.testing.assert_allclose(target(W, x, wanted, damping), solution.T, rtol=1e-6, atol=1e-8 * np.abs(solution).max())
 
 

@@ -14,7 +14,7 @@ import oats_vision as ov
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.tasks import task_of
-from oats_vision.evaluation.top1 import class_logits
+from oats_vision.models.head import class_logits
 from oats_vision.models.record import structure_of
 
 

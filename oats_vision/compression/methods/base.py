@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.statistics import Statistic
     from oats_vision.compression.settings import CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
+    from oats_vision.core.joint import Correlations
     from oats_vision.core.oats import Factors
     from oats_vision.models.families import Structure
     from oats_vision.nn.sliced import Slicing
@@ -49,6 +50,8 @@ class Method(ABC):
             raise ValueError(f"rank_ratio must be {self.rank_ratio:g} (or left out) with method {self.name}")
         if not self.keeps_sparse and options.pattern not in (None, self.pattern):
             raise ValueError(f"pattern must be left out with method {self.name}: it keeps no sparse matrix")
+        if options.budget != "uniform":
+            self._check_budget(options)
         if options.quality and not self.has_quality:
             raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
         for lever, used in self.levers(options).items():
@@ -56,14 +59,26 @@ class Method(ABC):
                 raise ValueError(f"{lever} {self.needs(lever)}")
 
     def levers(self, options: CompressionOptions) -> dict[str, bool]:
-        """Which of `refit`, `joint` and `targets` are used."""
-        return {"refit": False, "joint": False, "targets": False}
+        """Which of `refit`, `joint`, `targets` and `sensitivity` are used."""
+        return {"refit": False, "joint": False, "targets": False, "sensitivity": False}
 
     def needs(self, lever: str) -> str:
         """What a lever is for that cannot be used, in words that follow its name."""
         if lever == "targets":
             return f"must be left out with method {self.name}: it does not go linear by linear"
         return "is for method oats with scaling second_moment"
+
+    def _check_budget(self, options: CompressionOptions) -> None:
+        if not self.keeps_shapes:
+            raise ValueError(
+                f"budget must be uniform with method {self.name}: all blocks share the stream that it cuts"
+            )
+        if options.pattern not in (None, "row", "layer"):
+            raise ValueError(
+                f"budget must be uniform with pattern {options.pattern}, which fixes every layer's density"
+            )
+        if options.rank_ratio == "auto":
+            raise ValueError("budget must be uniform with rank_ratio auto, which tries each layer at one size")
 
 
 class LinearMethod(Method):
@@ -85,6 +100,21 @@ class LinearMethod(Method):
         Raises:
             ValueError: the statistic has seen no token, or is not finite.
         """
+
+    def rough(self, settings: CompressionSettings) -> CompressionSettings:
+        """Settings under which `decompose` is quick, and its error differs from layer to layer as it will."""
+        return settings
+
+    def decompose_for_output(
+        self,
+        weight: Tensor,
+        statistic: Statistic,
+        budget: Budget,
+        settings: CompressionSettings,
+        outputs: Correlations | None,
+    ) -> Factors:
+        """The same, with what errors at the outputs do to the model's: given where `sensitivity` is used."""
+        return self.decompose(weight, statistic, budget, settings)
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         """What a decomposition works with: float32 matrices of the weight's size, bytes for each pair of inputs."""

@@ -1,0 +1,186 @@
+"""How much a model's output moves when those of its linears do: squares of gradients, block by block."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.calibration.capture import BlockCalls, call_model, no_cache, split_call
+from oats_vision.data.batches import Inputs
+from oats_vision.errors import ModelError
+from oats_vision.models.families import Structure
+from oats_vision.models.head import class_logits, has_head
+from oats_vision.models.structure import floating
+from oats_vision.nn.outputs import first_output, with_hidden_states
+
+
+def output_sensitivity(
+    model: nn.Module,
+    structure: Structure,
+    linears: Mapping[str, Collection[str]],
+    calls: BlockCalls,
+    *,
+    projections: int = 2,
+    seed: int = 0,
+    tell: Callable[[float], None] = lambda share: None,
+) -> dict[str, Tensor]:
+    """What an error at each output of each linear does to the dense model's output, by backward passes.
+
+    With J the Jacobian of the model's output y by the linear's outputs at one token, s_i is the sum over a sample's
+    tokens of (J^T J)_ii, estimated from J^T v with random v. An error E of the weight then adds about
+    sum_i s_i (E G E^T)_ii to a sample's |y' - y|^2, where G is the mean of x x^T over the linear's inputs. It is exact
+    to the first order if errors at two outputs or two tokens do not add up or cancel.
+
+    y are the hidden states after the final norm, with v of independent signs. Of a model with a head they are its
+    logits, with v = e_c - p for a class c drawn from the probabilities p: J^T J is then the Fisher information, and
+    half of the change the Kullback-Leibler divergence of the probabilities.
+
+    The model runs once on the batches whose inputs `calls` kept, and each block once more for each projection: one
+    block's graph is in memory at a time, and only gradients at the linears' outputs are kept.
+
+    Args:
+        model: prepared, as it was when `calls` were captured.
+        linears: names in the block, by the block's name.
+        projections: random v for each batch. seed: of these.
+        tell: called with the share of the work that is done.
+
+    Returns:
+        s, float64 (out_features,), by the linears' full names; zero for an expert that no token went to.
+
+    Raises:
+        ModelError: gradients are not finite.
+    """
+    blocks = structure.named_blocks(model)
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Tensor] = {}
+    for block_name, names in linears.items():
+        for linear in names:
+            weight = model.get_submodule(f"{block_name}.{linear}").weight
+            assert isinstance(weight, Tensor)
+            sums[f"{block_name}.{linear}"] = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    runs, samples = len(calls.inputs) * projections * len(blocks), 0
+    for batch, inputs in enumerate(calls.inputs):
+        dense = run_dense(model, structure, blocks, inputs, batch)
+        samples += len(dense.inputs[0])
+        for projection in range(projections):
+            gradient = dense.gradient(generator, calls.masks[batch])
+            for index in reversed(range(len(blocks))):
+                name, block = blocks[index]
+                inside = linears.get(name, ())
+                gradient, found = backward_through(block, inside, calls, index, batch, dense.inputs[index], gradient)
+                for linear, at in found.items():
+                    sums[f"{name}.{linear}"] += at.float().square().flatten(0, -2).sum(0, dtype=torch.float64)
+                tell(((batch * projections + projection + 1) * len(blocks) - index) / runs)
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ModelError(f"{name}: gradients at its outputs are not finite: use dtype float32, or budget uniform")
+        total /= samples * projections
+    return sums
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """A batch in the dense model.
+
+    inputs: of each block. last: the last block's output, from which `output` follows, with its graph. logits: whether
+    the output is one.
+    """
+
+    inputs: list[Tensor]
+    last: Tensor
+    output: Tensor
+    logits: bool
+
+    def gradient(self, generator: torch.Generator, mask: Tensor | None) -> Tensor:
+        """That of the output's product with a random vector, by the last block's output.
+
+        Args:
+            mask: true for tokens that count, (batch, tokens).
+        """
+        output = self.output.detach().float()
+        if self.logits:
+            p = output.softmax(-1).cpu()
+            drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(*p.shape[:-1], 1)
+            v = torch.zeros_like(p).scatter_(-1, drawn, 1.0).sub_(p)
+        else:
+            v = torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1)
+        v = v.to(self.output)
+        if mask is not None and mask.shape == v.shape[:2]:
+            v = v * mask.to(v)[..., None]
+        (gradient,) = torch.autograd.grad(self.output, self.last, v, retain_graph=True)
+        return gradient
+
+
+def run_dense(
+    model: nn.Module, structure: Structure, blocks: Sequence[tuple[str, nn.Module]], inputs: Inputs, batch: int
+) -> DenseRun:
+    """Run the model on a batch, with a graph of what comes after its last block."""
+    states: list[Tensor] = []
+    normed: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(split_call(module, module.forward, args, kwargs)[1].detach().clone())
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        torch.set_grad_enabled(True)  # until no_grad below sets it back
+        states.append(first_output(output).detach().clone().requires_grad_())
+        return with_hidden_states(output, states[-1])
+
+    def norm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        normed.append(output)
+
+    first = floating(model)
+    with torch.no_grad(), no_cache(model), ExitStack() as hooks:
+        for _, block in blocks:
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(blocks[-1][1].register_forward_hook(leave).remove)
+        if structure.final_norm:
+            hooks.callback(model.get_submodule(structure.final_norm).register_forward_hook(norm).remove)
+        output = call_model(model, inputs, batch, first.device, first.dtype)
+    logits = _logits(model, structure, output)
+    if logits is None:
+        return DenseRun(states[:-1], states[-1], normed[0] if normed else states[-1], logits=False)
+    return DenseRun(states[:-1], states[-1], logits, logits=True)
+
+
+def _logits(model: nn.Module, structure: Structure, output: Any) -> Tensor | None:
+    """What a model with a head says of classes, or of the next token."""
+    if structure.family.unit == "sequences":
+        logits: Tensor | None = getattr(output, "logits", None)
+        return logits
+    return class_logits(model, output) if has_head(model, output) else None
+
+
+def backward_through(
+    block: nn.Module,
+    linears: Collection[str],
+    calls: BlockCalls,
+    index: int,
+    batch: int,
+    hidden: Tensor,
+    gradient: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take a gradient back through a block.
+
+    Returns:
+        The gradient at its input, and those at its linears' outputs.
+    """
+    outputs: dict[str, Tensor] = {}
+    with torch.enable_grad(), ExitStack() as hooks:
+        for name in linears:
+
+            def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+                outputs[name] = output
+
+            hooks.callback(block.get_submodule(name).register_forward_hook(keep).remove)
+        hidden = hidden.requires_grad_()
+        result = calls.run(block, index, batch, hidden)
+        called = list(outputs)
+        gradients = torch.autograd.grad(result, [hidden, *outputs.values()], gradient, allow_unused=True)
+    assert gradients[0] is not None
+    # none of the last block perhaps: the logits may follow from one token
+    of_linears = {name: found for name, found in zip(called, gradients[1:], strict=True) if found is not None}
+    return gradients[0], of_linears

@@ -1,0 +1,90 @@
+"""What an error of a linear's outputs does to the dense model's output, with all correlations: M = E[g g^T].
+
+g is the gradient at the linear's output of a random projection of the model's output: see `gradients`. The gradients at
+the outputs of the blocks are computed once, for a few inputs, and kept; those of a block's linears follow from these
+when the block's turn comes, so that the matrices of one block alone are in memory.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import nn
+
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls
+from oats_vision.calibration.gradients import backward_through, run_dense
+from oats_vision.calibration.statistics import Gram
+from oats_vision.core.joint import Correlations
+from oats_vision.errors import ModelError
+from oats_vision.models.families import Structure
+
+DAMPING = 0.1  # of the gradients' correlations, which few inputs tell
+
+
+class OutputGradients:
+    """Gradients at the outputs of a dense model's blocks, for the first batches.
+
+    Args:
+        model: prepared, as it was when `calls` were captured.
+        calls: how its blocks are called, and the inputs of these batches.
+        memory: bytes of gradients to keep there; the rest is on disk.
+        seed: of the random projections.
+        tell: called with the share of the work that is done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        calls: BlockCalls,
+        *,
+        memory: float,
+        seed: int = 0,
+        tell: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        blocks = structure.named_blocks(model)
+        self.calls, self.batches = calls, len(calls.inputs)
+        self._store = ActivationStore(memory)  # by batch, and in it from the last block to the first
+        self._blocks = len(blocks)
+        generator = torch.Generator().manual_seed(seed)
+        for batch, inputs in enumerate(calls.inputs):
+            dense = run_dense(model, structure, blocks, inputs, batch)
+            gradient = dense.gradient(generator, calls.masks[batch])
+            for index in reversed(range(len(blocks))):
+                self._store.append(gradient)
+                if index:
+                    hidden = dense.inputs[index]
+                    gradient, _ = backward_through(blocks[index][1], (), calls, index, batch, hidden, gradient)
+                tell((batch + 1 - index / len(blocks)) / self.batches)
+
+    def of_linears(
+        self, block: nn.Module, name: str, index: int, linears: Collection[str], hidden: ActivationStore
+    ) -> dict[str, Gram]:
+        """The second moments of the gradients at the outputs of a block's linears, by their names in it.
+
+        Args:
+            block: dense; index: its number; name: its full name.
+            hidden: its inputs in the dense model.
+
+        Raises:
+            ModelError: gradients are not finite.
+        """
+        found: dict[str, Gram] = {}
+        for batch in range(self.batches):
+            gradient = self._store[(batch + 1) * self._blocks - 1 - index].to(self.calls.device)
+            states = hidden[batch].to(self.calls.device, copy=True)
+            _, at = backward_through(block, linears, self.calls, index, batch, states, gradient)
+            for linear, of_linear in at.items():
+                rows = of_linear.flatten(0, -2)
+                if not rows.isfinite().all():
+                    raise ModelError(f"{name}.{linear}: gradients at its outputs are not finite: use dtype float32")
+                found.setdefault(linear, Gram(rows.shape[1], rows.device)).update(rows)
+        return found
+
+
+def output_correlations(gram: Gram | None, rows: slice) -> Correlations | None:
+    """Those of some of a linear's outputs; None where nothing is known of them."""
+    if gram is None or not gram.tokens:
+        return None
+    moments = gram.compute()[rows, rows]
+    return Correlations(moments, torch.float32, DAMPING) if (moments.diagonal() > 0).any() else None

@@ -1,0 +1,71 @@
+"""What each linear's decomposition costs the model's output, by how much of the linear is kept."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from oats_vision.calibration.statistics import Gram, Statistic
+from oats_vision.compression.allocation import Point
+from oats_vision.compression.methods import LinearMethod
+from oats_vision.compression.settings import CompressionSettings
+from oats_vision.core.oats import arithmetic, normalised
+
+# rates at which a curve is measured, less the global one: no linear is given more or less than the ends
+OFFSETS = (-0.3, -0.15, 0.0, 0.1, 0.2)
+LOWEST, HIGHEST = 0.02, 0.98  # rates
+
+
+class Seen:
+    """A linear's inputs, for a curve: what the method needs to know of them, and their second moments."""
+
+    def __init__(
+        self, method: LinearMethod, settings: CompressionSettings, features: int, device: torch.device
+    ) -> None:
+        self.own = method.statistic(settings, features, device)
+        self.gram = self.own if isinstance(self.own, Gram) else Gram(features, device)
+
+    def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add inputs."""
+        self.own.update(inputs, mask)
+        if self.gram is not self.own:
+            self.gram.update(inputs, mask)
+
+    def compute(self) -> Tensor:
+        """The mean of x x^T."""
+        return self.gram.compute()
+
+    def scale(self) -> Tensor:
+        """What the method scales columns by."""
+        return self.own.scale()
+
+
+def error_curve(
+    weight: Tensor,
+    sensitivity: Tensor,
+    own: Statistic,
+    gram: Tensor,
+    method: LinearMethod,
+    settings: CompressionSettings,
+) -> list[Point]:
+    """The points (parameters kept, error of the model's output) of one weight, by rough decompositions.
+
+    The error is sum_i s_i (E G E^T)_ii, with E that of the weight, G the second moments of its inputs and s the
+    output's sensitivity: see `output_sensitivity`. Rates that leave the weight no rank, or no non-zeros, are left out.
+
+    Args:
+        weight: (out_features, in_features). sensitivity: s, (out_features,).
+        own: what the method knows of the inputs. gram: G, (in_features, in_features).
+    """
+    rough, W, (m, n) = method.rough(settings), arithmetic(weight), weight.shape
+    H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
+    points: list[Point] = []
+    for rate in sorted({min(max(settings.rate + offset, LOWEST), HIGHEST) for offset in OFFSETS}):
+        try:
+            budget = replace(settings.allocation, rate=rate).budget(m, n)
+        except ValueError:
+            continue
+        E = W - method.decompose(weight, own, budget, rough).dense()
+        errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
+        points.append((budget.parameters(m, n), float(size * (errors @ sensitivity))))
+    return points

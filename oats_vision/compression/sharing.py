@@ -1,0 +1,230 @@
+"""`budget`: one rate for the whole model, shared out over its linears; they keep as much as all would at that rate.
+
+uniform: each linear has that rate. measured: each loses what costs the model's output least, by sensitivities and
+error curves. owl, alphapruning: each block has a rate of its own, as published.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls
+from oats_vision.calibration.collect import collect_statistics
+from oats_vision.calibration.gradients import output_sensitivity
+from oats_vision.calibration.statistics import SecondMoment, Statistic
+from oats_vision.compression import methods
+from oats_vision.compression.allocation import Point, allocate, refined
+from oats_vision.compression.block_rates import alpha_rates, hill_exponent, outlier_ratio, owl_rates
+from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, error_curve
+from oats_vision.compression.methods import LinearMethod
+from oats_vision.compression.plan import Plan
+from oats_vision.compression.settings import CompressionSettings
+from oats_vision.core.budget import Allocation, Budget
+from oats_vision.errors import DataError
+from oats_vision.models.families import Structure
+from oats_vision.nn.outputs import first_output
+
+log = logging.getLogger(__name__)
+
+TOKENS = 16384  # that the dense model's inputs are judged by, to the batch
+SEED = 0  # of the random projections
+SHARE_OF_GRADIENTS = 0.3  # of the time that measuring takes, about
+Parts = dict[str, dict[str, list[PartBudget]]]
+Tell = Callable[[float], None]
+
+
+def share_out(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    settings: CompressionSettings,
+    hidden: ActivationStore,
+    calls: BlockCalls,
+    tell: Tell = lambda share: None,
+) -> Parts:
+    """The budgets of all parts, by block and linear: those of the plan, or others that add up to the same.
+
+    Args:
+        model: dense, and prepared.
+        hidden: what its first block is given; stays as it is. calls: how its blocks are called.
+        tell: called with the share of the work that is done.
+
+    Raises:
+        ModelError: the model's values or gradients are not finite.
+        DataError: its inputs are such that a linear cannot be decomposed.
+    """
+    if settings.budget == "uniform":
+        return plan.parts
+    with torch.no_grad():
+        if settings.budget == "measured":
+            wanted = _measured(model, structure, plan, settings, hidden, calls, tell)
+        else:
+            wanted = _by_block(model, plan, settings, hidden, calls, tell)
+    shapes = [(part.out_features, width) for _, part, width in _each(model, plan.parts)]
+    budgets = iter(fitted(shapes, wanted, settings.allocation, _total(model, plan.parts)))
+    shared = {
+        block: {name: [replace(part, budget=next(budgets)) for part in parts] for name, parts in linears.items()}
+        for block, linears in plan.parts.items()
+    }
+    rates = [1 - p.budget.parameters(p.out_features, w) / (p.out_features * w) for _, p, w in _each(model, shared)]
+    log.info("budget %s: rates from %.3f to %.3f", settings.budget, min(rates), max(rates))
+    return shared
+
+
+def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Allocation, total: int) -> list[Budget]:
+    """Whole ranks and non-zeros for what each part should keep, that come to the total but for less than one step.
+
+    Budgets are rounded down as uniform ones are; what that leaves over goes to those that lost most by it, in steps:
+    a non-zero in each row, or one anywhere, or a rank where there is no sparse term.
+
+    Args:
+        shapes: of the parts. wanted: parameters that each keeps; scaled down if they add up to more than the total.
+
+    Raises:
+        ValueError: a part is left without rank or non-zeros.
+    """
+    wanted = [kept * min(1.0, total / sum(wanted)) for kept in wanted]
+    budgets = [
+        replace(allocation, rate=1 - kept / (m * n)).budget(m, n) for (m, n), kept in zip(shapes, wanted, strict=True)
+    ]
+    sizes = [budget.parameters(m, n) for budget, (m, n) in zip(budgets, shapes, strict=True)]
+    left, lost = total - sum(sizes), [kept - size for kept, size in zip(wanted, sizes, strict=True)]
+    for i in sorted(range(len(shapes)), key=lambda i: -lost[i] / (shapes[i][0] * shapes[i][1])):
+        m, n = shapes[i]
+        sparse = allocation.rank_ratio < 1
+        step = (m if allocation.pattern.kind == "row" else 1) if sparse else m + n
+        count = min(left // step, max(round(lost[i]) // step, 1))
+        if count > 0 and sizes[i] + count * step <= m * n:
+            budget = budgets[i]
+            if sparse:
+                budgets[i] = replace(budget, nonzeros=budget.nonzeros + count * step)
+            else:
+                budgets[i] = replace(budget, rank=budget.rank + count)
+            left -= count * step
+    return budgets
+
+
+def _measured(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    settings: CompressionSettings,
+    hidden: ActivationStore,
+    calls: BlockCalls,
+    tell: Tell,
+) -> list[float]:
+    """The parameters that each part keeps where the sum of all errors of the model's output is least."""
+    method = methods.find(settings.method)
+    assert isinstance(method, LinearMethod)
+    sensitivities = output_sensitivity(
+        model, structure, plan.parts, calls, seed=SEED, tell=lambda share: tell(SHARE_OF_GRADIENTS * share)
+    )
+    curves: list[list[Point]] = []
+
+    def new_statistic(in_features: int, device: torch.device) -> Statistic:
+        return Seen(method, settings, in_features, device)
+
+    for done, (block_name, block, statistics) in enumerate(_dense_pass(plan, hidden, calls, new_statistic)):
+        for name, seen in statistics.items():
+            assert isinstance(seen, Seen)
+            parts, full = plan.parts[block_name][name], f"{block_name}.{name}"
+            rows = [part.out_features for part in parts]
+            weights, s = _weight(block, name).split(rows), sensitivities[full].split(rows)
+            if not seen.gram.tokens or not sensitivities[full].any():  # an expert of which nothing is known
+                curves += [[(part.budget.parameters(*W.shape), 0.0)] for part, W in zip(parts, weights, strict=True)]
+                continue
+            gram = seen.gram.compute()
+            try:
+                curves += [
+                    error_curve(*each, seen.own, gram, method, settings) for each in zip(weights, s, strict=True)
+                ]
+            except ValueError as unusable:
+                raise DataError(f"{full}: {unusable}") from None
+        tell(SHARE_OF_GRADIENTS + (1 - SHARE_OF_GRADIENTS) * (done + 1) / len(plan.blocks))
+    return allocate([refined(curve) for curve in curves], _total(model, plan.parts))
+
+
+def _by_block(
+    model: nn.Module,
+    plan: Plan,
+    settings: CompressionSettings,
+    hidden: ActivationStore,
+    calls: BlockCalls,
+    tell: Tell,
+) -> list[float]:
+    """The parameters that each part keeps where each block has a rate of its own."""
+    names = [name for name, _ in plan.blocks if plan.parts[name]]
+    weights = {name: [_weight(model, f"{name}.{linear}") for linear in plan.parts[name]] for name in names}
+    if settings.budget == "alphapruning":
+        alphas = []
+        for done, name in enumerate(names):
+            exponents = [hill_exponent(weight) for weight in weights[name]]
+            alphas.append(sum(exponents) / len(exponents))
+            tell((done + 1) / len(names))
+        rates = alpha_rates(alphas, [sum(weight.numel() for weight in weights[name]) for name in names], settings.rate)
+    else:
+        ratios = []
+        for done, (name, block, statistics) in enumerate(_dense_pass(plan, hidden, calls, SecondMoment)):
+            scores = [_weight(block, linear).float().abs() * seen.scale() for linear, seen in statistics.items()]
+            ratios += [outlier_ratio(scores)] if name in names else []
+            tell((done + 1) / len(plan.blocks))
+        rates = owl_rates(ratios, settings.rate)
+    density = {name: 1 - min(max(rate, LOWEST), HIGHEST) for name, rate in zip(names, rates, strict=True)}
+    return [density[block] * part.out_features * width for block, part, width in _each(model, plan.parts)]
+
+
+def _dense_pass(
+    plan: Plan, hidden: ActivationStore, calls: BlockCalls, new_statistic: Callable[[int, torch.device], Statistic]
+) -> Iterator[tuple[str, nn.Module, dict[str, Statistic]]]:
+    """Each block's name and itself, and statistics of its linears' inputs in the dense model, on the first batches."""
+    with ActivationStore(hidden.memory_limit) as states:
+        tokens = 0
+        for b in range(len(hidden)):
+            if tokens < TOKENS:
+                states.append(hidden[b])
+                tokens += hidden[b].shape[:-1].numel()
+        for index, (name, block) in enumerate(plan.blocks):
+            outputs: list[Tensor] = []
+            with _noting(block, outputs):
+                statistics, _ = collect_statistics(
+                    block, plan.parts[name], new_statistic, states, calls, index, name, lambda share: None
+                )
+            for b, output in enumerate(outputs):
+                states[b] = output
+            yield name, block, statistics
+
+
+@contextmanager
+def _noting(block: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """Keep what a block returns."""
+    handle = block.register_forward_hook(lambda module, args, output: outputs.append(first_output(output)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _each(model: nn.Module, parts: Parts) -> Iterator[tuple[str, PartBudget, int]]:
+    """All parts in order, each with its block's name and how many inputs it has."""
+    for block, linears in parts.items():
+        for name, of_linear in linears.items():
+            width = _weight(model, f"{block}.{name}").shape[1]
+            yield from ((block, part, width) for part in of_linear)
+
+
+def _total(model: nn.Module, parts: Parts) -> int:
+    """Parameters that all parts keep."""
+    return sum(part.budget.parameters(part.out_features, width) for _, part, width in _each(model, parts))
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    """The weight of a linear in a model or a block."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.detach()
