@@ -199,8 +199,9 @@ class CrossMoment:
 
     def update(self, y: Tensor, x: Tensor) -> None:
         """Add (tokens, rows) and (tokens, columns), any floating dtypes."""
+        wide = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
         for left, right in zip(y.split(8192), x.split(8192), strict=True):
-            product = left.float().T @ right.float()
+            product = left.to(wide).T @ right.to(wide)
             self.total += product if all_finite(product) else left.double().T @ right.double()
         self.tokens += len(y)
 
