@@ -1,13 +1,14 @@
 r"""How much every method, and every part of ours, loses against the dense model, at several rates: the main table.
 
-    python eval/studies/accuracy_table.py closeness                                                      # the demo
+    python eval/studies/accuracy_table.py closeness            # of the demo
     python eval/studies/accuracy_table.py features --model dinov2_small --decoder dinov2_small/decoder.onnx \
-        --data imagenet --samples 512                                              # see eval/models/dinov2_small.py
+        --data imagenet --samples 512
     python eval/studies/accuracy_table.py texts --model model.gguf --data calibration.txt \
         --eval-data held_out.txt other.txt --samples 128 --sequence-length 512
 
-Writes accuracy_table.csv (a row for each compression, as soon as it is measured), and a table and a plot of each
-measure and of the seconds; run it again to go on where it stopped.
+eval/models/dinov2_small.py makes that backbone and its decoder. Writes accuracy_table.csv (a row for each compression,
+as soon as it is measured), and a table and a plot of each measure and of the seconds; run it again to go on where it
+stopped.
 """
 
 import argparse
@@ -79,7 +80,14 @@ def parse() -> argparse.Namespace:
     texts.add_argument("--eval-data", nargs="+", required=True, help="held-out texts, as --data")
     texts.add_argument("--sequence-length", type=int, help="tokens in a sequence, and in a window [default: 2048]")
     for one in (features, closeness, texts):
-        one.add_argument("--lines", nargs="+", choices=LINES, default=list(LINES), help=f"{', '.join(LINES)}")
+        one.add_argument(
+            "--lines",
+            nargs="+",
+            choices=LINES,
+            default=list(LINES),
+            metavar="LINE",
+            help=f"[default: {' '.join(LINES)}]",
+        )
         one.add_argument("--rates", type=float, nargs="+", default=RATES)
     return flags.parse_args()
 

@@ -37,9 +37,8 @@ class Features:
     RESULTS: ClassVar = ["error", "cosine", "iou"]
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.config = run_config(args, "pictures")
-        if self.config.data is None or self.config.model == "demo":
-            raise SystemExit("--model and --data must be given: a backbone, and a folder of pictures")
+        config = run_config(args, "pictures")
+        self.config = config.model_copy(update={"data": config.data or "demo"})
         self.decoder = None if args.decoder is None else Decoder(args.decoder)
         self.measured, self.batch = self.config.eval_samples or 256, self.config.batch_size or 1
         self.pictures = args.pictures
@@ -138,11 +137,13 @@ class Decoder:
             raise SystemExit("--decoder needs the package onnxruntime: pip install onnxruntime") from None
         if not file.exists():
             raise SystemExit(f"--decoder: {file} does not exist (eval/models/dinov2_small.py makes one)")
-        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.names = [one.name for one in self.session.get_inputs()]
 
     def __call__(self, tokens: Tensor, pictures: Tensor) -> Tensor:
-        """What is inside the map of each picture: bool, (batch, pixels)."""
+        """Which pixels a picture's map marks: bool, (batch, pixels)."""
         inputs = (tensor.float().cpu().numpy() for tensor in (tokens, pictures))
         (found,) = self.session.run(None, dict(zip(self.names, inputs, strict=True)))
         return torch.from_numpy(found).flatten(1) > INSIDE
