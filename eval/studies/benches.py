@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,28 @@ from oats_vision.machine import choose_device, machine, machine_line
 from oats_vision.progress import Unit
 from oats_vision.runs.config import RunConfig, load_run_config
 
-KEEP_IN_MEMORY = 2e9  # bytes of evaluation pictures
+KEEP_IN_MEMORY = 2e9  # bytes of pictures
 Row = dict[str, str]
 console = Console(stderr=True)
+
+
+class Bench(Protocol):
+    """What a study measures: `targets` are what it is measured on, `about` is what its rows begin with."""
+
+    KEYS: ClassVar[list[str]]
+    RESULTS: ClassVar[list[str]]
+    config: RunConfig
+    targets: list[str]
+    about: dict[str, Any]
+
+    def load(self) -> nn.Module:
+        """The dense model, after it was measured."""
+
+    def calibration(self, seed: int) -> Any:
+        """The data that a seed draws, to be read again and again."""
+
+    def measure(self, model: nn.Module, target: str) -> Row:
+        """The results of a compressed model."""
 
 
 class Pictures:
@@ -64,7 +83,7 @@ class Pictures:
         console.print(f"{self.config.model}: dense top-1 {top1} on {self.before.samples} pictures")
 
     def calibration(self, seed: int) -> Batches:
-        return load_pictures(
+        drawn = load_pictures(
             str(self.config.data),
             self.transform,
             samples=self.config.samples,
@@ -73,6 +92,7 @@ class Pictures:
             batch_size=self.config.batch_size or 1,
             workers=self.config.workers,
         )
+        return _in_memory(drawn)
 
     def measure(self, model: nn.Module, target: str) -> Row:
         found = compared("pictures", self.asked, self.before, measured(model, "pictures", self.asked, self.test))
@@ -151,9 +171,6 @@ class Texts:
         (dense, ours), ratio = found.pair("perplexity"), found.difference["perplexity"]
         values = [dense.value, ours.value, ratio.value, ratio.low, ratio.high]
         return {name: f"{value:.4f}" for name, value in zip(self.RESULTS, values, strict=True)}
-
-
-Bench = Pictures | Texts
 
 
 def asked(config: RunConfig, unit: Unit) -> Any:

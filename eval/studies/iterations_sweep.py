@@ -27,7 +27,7 @@ def main() -> None:
     title = f"{rows[0]['model']}, OATS at rate {args.rate}"
     out = args.out / "iterations_sweep"
     show(rows, collect(rows, lambda row: row["solver"], "iterations"), title, "iterations", out, log_x=True)
-    errors = collect(rows, lambda row: row["solver"], "iterations", "error")
+    errors = collect(rows, lambda row: row["solver"], "iterations", "layer_error")
     show_values(errors, title, "iterations", "mean relative error", out.with_name(f"{out.name}_error"), log_x=True)
 
 

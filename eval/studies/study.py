@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,20 @@ from oats_vision.files import replacing
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# what tells a row's compression from others; no study sets the rest
 SETTINGS = [
-    "method",
-    "pattern",
-    "rate",
-    "rank_ratio",
-    "iterations",
-    "solver",
-    "tolerance",
-    "scaling",
-    "refit",
-    "fused_qkv",
+    name
+    for name in CompressionSettings.model_fields
+    if name not in ("error_tolerance", "latency_tokens", "storage_dtype", "skip")
 ]
 
 
-def parser(description: str | None, out: str) -> argparse.ArgumentParser:
+Make = Callable[..., argparse.ArgumentParser]
+
+
+def parser(description: str | None, out: str, make: Make = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags of every study."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = make(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--config", type=Path, help="YAML file as for `oats-vision compress`; flags override it")
     flags.add_argument("--model", help="any model that `compress` takes [default: demo]")
     flags.add_argument("--data", help="calibration data [default: demo]")
@@ -60,15 +58,15 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     return flags
 
 
-def picture_parser(description: str | None, out: str) -> argparse.ArgumentParser:
+def picture_parser(description: str | None, out: str, make: Make = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags of a study on pictures."""
-    flags = parser(description, out)
+    flags = parser(description, out, make)
     flags.add_argument("--eval-data", help="labelled pictures [default: demo]")
     flags.add_argument("--mixed-precision", choices=["bfloat16", "float16"], help="of the evaluation")
     return flags
 
 
-LAYERS = ["parameters", "error", "output_error", "rounds", "seconds"]
+LAYERS = ["parameters", "layer_error", "output_error", "rounds", "solver_seconds", "seconds"]
 
 
 def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[str, Any]]) -> list[Row]:
@@ -79,8 +77,7 @@ def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[
         cells: compression settings, fields of CompressionOptions.
     """
     logging.basicConfig(format="%(message)s")
-    config, keys = bench.config, bench.KEYS + SETTINGS
-    base = {field: getattr(config, field) for field in ("iterations", "solver", "tolerance", "scaling", "fused_qkv")}
+    keys = bench.KEYS + SETTINGS
     wanted: dict[tuple[str, ...], Row] = {}
     jobs: dict[tuple[CompressionSettings, int], list[Row]] = defaultdict(list)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -88,10 +85,10 @@ def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[
     done = {tuple(row[field] for field in keys): row for row in _read(file, keys + bench.RESULTS + LAYERS)}
     for seed in args.seeds:
         for cell in cells:
-            settings = resolve(**base | cell)
+            settings = settings_of(bench, cell)
             for target in bench.targets:
                 about = bench.about | {"seed": seed, "eval_data": target}
-                row = {field: str(value) for field, value in (about | _described(settings)).items()}
+                row = {field: str(value) for field, value in (about | described(settings)).items()}
                 key = tuple(row[field] for field in keys)
                 wanted[key] = row
                 if key not in done:
@@ -102,9 +99,21 @@ def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[
     return [done[key] for key in wanted]
 
 
+def settings_of(bench: Bench, cell: dict[str, Any]) -> CompressionSettings:
+    """Complete settings: those of a cell, and the study's own for the rest."""
+    names = ("iterations", "solver", "tolerance", "scaling", "fused_qkv")
+    return resolve(**{name: getattr(bench.config, name) for name in names} | cell)
+
+
+def described(settings: CompressionSettings) -> dict[str, Any]:
+    """What a row says of them."""
+    return {field: getattr(settings, field) for field in SETTINGS}
+
+
 def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], list[Row]]) -> Iterator[Row]:
     """Compress for each job, and measure what is missing of it."""
     dense = bench.load()
+    calibration = lru_cache(maxsize=1)(bench.calibration)  # of one seed, for all its cells
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(jobs))
@@ -112,7 +121,7 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
             bar.update(task, description=f"{settings.method} {settings.rate:.3g} seed {seed}")
             model, start = copy.deepcopy(dense), time.perf_counter()
             memory = bench.config.activation_memory
-            report = compress(model, bench.calibration(seed), settings, activation_memory=memory)
+            report = compress(model, calibration(seed), settings, activation_memory=memory)
             layers = _layers(report, time.perf_counter() - start)
             ov.merge(model)
             for row in rows:
@@ -128,15 +137,12 @@ def _layers(report: ov.CompressionReport, seconds: float) -> Row:
     iterations = [max(layer.iterations.values()) for layer in report.layers]
     return {
         "parameters": f"{report.parameters / report.dense_parameters:.4f}",
-        "error": f"{statistics.mean(errors):.5f}" if errors else "",
+        "layer_error": f"{statistics.mean(errors):.5f}" if errors else "",
         "output_error": f"{statistics.mean(of_output):.5f}" if of_output else "",
         "rounds": f"{statistics.mean(iterations):.1f}" if iterations else "",
+        "solver_seconds": f"{sum(layer.seconds for layer in report.layers):.2f}",
         "seconds": f"{seconds:.2f}",
     }
-
-
-def _described(settings: CompressionSettings) -> dict[str, Any]:
-    return {field: getattr(settings, field) for field in SETTINGS}
 
 
 def _read(file: Path, columns: list[str]) -> list[Row]:

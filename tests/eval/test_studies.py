@@ -2,9 +2,12 @@
 
 import csv
 import json
+import math
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -90,6 +93,97 @@ def test_closeness_falls_with_the_rate_in_both_measures(model_directory, tmp_pat
     for measure in ("divergence", "agreement"):
         assert "±" in (tmp_path / f"{measure}.md").read_text()
         assert (tmp_path / f"{measure}.png").stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Path:
+    """Marks the tokens whose first feature is positive."""
+    made = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Gather", ["tokens", "first"], ["feature"], axis=2),
+            onnx.helper.make_node("Sigmoid", ["feature"], ["map"]),
+        ],
+        "decoder",
+        [made("tokens", 1, ["batch", "tokens", 48]), made("pictures", 1, ["batch", 3, 28, 28])],
+        [made("map", 1, ["batch", "tokens"])],
+        [onnx.numpy_helper.from_array(np.array(0), "first")],
+    )
+    file = tmp_path_factory.mktemp("decoder") / "decoder.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8), file)
+    return file
+
+
+def test_features_and_maps_are_the_less_like_dense_the_higher_the_rate(model_directory, decoder, tmp_path):
+    arguments = ["features", "--model", model_directory, "--decoder", decoder, "--pictures", 60, "--samples", 20]
+    arguments += ["--eval-samples", 30, "--batch-size", 16, "--seeds", 0, 1, "--out", tmp_path]
+    arguments += ["--lines", "wanda", "oats", "--rates", "0.1", "0.7"]
+    done = _study("accuracy_table", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "30 pictures to measure on, 30 others to draw from" in done.stderr
+    file = tmp_path / "accuracy_table.csv"
+    rows = {(row["method"], row["seed"], float(row["rate"])): row for row in _rows(file)}
+    assert len(rows) == 2 * 2 * 2
+    for method in ("wanda", "oats"):
+        first, second = (float(rows[method, seed, 0.7]["error"]) for seed in "01")
+        assert first != second  # of other calibration pictures
+        for seed in "01":
+            slight, strong = rows[method, seed, 0.1], rows[method, seed, 0.7]
+            assert 0 < 2 * float(slight["error"]) < float(strong["error"])
+            assert 1 >= float(slight["cosine"]) > float(strong["cosine"])
+            assert 1 >= float(slight["iou"]) > float(strong["iou"])
+            assert 0 < float(slight["solver_seconds"]) < float(slight["seconds"])
+    for measure in ("error", "cosine", "iou", "solver_seconds", "seconds"):
+        assert (tmp_path / f"{measure}.md").read_text().count("±") > 4
+        assert (tmp_path / f"{measure}.png").stat().st_size > 5000
+
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    again = _study("accuracy_table", *arguments)
+    assert "1/1" in again.stderr
+    assert [float(row["error"]) for row in _rows(file)] == [float(row["error"]) for row in rows.values()]
+
+
+def test_pictures_to_measure_on_are_in_no_calibration_set(model_directory, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (28, 28), "red").save(folder / f"{i}.png")
+    arguments = ["features", "--model", model_directory, "--data", folder, "--out", tmp_path]
+    twice = _study("accuracy_table", *arguments, "--samples", 4, "--eval-samples", 4)
+    assert twice.returncode != 0
+    assert "is the same picture as" in twice.stderr
+    few = _study("accuracy_table", *arguments, "--samples", 5, "--eval-samples", 4)
+    assert few.returncode != 0
+    assert "has 8 pictures: too few for 5 to calibrate with and 4 others" in few.stderr
+    assert not (tmp_path / "accuracy_table.csv").exists()
+
+
+def test_a_decoder_that_is_not_there_is_a_clear_error(model_directory, tmp_path):
+    arguments = ["features", "--model", model_directory, "--out", tmp_path]
+    done = _study("accuracy_table", *arguments, "--decoder", tmp_path / "decoder.onnx")
+    assert done.returncode != 0
+    assert "decoder.onnx does not exist" in done.stderr
+
+
+def test_texts_in_the_accuracy_table_lose_the_logarithm_of_their_perplexity(language_directory, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on the mat\n" * 40)
+    arguments = ["texts", "--model", language_directory, "--data", "demo", "--samples", 4, "--sequence-length", 64]
+    arguments += ["--eval-data", text, "--seeds", 0, "--lines", "wanda", "--rates", "0.5", "--out", tmp_path]
+    done = _study("accuracy_table", *arguments)
+    assert done.returncode == 0, done.stderr
+    (row,) = _rows(tmp_path / "accuracy_table.csv")
+    lost = math.log(float(row["perplexity"])) - math.log(float(row["dense_perplexity"]))
+    assert f"| wanda | {lost:.4f} ± 0.0000 |" in (tmp_path / "loss.md").read_text()
+
+
+def test_closeness_of_each_line_of_the_accuracy_table(model_directory, tmp_path):
+    arguments = ["closeness", "--model", model_directory, "--samples", 20, "--eval-samples", 50, "--seeds", 0]
+    done = _study("accuracy_table", *arguments, "--rates", "0.5", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "divergence.md").read_text().splitlines()[4:]
+    assert len(set(lines)) == len(lines) == len(_rows(tmp_path / "accuracy_table.csv")) >= 4
 
 
 def test_a_file_of_another_study_is_left_alone(model_directory, tmp_path):
