@@ -17,7 +17,7 @@ VARIANTS = {
     "thresholds: layer": {"pattern": "layer"},
     "thresholds: layer, scaling: none": {"pattern": "layer", "scaling": "none"},
     "qkv: joint": {"fused_qkv": "joint"},
-    "refit": {"refit": True},
+    "refit": {"quality": "fast"},
 }
 
 
@@ -25,13 +25,16 @@ def main() -> None:
     flags = picture_parser(__doc__, "results/ablations")
     flags.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     args = flags.parse_args()
-    defaults = {"scaling": "second_moment", "pattern": "row", "fused_qkv": "split", "refit": False}
+    defaults = {"scaling": "second_moment", "pattern": "row", "fused_qkv": "split", "quality": "plain"}
     names = {tuple((defaults | changes).values()): name for name, changes in VARIANTS.items()}
     cells = [{"rate": rate, **defaults, **changes} for rate in args.rates for changes in VARIANTS.values()]
     rows = run(Pictures(args), args, "ablations", cells)
-    values = collect(
-        rows, lambda row: names[row["scaling"], row["pattern"], row["fused_qkv"], row["refit"] == "True"], "rate"
-    )
+
+    def line(row: dict[str, str]) -> str:
+        quality = "fast" if row["refit"] == "True" else "plain"
+        return names[row["scaling"], row["pattern"], row["fused_qkv"], quality]
+
+    values = collect(rows, line, "rate")
     show(rows, values, f"{rows[0]['model']}, ablations", "rate", args.out / "ablations")
 
 

@@ -24,9 +24,15 @@ from study import SETTINGS, collect, described, parser, picture_parser, run, set
 # name -> settings, in the order of the table; each is given every rate
 LINES: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda"},
-    "sparsegpt-row": {"method": "sparsegpt", "pattern": "row"},
-    "oats-plain": {"method": "oats", "refit": False},
-    "oats": {"method": "oats"},
+    "wanda+targets": {"method": "wanda", "targets": True},
+    "sparsegpt": {"method": "sparsegpt", "pattern": "row"},
+    "sparsegpt+targets": {"method": "sparsegpt", "pattern": "row", "targets": True},
+    "plain": {"quality": "plain"},
+    "fast": {"quality": "fast"},
+    "joint": {"quality": "fast", "joint": True},
+    "joint+targets": {"sensitivity": False},
+    "best": {},
+    "best+budgets": {"budget": "measured"},
 }
 RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
 SECONDS = {"solver_seconds": "seconds of the solver", "seconds": "seconds of the whole compression"}

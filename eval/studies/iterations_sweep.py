@@ -19,7 +19,7 @@ def main() -> None:
     flags.add_argument("--solvers", nargs="+", default=["fast", "exact"])
     args = flags.parse_args()
     cells = [
-        {"rate": args.rate, "iterations": count, "solver": solver, "tolerance": 0.0, "refit": False}
+        {"rate": args.rate, "iterations": count, "solver": solver, "tolerance": 0.0, "quality": "plain"}
         for solver in args.solvers
         for count in args.iterations
     ]

@@ -172,16 +172,21 @@ def _append(file: Path, row: Row, columns: list[str]) -> None:
 
 def parse_methods(flags: argparse.ArgumentParser, methods: list[str], rates: list[float]) -> argparse.Namespace:
     """Parse the flags of a table of methods, what `method_cells` reads among them."""
-    flags.add_argument("--methods", nargs="+", default=methods, help="oats-plain: without the refit")
+    flags.add_argument("--methods", nargs="+", default=methods, help="oats-fast, oats-plain: of that quality")
     flags.add_argument("--rates", type=float, nargs="+", default=rates)
     flags.add_argument("--rank-ratio", type=float, nargs="+", default=[0.2], help="of OATS")
     return flags.parse_args()
 
 
 def method_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Settings for each of `--methods` (`oats-plain`: no refit) and `--rates`; OATS for each `--rank-ratio`."""
+    """Settings for each of `--methods` (`oats-plain`: that quality) and `--rates`; OATS for each `--rank-ratio`."""
     return [
-        {"method": method.removesuffix("-plain"), "refit": method == "oats", "rate": rate, "rank_ratio": ratio}
+        {
+            "method": method.partition("-")[0],
+            "quality": method.partition("-")[2] or ("best" if method == "oats" else None),
+            "rate": rate,
+            "rank_ratio": ratio,
+        }
         for rate in args.rates
         for method in args.methods
         for ratio in (args.rank_ratio if "oats" in method else [None])
@@ -192,7 +197,8 @@ def method_line(row: Row) -> str:
     """A method's name in tables."""
     if row["method"] != "oats":
         return row["method"]
-    return f"oats{' without refit' * (row['refit'] == 'False')}, rank ratio {row['rank_ratio']}"
+    quality = "" if row["joint"] == "True" else ", fast" if row["refit"] == "True" else ", plain"
+    return f"oats{quality}, rank ratio {row['rank_ratio']}"
 
 
 Cells = dict[tuple[str, str], list[float]]
