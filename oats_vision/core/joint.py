@@ -59,7 +59,7 @@ def joint(
     outputs: Correlations | None = None,
     *,
     rounds: int = 16,
-    rho: tuple[float, float] = (0.05, 1.0),
+    rho: tuple[float, float] = (0.1, 0.4),
     relaxation: float = 1.6,
     tolerance: float = 0.01,
 ) -> Factors:

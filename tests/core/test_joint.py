@@ -57,7 +57,7 @@ def test_two_rounds_are_those_of_the_formulas(weight, with_outputs):
     A, C = weight.numpy() * both, G.numpy() / np.outer(d, d) + 0.01 * np.eye(N)
     D, U, L = start.S.numpy() * both, start.U.numpy() * e[:, None], (start.U @ start.V).numpy() * both
     Y = np.zeros_like(A)
-    for rho in (0.05, 1.0):
+    for rho in (0.1, 0.4):
         # Z minimises tr(F (A - L - Z) C (A - L - Z)^T) / 2 + <Y, Z - D> + rho |Z - D|^2 / 2: the gradient is zero
         right = F @ (A - L) @ C - Y + rho * D
         Z = np.linalg.solve(np.kron(F, C) + rho * np.eye(M * N), right.ravel()).reshape(M, N)

@@ -80,7 +80,8 @@ class OATS(LinearMethod):
             if settings.joint:
                 factors = joint(weight, factors, budget, statistic.correlations(), outputs)
             if settings.refit:
-                factors = refit(weight, factors, statistic.compute(), outputs)
+                rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
+                factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
         return factors
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
