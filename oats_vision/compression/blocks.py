@@ -25,6 +25,10 @@ from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock
 
 
+# of the memory for activations, where there are two streams: the share of each, and that of the gradients
+STREAM, GRADIENTS = 0.4, 0.2
+
+
 @dataclass(frozen=True)
 class Job:
     """What all blocks of a compression share.
@@ -60,7 +64,8 @@ class Job:
         """A job at its first block, whose inputs are those of the dense model."""
         gradients = dense = None
         if settings.sensitivity:
-            gradients = OutputGradients(model, structure, calls, memory=hidden.memory_limit, tell=clock.gradients)
+            memory = GRADIENTS / STREAM * hidden.memory_limit
+            gradients = OutputGradients(model, structure, calls, memory=memory, tell=clock.gradients)
         if settings.targets:
             dense = ActivationStore(hidden.memory_limit)
             for b in range(len(hidden)):

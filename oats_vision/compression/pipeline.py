@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression import methods
-from oats_vision.compression.blocks import Job
+from oats_vision.compression.blocks import STREAM, Job
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport
@@ -86,8 +86,8 @@ def compress(
         before(model)
         start += time.perf_counter() - tick  # which is no part of the compression
         clock, expected = Clock(plan.work, structure.family.unit, progress, start=start), expected_samples(calibration)
-        streams = 1 + settings.targets  # beside the compressed model's hidden states those of the dense one
-        with ActivationStore(activation_memory * 1e9 / streams) as hidden:
+        share = STREAM if settings.targets else 1.0
+        with ActivationStore(share * activation_memory * 1e9) as hidden:
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
             undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))

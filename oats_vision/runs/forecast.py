@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.calibration.capture import first_block_input
+from oats_vision.calibration.capture import INPUTS_KEPT, first_block_input
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.compression import methods
+from oats_vision.compression.blocks import GRADIENTS, STREAM
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
@@ -233,21 +234,32 @@ def _memory(
     logits = batch * tokens * head.out_features * hidden.element_size() if isinstance(head, nn.Linear) else 0
     method = methods.find(settings.method)
     if isinstance(method, LinearMethod):
-        empty = [method.statistic(settings, linear.in_features, torch.device("meta")) for linear in own]
-        statistics = sum(map(_bytes_of, empty))
+        empty = [_bytes_of(method.statistic(settings, linear.in_features, torch.device("meta"))) for linear in own]
+        pairs_of = [8 * linear.in_features * (linear.in_features + linear.out_features) for linear in own]
+        # one after another with targets, all of a block at once without
+        statistics = max(map(sum, zip(empty, pairs_of, strict=True))) if settings.targets else sum(empty)
+        statistics += sum(8 * linear.out_features**2 for linear in own) if settings.sensitivity else 0
         matrices, pairs = method.working_set(settings)
         solver = max(4 * matrices * linear.weight.numel() + pairs * linear.in_features**2 for linear in own)
     else:  # of the stream: its second moments and their eigenvectors, in float64
         statistics, solver = 8 * width**2, 4 * 8 * width**2
-    activations = samples * hidden.nbytes
-    kept = min(activations, int(activation_memory * 1e9))
+    one = hidden.nbytes
+    activations, kept = samples * one, min(samples * one, int(activation_memory * 1e9))
+    if settings.targets:
+        activations, kept = 2 * activations, 2 * min(samples * one, int(STREAM * activation_memory * 1e9))
+        waits = 2 + max(linear.in_features + linear.out_features for linear in own) / width
+        room = int(2 * STREAM * activation_memory * 1e9) - kept
+        waiting = min(int(2 * samples * one * waits), max(room, int(2 * batch * one * waits)))
+    else:
+        waiting = 0
+    gradients = min(samples, INPUTS_KEPT) * one * len(plan.blocks) if settings.sensitivity else 0
     weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     used = sum(weights.values())
     return Memory(
         libraries=max(memory_in_use(device) - used, 0) + (STARTED if device.type == "cpu" else 0),
         model=used,
-        activations=kept,
-        disk=activations - kept,
+        activations=kept + waiting + min(gradients, int(GRADIENTS * activation_memory * 1e9)),
+        disk=activations - kept + max(gradients - int(GRADIENTS * activation_memory * 1e9), 0),
         block=max(3 * inputs, inputs + forward + logits, statistics + max(forward, solver)),
         held_out=min(features, int(MEMORY)),
         so_far=peak_memory(device),
