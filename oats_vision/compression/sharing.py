@@ -5,6 +5,7 @@ error curves. owl, alphapruning: each block has a rate of its own, as published.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,7 +79,7 @@ def share_out(
 
 
 def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Allocation, total: int) -> list[Budget]:
-    """Whole ranks and non-zeros for what each part should keep, that come to the total but for less than one step.
+    """Whole ranks and non-zeros for what each part should keep, that come to the total, or less by no more than one step.
 
     Budgets are rounded down as uniform ones are; what that leaves over goes to those that lost most by it, in steps:
     a non-zero in each row, or one anywhere, or a rank where there is no sparse term.
@@ -94,19 +95,20 @@ def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Alloc
         replace(allocation, rate=1 - kept / (m * n)).budget(m, n) for (m, n), kept in zip(shapes, wanted, strict=True)
     ]
     sizes = [budget.parameters(m, n) for budget, (m, n) in zip(budgets, shapes, strict=True)]
-    left, lost = total - sum(sizes), [kept - size for kept, size in zip(wanted, sizes, strict=True)]
-    for i in sorted(range(len(shapes)), key=lambda i: -lost[i] / (shapes[i][0] * shapes[i][1])):
+    lost = [kept - size for kept, size in zip(wanted, sizes, strict=True)]
+    order = sorted(range(len(shapes)), key=lambda i: -lost[i] / math.prod(shapes[i]))
+    left, sparse = total - sum(sizes), allocation.rank_ratio < 1
+    for i in order:
         m, n = shapes[i]
-        sparse = allocation.rank_ratio < 1
-        step = (m if allocation.pattern.kind == "row" else 1) if sparse else m + n
+        step = m + n if not sparse else m if allocation.pattern.kind == "row" else 1
         count = min(left // step, max(round(lost[i]) // step, 1))
-        if count > 0 and sizes[i] + count * step <= m * n:
-            budget = budgets[i]
-            if sparse:
-                budgets[i] = replace(budget, nonzeros=budget.nonzeros + count * step)
-            else:
-                budgets[i] = replace(budget, rank=budget.rank + count)
-            left -= count * step
+        if count < 1 or sizes[i] + count * step > m * n:
+            continue
+        left -= count * step
+        if sparse:
+            budgets[i] = replace(budgets[i], nonzeros=budgets[i].nonzeros + count * step)
+        else:
+            budgets[i] = replace(budgets[i], rank=budgets[i].rank + count)
     return budgets
 
 
