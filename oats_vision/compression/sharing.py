@@ -79,7 +79,7 @@ def share_out(
 
 
 def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Allocation, total: int) -> list[Budget]:
-    """Whole ranks and non-zeros for what each part should keep, that come to the total, or less by no more than one step.
+    """Whole ranks and non-zeros for what each part should keep, that come to the total but for one step.
 
     Budgets are rounded down as uniform ones are; what that leaves over goes to those that lost most by it, in steps:
     a non-zero in each row, or one anywhere, or a rank where there is no sparse term.
@@ -101,7 +101,7 @@ def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Alloc
     for i in order:
         m, n = shapes[i]
         step = m + n if not sparse else m if allocation.pattern.kind == "row" else 1
-        count = min(left // step, max(round(lost[i]) // step, 1))
+        count = min(left // step, math.ceil(lost[i] / step))
         if count < 1 or sizes[i] + count * step > m * n:
             continue
         left -= count * step
