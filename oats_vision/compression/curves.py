@@ -13,7 +13,7 @@ from oats_vision.core.oats import arithmetic, normalised
 
 # densities at which a curve is measured, as multiples of the global one: no linear gets more, or less, than the ends.
 # Far from there the errors of layers no longer add up, and what each costs alone says little.
-DENSITIES = (0.67, 0.82, 1.0, 1.22, 1.5)
+DENSITIES = (0.67, 1.0, 1.5)
 LOWEST, HIGHEST = 0.02, 0.98  # rates
 
 
