@@ -86,11 +86,11 @@ def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Alloc
 
     Args:
         shapes: of the parts. wanted: parameters that each keeps; scaled down if they add up to more than the total.
-
-    Raises:
-        ValueError: a part is left without rank or non-zeros.
     """
-    wanted = [kept * min(1.0, total / sum(wanted)) for kept in wanted]
+    least = [_least(m, n, allocation) for m, n in shapes]
+    above = [max(kept - low, 0.0) for kept, low in zip(wanted, least, strict=True)]
+    scale = min(1.0, max(total - sum(least), 0.0) / max(sum(above), 1e-9))
+    wanted = [low + scale * more for low, more in zip(least, above, strict=True)]
     budgets = [
         replace(allocation, rate=1 - kept / (m * n)).budget(m, n) for (m, n), kept in zip(shapes, wanted, strict=True)
     ]
@@ -110,6 +110,14 @@ def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Alloc
         else:
             budgets[i] = replace(budgets[i], rank=budgets[i].rank + count)
     return budgets
+
+
+def _least(m: int, n: int, allocation: Allocation) -> float:
+    """Parameters that leave a weight (m, n) a rank and a non-zero, in each row if they are by row."""
+    ratio = allocation.rank_ratio
+    rank = (m + n) / ratio if ratio > 0 else 0.0
+    nonzeros = (m if allocation.pattern.kind == "row" else 1) / (1 - ratio) if ratio < 1 else 0.0
+    return max(rank, nonzeros)
 
 
 def _measured(
