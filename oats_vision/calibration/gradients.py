@@ -35,8 +35,8 @@ def output_sensitivity(
     to the first order if errors at two outputs or two tokens do not add up or cancel.
 
     y are the hidden states after the final norm, with v of independent signs. Of a model with a head they are its
-    logits, with v = e_c - p for a class c drawn from the probabilities p: J^T J is then the Fisher information, and
-    half of the change the Kullback-Leibler divergence of the probabilities.
+    logits, with v such that the mean of v v^T is diag(p) - p p^T, p the probabilities: J^T J is then the Fisher
+    information, and half of the change the Kullback-Leibler divergence of the probabilities.
 
     The model runs once on the batches whose inputs `calls` kept, and each block once more for each projection: one
     block's graph is in memory at a time, and only gradients at the linears' outputs are kept.
@@ -101,12 +101,11 @@ class DenseRun:
             mask: true for tokens that count, (batch, tokens).
         """
         output = self.output.detach().float()
+        v = torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
         if self.logits:
-            p = output.softmax(-1).cpu()
-            drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(*p.shape[:-1], 1)
-            v = torch.zeros_like(p).scatter_(-1, drawn, 1.0).sub_(p)
-        else:
-            v = torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1)
+            p = output.softmax(-1)
+            v *= p.sqrt()
+            v -= p * v.sum(-1, keepdim=True)
         v = v.to(self.output)
         if mask is not None and mask.shape == v.shape[:2]:
             v = v * mask.to(v)[..., None]

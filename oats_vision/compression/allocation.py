@@ -31,19 +31,35 @@ def lower_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def refined(points: Sequence[Point], steps: int = STEPS) -> list[Point]:
-    """A curve with points between those that were measured: errors fall about exponentially with what is kept.
+    """A curve with points between those that were measured: the parabola through the logarithms of the costs.
+
+    Errors fall about exponentially with what is kept. Straight lines between the points would have corners there, at
+    which many parts would stop.
 
     Args:
-        points: with costs of at least 0, of which the logarithm is interpolated.
+        points: with costs of at least 0. With a cost of 0 among them, those are on lines.
     """
-    fine: list[Point] = []
-    points = sorted(points)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        for k in range(steps):
-            t = k / steps
-            y = y0 ** (1 - t) * y1**t if min(y0, y1) > 0 else y0 + t * (y1 - y0)
-            fine.append((x0 + t * (x1 - x0), y))
+    points = sorted(dict(points).items())
+    if min(y for _, y in points) <= 0:
+        fine = [
+            (_between(x0, x1, k / steps), _between(y0, y1, k / steps))
+            for (x0, y0), (x1, y1) in pairwise(points)
+            for k in range(steps)
+        ]
+    else:
+        logs = [(x, math.log(y)) for x, y in points]
+        xs = [_between(x0, x1, k / steps) for (x0, _), (x1, _) in pairwise(points) for k in range(steps)]
+        fine = [(x, math.exp(_polynomial(logs, x))) for x in xs]
     return [*fine, *points[-1:]]
+
+
+def _between(a: float, b: float, share: float) -> float:
+    return a + share * (b - a)
+
+
+def _polynomial(points: Sequence[Point], x: float) -> float:
+    """The value at x of the polynomial through all points (Lagrange)."""
+    return sum(y * math.prod((x - other) / (own - other) for other, _ in points if other != own) for own, y in points)
 
 
 def allocate(curves: Sequence[Sequence[Point]], total: float) -> list[float]:
@@ -90,14 +106,6 @@ def cost_at(curve: Sequence[Point], parameters: float) -> float:
         return curve[min(i, len(curve) - 1)][1]
     (x0, y0), (x1, y1) = curve[i - 1], curve[i]
     return y0 + (y1 - y0) * (parameters - x0) / (x1 - x0)
-
-
-def spread(scores: Sequence[float], sizes: Sequence[int], lowest: float, highest: float) -> list[float]:
-    """Scores moved and stretched to lie between two values."""
-    least, most = min(scores), max(scores)
-    if math.isclose(least, most):
-        return [(lowest + highest) / 2] * len(scores)
-    return [lowest + (highest - lowest) * (score - least) / (most - least) for score in scores]
 
 
 def _slope(a: Point, b: Point) -> float:

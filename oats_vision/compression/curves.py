@@ -11,8 +11,9 @@ from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.core.oats import arithmetic, normalised
 
-# rates at which a curve is measured, less the global one: no linear is given more or less than the ends
-OFFSETS = (-0.3, -0.15, 0.0, 0.1, 0.2)
+# densities at which a curve is measured, as multiples of the global one: no linear gets more, or less, than the ends.
+# Far from there the errors of layers no longer add up, and what each costs alone says little.
+DENSITIES = (0.67, 1.0, 1.5)
 LOWEST, HIGHEST = 0.02, 0.98  # rates
 
 
@@ -60,7 +61,7 @@ def error_curve(
     rough, W, (m, n) = method.rough(settings), arithmetic(weight), weight.shape
     H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
     points: list[Point] = []
-    for rate in sorted({min(max(settings.rate + offset, LOWEST), HIGHEST) for offset in OFFSETS}):
+    for rate in sorted({max(1 - multiple * (1 - settings.rate), LOWEST) for multiple in DENSITIES}):
         try:
             budget = replace(settings.allocation, rate=rate).budget(m, n)
         except ValueError:

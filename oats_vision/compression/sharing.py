@@ -5,6 +5,7 @@ error curves. owl, alphapruning: each block has a rate of its own, as published.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,36 +79,45 @@ def share_out(
 
 
 def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Allocation, total: int) -> list[Budget]:
-    """Whole ranks and non-zeros for what each part should keep, that come to the total but for less than one step.
+    """Whole ranks and non-zeros for what each part should keep, that come to the total but for one step.
 
     Budgets are rounded down as uniform ones are; what that leaves over goes to those that lost most by it, in steps:
     a non-zero in each row, or one anywhere, or a rank where there is no sparse term.
 
     Args:
         shapes: of the parts. wanted: parameters that each keeps; scaled down if they add up to more than the total.
-
-    Raises:
-        ValueError: a part is left without rank or non-zeros.
     """
-    wanted = [kept * min(1.0, total / sum(wanted)) for kept in wanted]
+    least = [_least(m, n, allocation) for m, n in shapes]
+    above = [max(kept - low, 0.0) for kept, low in zip(wanted, least, strict=True)]
+    scale = min(1.0, max(total - sum(least), 0.0) / max(sum(above), 1e-9))
+    wanted = [low + scale * more for low, more in zip(least, above, strict=True)]
     budgets = [
         replace(allocation, rate=1 - kept / (m * n)).budget(m, n) for (m, n), kept in zip(shapes, wanted, strict=True)
     ]
     sizes = [budget.parameters(m, n) for budget, (m, n) in zip(budgets, shapes, strict=True)]
-    left, lost = total - sum(sizes), [kept - size for kept, size in zip(wanted, sizes, strict=True)]
-    for i in sorted(range(len(shapes)), key=lambda i: -lost[i] / (shapes[i][0] * shapes[i][1])):
+    lost = [kept - size for kept, size in zip(wanted, sizes, strict=True)]
+    order = sorted(range(len(shapes)), key=lambda i: -lost[i] / math.prod(shapes[i]))
+    left, sparse = total - sum(sizes), allocation.rank_ratio < 1
+    for i in order:
         m, n = shapes[i]
-        sparse = allocation.rank_ratio < 1
-        step = (m if allocation.pattern.kind == "row" else 1) if sparse else m + n
-        count = min(left // step, max(round(lost[i]) // step, 1))
-        if count > 0 and sizes[i] + count * step <= m * n:
-            budget = budgets[i]
-            if sparse:
-                budgets[i] = replace(budget, nonzeros=budget.nonzeros + count * step)
-            else:
-                budgets[i] = replace(budget, rank=budget.rank + count)
-            left -= count * step
+        step = m + n if not sparse else m if allocation.pattern.kind == "row" else 1
+        count = min(left // step, math.ceil(lost[i] / step))
+        if count < 1 or sizes[i] + count * step > m * n:
+            continue
+        left -= count * step
+        if sparse:
+            budgets[i] = replace(budgets[i], nonzeros=budgets[i].nonzeros + count * step)
+        else:
+            budgets[i] = replace(budgets[i], rank=budgets[i].rank + count)
     return budgets
+
+
+def _least(m: int, n: int, allocation: Allocation) -> float:
+    """Parameters that leave a weight (m, n) a rank and a non-zero, in each row if they are by row."""
+    ratio = allocation.rank_ratio
+    rank = (m + n) / ratio if ratio > 0 else 0.0
+    nonzeros = (m if allocation.pattern.kind == "row" else 1) / (1 - ratio) if ratio < 1 else 0.0
+    return max(rank, nonzeros)
 
 
 def _measured(

@@ -53,7 +53,9 @@ def test_each_part_keeps_its_least_and_a_total_below_that_is_an_error():
         allocate(curves, 8)
 
 
-def test_between_points_the_logarithm_of_the_cost_is_on_a_line():
-    fine = refined([(0, 8.0), (2, 2.0), (3, 0.0)], steps=2)
-    assert [x for x, _ in fine] == [0, 1, 2, 2.5, 3]
-    assert [y for _, y in fine] == pytest.approx([8, 4, 2, 1, 0])  # a zero has no logarithm
+def test_between_points_the_logarithm_of_the_cost_is_on_a_parabola():
+    fine = refined([(x, 2.0 ** -(x + x * x / 4)) for x in (0, 2, 6)], steps=2)
+    assert [x for x, _ in fine] == [0, 1, 2, 4, 6]
+    assert [y for _, y in fine] == pytest.approx([2.0 ** -(x + x * x / 4) for x in (0, 1, 2, 4, 6)])
+    assert refined([(0, 8.0), (2, 2.0), (3, 0.0)], steps=2) == [(0, 8), (1, 5), (2, 2), (2.5, 1), (3, 0)]
+    assert refined([(4, 3.0)]) == [(4, 3.0)]

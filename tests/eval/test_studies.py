@@ -205,3 +205,15 @@ def test_configs_are_valid(config):
     if config.parent.name == "paper":
         assert (run.solver, run.iterations, run.refit, run.tolerance) == ("exact", 80, False, 0.0)
         assert run.rank_ratio == {"llama3_8b": 0.3, "phi3_mini": 0.25, "phi3_medium": 0.25}.get(config.stem, 0.2)
+
+
+@pytest.mark.slow
+def test_budgets_are_compared_on_pictures_kept_apart(model_directory, tmp_path):
+    arguments = ["--model", model_directory, "--samples", 20, "--held-out", 30, "--seeds", 0, "--out", tmp_path]
+    done = _study("budgets", *arguments, "--methods", "wanda", "--rates", "0.5", "0.9")
+    assert done.returncode == 0, done.stderr
+    rows = _rows(tmp_path / "budgets.csv")
+    assert {row["budget"] for row in rows} == {"uniform", "measured", "owl", "alphapruning"}
+    error = {(row["budget"], row["rate"]): float(row["feature_error"]) for row in rows}
+    assert all(0 < error[budget, "0.5"] < error[budget, "0.9"] for budget, _ in error)
+    assert all(0.095 < float(row["parameters"]) <= 0.1 for row in rows if row["rate"] == "0.9")

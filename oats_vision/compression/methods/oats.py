@@ -84,6 +84,11 @@ class OATS(LinearMethod):
                 factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
         return factors
 
+    def rough(self, settings: CompressionSettings) -> CompressionSettings:
+        few = min(settings.iterations, ROUGH_ITERATIONS)
+        quick = {"solver": "fast", "iterations": few, "tolerance": 0.0, "joint": False}
+        return settings.model_copy(update=quick)
+
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)
         return matrices + 8 * (settings.rank_ratio == "auto"), moments  # the results for the other rank ratios
