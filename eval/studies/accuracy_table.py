@@ -31,8 +31,8 @@ LINES: dict[str, dict[str, Any]] = {
     "fast": {"quality": "fast"},
     "joint": {"quality": "fast", "joint": True},
     "joint+targets": {"sensitivity": False},
+    "joint+targets+sensitivity": {"budget": "uniform"},
     "best": {},
-    "best+budgets": {"budget": "measured"},
 }
 RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
 SECONDS = {"solver_seconds": "seconds of the solver", "seconds": "seconds of the whole compression"}

@@ -24,7 +24,6 @@ from oats_vision.models.values import check_storable, round_to
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock
 
-
 # of the memory for activations, where there are two streams: the share of each, and that of the gradients
 STREAM, GRADIENTS = 0.4, 0.2
 

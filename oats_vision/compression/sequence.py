@@ -31,8 +31,8 @@ from oats_vision.core.target import propagated_target
 from oats_vision.models.structure import in_experts
 from oats_vision.models.values import round_to
 
-# how much a feature must tell before it changes the weight, as a share of its mean square: text has fewer tokens
-DAMPING = {"pictures": 0.01, "sequences": 0.1}
+# how much must be known before it changes the weight, as a share of the features' mean square: of text there is less
+DAMPING = {"pictures": 0.03, "sequences": 0.1}
 
 
 def compress_block(

@@ -33,11 +33,7 @@ class _Shared(BaseModel):
     joint: bool | None
     targets: bool | None
     sensitivity: bool | None
-    budget: Budgets = Field(
-        "uniform",
-        description="how the rate is shared out: each linear alike; measured: by what each costs the output; "
-        "owl, alphapruning: blocks by outliers, or spectra",
-    )
+    budget: Budgets | None
     error_tolerance: float = Field(
         0.05, ge=0, description="with rank ratio auto: share by which a layer's error may exceed the lowest"
     )
@@ -78,6 +74,7 @@ class CompressionSettings(_Shared):
     joint: bool = False  # which checkpoints of earlier versions do not name
     targets: bool = False
     sensitivity: bool = False
+    budget: Budgets = "uniform"
 
     @property
     def allocation(self) -> Allocation:
@@ -109,10 +106,15 @@ class CompressionOptions(_Shared):
         None,
         description="non-zeros by row, by layer or N:M, such as 2:4 [default: row; baselines: their own]",
     )
+    budget: Budgets | None = Field(
+        None,
+        description="how the rate is shared out: each linear alike; measured: by what each costs the output; "
+        "owl, alphapruning: blocks by outliers, or spectra [default: measured with quality best, else uniform]",
+    )
     quality: Quality | None = Field(
         None,
-        description="best: joint, refit, targets and sensitivity; fast: refit alone; plain: the paper's algorithm "
-        "[default: best; for oats]",
+        description="best: joint, refit, targets, sensitivity and measured budgets; fast: refit alone; "
+        "plain: the paper's algorithm [default: best; for oats]",
     )
     refit: bool | None = Field(
         None,
@@ -157,6 +159,7 @@ class CompressionOptions(_Shared):
                 "rate": allocation.rate,
                 "rank_ratio": "auto" if self.rank_ratio == "auto" else allocation.rank_ratio,
                 "pattern": str(pattern),
+                "budget": self.budget or method.budget(self),
                 **method.levers(self),
             }
         )

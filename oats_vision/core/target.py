@@ -3,8 +3,8 @@
 A compressed layer reads x where the dense model's reads x'. In place of W, which maps x' to what is wanted, take the
 weight that comes closest to the wanted outputs t on the inputs that there are: the T of
 
-    min  E |t - T x|^2 + lambda |(T - W) d|^2,    d^2 the mean squares of x,
-    T = W + (E[t x^T] - W G) (G + lambda diag(d^2))^-1,    G = E[x x^T].
+    min  E |t - T x|^2 + lambda |T - W|^2,
+    T = W + (E[t x^T] - W G) (G + lambda I)^-1,    G = E[x x^T].
 
 t is what the dense layer gives, W x'. A layer that writes to the residual stream can make up for what has gone wrong
 there too: t = W x' + r / g, r the dense model's stream less the compressed one's before the layer's output is added,
@@ -24,7 +24,8 @@ def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: flo
         weight: W, (out_features, in_features).
         gram: G, mean of x x^T, (in_features, in_features), float64.
         wanted: mean of t x^T, (out_features, in_features), float64.
-        damping: lambda, above 0: how much a feature must tell before it changes W.
+        damping: lambda as a share of the features' mean square, above 0: how much must be known of a direction of the
+            inputs before it changes W. Outliers count in that mean as ten times the median.
 
     Returns:
         T, float64.
@@ -34,9 +35,11 @@ def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: flo
     """
     if not (gram.isfinite().all() and wanted.isfinite().all()):
         raise ValueError("the inputs' second moments are not finite")
-    W, d = weight.double(), column_scale(gram.diagonal())
+    W, squares = weight.double(), gram.diagonal()
+    d = column_scale(squares)  # in units of which the equations are well conditioned
+    level = squares.clamp_max(10 * squares.median()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
     C = gram / d / d[:, None]
-    C.diagonal().add_(damping)
+    C.diagonal().add_(damping * level / d.square())
     missed = (wanted - W @ gram) / d  # (out, in)
     factor, failed = torch.linalg.cholesky_ex(C)
     if failed:

@@ -128,7 +128,7 @@ def compress(
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
-    budget: Literal["uniform", "measured", "owl", "alphapruning"] = "uniform",
+    budget: Literal["uniform", "measured", "owl", "alphapruning"] | None = None,
     skip: str | Sequence[str] = (),
     storage_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     quality: Literal["best", "fast", "plain"] | None = None,

@@ -17,6 +17,7 @@ from oats_vision.runs.config import RunConfig, with_flags
 
 OUT = Path("oats_sweep")
 AXES = ("method", "rate", "rank_ratio", "pattern")
+OF_QUALITY = ("quality", "refit", "joint", "sensitivity")  # settings of methods that have a quality
 FOR_ONE_RUN = ("overwrite", "merge")  # settings that mean nothing here
 
 
@@ -120,7 +121,8 @@ def expand(
         cell = dict(zip(("method", "pattern", "rate", "rank_ratio"), values, strict=True))
         asked = cell["rate"]
         notes |= dict.fromkeys(_fit(cell))
-        others = {name: value for name, value in shared.items() if name != "refit" or cell["method"] == "oats"}
+        own = () if methods.find(cell["method"]).has_quality else OF_QUALITY
+        others = {name: value for name, value in shared.items() if name not in own}
         try:
             settings = resolve(**others | cell)
         except ConfigError as wrong:

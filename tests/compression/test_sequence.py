@@ -80,8 +80,9 @@ def test_each_target_is_that_of_the_formula_whatever_the_layer_scale(aimed_at, g
         wanted = z_dense @ W.T
         if name.endswith(("proj", "fc2")):
             wanted = wanted + (r_dense - r) / gain
-        d = z.square().mean(0).sqrt()
-        root = (0.01 * len(z)) ** 0.5 * torch.diag(d)
+        squares = z.square().mean(0)
+        level = squares.clamp_max(10 * squares.median()).mean()
+        root = (0.03 * len(z) * level).sqrt() * torch.eye(len(squares), dtype=z.dtype)
         solution = torch.linalg.lstsq(torch.cat([z, root]), torch.cat([wanted, root @ W.T])).solution.T
         parts = 3 if name.endswith("qkv") else 1
         found = torch.cat([next(targets) for _ in range(parts)])

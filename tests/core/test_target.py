@@ -33,9 +33,11 @@ def test_the_target_is_the_damped_least_squares_solution(seed, gain, outlier, da
     x, dense, lost = streams(seed, outlier)
     W = np.random.default_rng(seed + 1).standard_normal((OUT, IN))
     wanted = dense @ W.T + lost / gain  # of a linear that joins the stream through a LayerScale of `gain`
-    d = np.sqrt((x**2).mean(0))
-    # rows that ask for W, each as strongly as the damping says
-    stacked = np.vstack([x, np.sqrt(damping * TOKENS) * np.diag(d)])
+    squares = (x**2).mean(0)
+    middle = np.sort(squares)[(IN - 1) // 2]
+    # rows that ask for W, as strongly as the damping says
+    root = np.sqrt(damping * TOKENS * np.minimum(squares, 10 * middle).mean())
+    stacked = np.vstack([x, root * np.eye(IN)])
     solution = np.linalg.lstsq(stacked, np.vstack([wanted, np.sqrt(damping * TOKENS) * d[:, None] * W.T]), rcond=None)[
         0
     ]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.activations import ActivationStore
     from oats_vision.calibration.capture import BlockCalls
     from oats_vision.calibration.statistics import Statistic
-    from oats_vision.compression.settings import CompressionOptions, CompressionSettings
+    from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
     from oats_vision.core.joint import Correlations
     from oats_vision.core.oats import Factors
@@ -50,7 +50,7 @@ class Method(ABC):
             raise ValueError(f"rank_ratio must be {self.rank_ratio:g} (or left out) with method {self.name}")
         if not self.keeps_sparse and options.pattern not in (None, self.pattern):
             raise ValueError(f"pattern must be left out with method {self.name}: it keeps no sparse matrix")
-        if options.budget != "uniform":
+        if options.budget not in (None, "uniform"):
             self._check_budget(options)
         if options.quality and not self.has_quality:
             raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
@@ -61,6 +61,10 @@ class Method(ABC):
     def levers(self, options: CompressionOptions) -> dict[str, bool]:
         """Which of `refit`, `joint`, `targets` and `sensitivity` are used."""
         return {"refit": False, "joint": False, "targets": False, "sensitivity": False}
+
+    def budget(self, options: CompressionOptions) -> Budgets:
+        """How the rate is shared out where the user does not say."""
+        return "uniform"
 
     def needs(self, lever: str) -> str:
         """What a lever is for that cannot be used, in words that follow its name."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from oats_vision.calibration.statistics import Statistic
-    from oats_vision.compression.settings import CompressionOptions, CompressionSettings
+    from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
     from oats_vision.core.joint import Correlations
     from oats_vision.core.oats import Factors
@@ -42,6 +42,11 @@ class OATS(LinearMethod):
         targets = moments and best if options.targets is None else options.targets
         sensitivity = joint and (best if options.sensitivity is None else options.sensitivity)
         return {"refit": refit, "joint": joint, "targets": targets, "sensitivity": sensitivity}
+
+    def budget(self, options: CompressionOptions) -> Budgets:
+        """Measured with sensitivity, unless the pattern fixes each layer's density, or speed its rank ratio."""
+        free = options.pattern in (None, "row", "layer") and options.rank_ratio != "auto"
+        return "measured" if free and self.levers(options)["sensitivity"] else "uniform"
 
     def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
         from oats_vision.calibration.statistics import SCALES, Gram
