@@ -38,9 +38,7 @@ def test_the_target_is_the_damped_least_squares_solution(seed, gain, outlier, da
     # rows that ask for W, as strongly as the damping says
     root = np.sqrt(damping * TOKENS * np.minimum(squares, 10 * middle).mean())
     stacked = np.vstack([x, root * np.eye(IN)])
-    solution = np.linalg.lstsq(stacked, np.vstack([wanted, np.sqrt(damping * TOKENS) * d[:, None] * W.T]), rcond=None)[
-        0
-    ]
+    solution = np.linalg.lstsq(stacked, np.vstack([wanted, root * W.T]), rcond=None)[0]
     np.testing.assert_allclose(target(W, x, wanted, damping), solution.T, rtol=1e-6, atol=1e-8 * np.abs(solution).max())
 
 
