@@ -31,7 +31,7 @@ Command = Callable[..., None]
 # RunConfig's fields by panel, in the order of the help, and what stands for a value
 SETTINGS = {
     WHAT: {"model": "MODEL", "skip": "NAME", "image_size": "PIXELS", "pretrained": ""},
-    HOW_MUCH: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN"},
+    HOW_MUCH: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN", "recover": "STEPS"},
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
     OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
@@ -51,7 +51,7 @@ SETTINGS = {
 # and of them those of a sweep; the grid's may be given several times
 SWEEP = {
     WHAT: SETTINGS[WHAT],
-    GRID: SETTINGS[HOW_MUCH],
+    GRID: {name: metavar for name, metavar in SETTINGS[HOW_MUCH].items() if name != "recover"},
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: SETTINGS[EVALUATION],
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
