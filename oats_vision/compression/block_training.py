@@ -16,8 +16,6 @@ from oats_vision.compression.relative_steps import RelativeAdam, layer_sizes, ve
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sparse_low_rank import compressed_layers
 
-WEIGHT = ""
-NORM = None
 SHARE = 3e-3  # of an entry's size, that the largest steps move it
 WARM_UP = 0.1  # share of the steps in which they grow to that; then they fall as a cosine does
 LOOKS = 10  # at the held-out samples while a block is trained
@@ -31,12 +29,14 @@ class Streams:
     """The hidden states that blocks are given, batch by batch.
 
     hidden: in the compressed model. wanted: in the dense one; before block i is trained, what it made of them. calls:
-    what blocks are called with besides. learnt, judged: numbers of the batches to train on, and to judge by.
+    what blocks are called with besides. views: what is compared of the hidden states after each block. learnt, judged:
+    numbers of the batches to train on, and to judge by.
     """
 
     hidden: ActivationStore
     wanted: ActivationStore
     calls: BlockCalls
+    views: list[Callable[[Tensor], Tensor]]
     learnt: range
     judged: range
 
@@ -45,21 +45,12 @@ class Streams:
         x = self.hidden[batch].to(self.calls.device, dtype, copy=True)  # which the block may change
         return first_output(self.calls.call(index, batch).to(dtype).run(block, x))
 
-    def errors(self, batch: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    def errors(self, index: int, batch: int, y: Tensor) -> tuple[Tensor, Tensor]:
         """Squares of y - wanted and of wanted, summed over the tokens that are no padding, in float32 or better."""
         wanted, mask = self.wanted[batch].to(y.device, y.dtype), self.calls.masks[batch]
         if mask is not None and mask.shape == y.shape[:2]:
             y, wanted = y[mask.to(y.device)], wanted[mask.to(y.device)]
-        if WEIGHT == "token":
-            w = wanted.square().mean(-1, keepdim=True)
-            return ((y - wanted).square() / w).sum(), (wanted.square() / w).sum()
-        if WEIGHT == "ln":
-            a, b = NORM(y), NORM(wanted)
-            return (a - b).square().sum(), b.square().sum()
-        if WEIGHT == "feature":
-            if not hasattr(self, "fw"):
-                self.fw = torch.cat([self.wanted[i].flatten(0, 1) for i in range(4)]).var(0) + 1e-9
-            return ((y - wanted).square() / self.fw).sum(), (wanted.square() / self.fw).sum()
+        y, wanted = self.views[index](y), self.views[index](wanted)
         return (y - wanted).square().sum(), wanted.square().sum()
 
 
@@ -109,7 +100,7 @@ def train_block(
         parameter.requires_grad_()
     for step in range(1, steps + 1):
         with torch.enable_grad():
-            error, size = streams.errors(batch := next(order), streams.run(copy, index, batch, dtype))
+            error, size = streams.errors(index, batch := next(order), streams.run(copy, index, batch, dtype))
             (error / size).backward()  # type: ignore[no-untyped-call]
         adam.step(share * _schedule(step - 1, steps))
         if step in looks:
@@ -149,7 +140,7 @@ def _shuffled(batches: Sequence[int], seed: int) -> Iterator[int]:
 @torch.no_grad()
 def _held_out_error(block: nn.Module, index: int, streams: Streams, dtype: torch.dtype) -> float:
     """Relative error of the block's outputs on the batches to judge by."""
-    pairs = [streams.errors(b, streams.run(block, index, b, dtype)) for b in streams.judged]
+    pairs = [streams.errors(index, b, streams.run(block, index, b, dtype)) for b in streams.judged]
     error, size = (sum(map(float, column)) for column in zip(*pairs, strict=True))
     return math.sqrt(error / max(size, 1e-300))
 

@@ -22,6 +22,7 @@ from oats_vision.compression.block_training import Streams, train_block
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
 from oats_vision.compression.recovery_state import RecoveryState
+from oats_vision.compression.sensitivity import views
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.record import set_record, structure_of
@@ -93,7 +94,12 @@ def recover(
                 "the calibration data are not the same when they are read again: give a list, or a loader that neither "
                 "shuffles nor augments"
             )
-        streams = Streams(hidden, wanted, calls, *_shared_out(data.first_held_out, len(hidden)))
+        parts = _shared_out(data.first_held_out, len(hidden))
+        norm = structure_of(dense).final_norm
+        seen = views(
+            [twin for _, twin in twins], dense.get_submodule(norm) if norm else None, wanted, dense_calls, seed
+        )
+        streams = Streams(hidden, wanted, calls, seen, *parts)
         done = RecoveryReport(steps, seed, *(_samples(hidden, part) for part in (streams.learnt, streams.judged)))
         kept = RecoveryState.open(state, model, dense, {"steps": steps, "seed": seed}, data.digests)
         for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):

@@ -101,8 +101,8 @@ def _check_same(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) 
         if begun.get(name) != value:
             figures = f" ({begun.get(name)} there, {value} now)" * isinstance(value, int)
             raise ConfigError(
-                f"{folder} holds another recovery, which differs in {name}{figures}: give the same again, or delete the "
-                "folder to begin anew"
+                f"{folder} holds another recovery, which differs in {name}{figures}: give the same again, or delete "
+                "the folder to begin anew"
             )
 
 

@@ -156,6 +156,7 @@ class PreparedRun:
             held_out=0 if others is None else expected_samples(others) or 0,
             batch_size=config.batch_size or 1,
             activation_memory=config.activation_memory,
+            recover=config.recover,
         )
 
     def calibration_set(self, model: nn.Module, batches: Batches | Sequences, display: Display) -> CalibrationSet:
