@@ -29,14 +29,12 @@ class Streams:
     """The hidden states that blocks are given, batch by batch.
 
     hidden: in the compressed model. wanted: in the dense one; before block i is trained, what it made of them. calls:
-    what blocks are called with besides. views: what is compared of the hidden states after each block. learnt, judged:
-    numbers of the batches to train on, and to judge by.
+    what blocks are called with besides. learnt, judged: numbers of the batches to train on, and to judge by.
     """
 
     hidden: ActivationStore
     wanted: ActivationStore
     calls: BlockCalls
-    views: list[Callable[[Tensor], Tensor]]
     learnt: range
     judged: range
 
@@ -45,12 +43,11 @@ class Streams:
         x = self.hidden[batch].to(self.calls.device, dtype, copy=True)  # which the block may change
         return first_output(self.calls.call(index, batch).to(dtype).run(block, x))
 
-    def errors(self, index: int, batch: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    def errors(self, batch: int, y: Tensor) -> tuple[Tensor, Tensor]:
         """Squares of y - wanted and of wanted, summed over the tokens that are no padding, in float32 or better."""
         wanted, mask = self.wanted[batch].to(y.device, y.dtype), self.calls.masks[batch]
         if mask is not None and mask.shape == y.shape[:2]:
             y, wanted = y[mask.to(y.device)], wanted[mask.to(y.device)]
-        y, wanted = self.views[index](y), self.views[index](wanted)
         return (y - wanted).square().sum(), wanted.square().sum()
 
 
@@ -100,8 +97,8 @@ def train_block(
         parameter.requires_grad_()
     for step in range(1, steps + 1):
         with torch.enable_grad():
-            error, size = streams.errors(index, batch := next(order), streams.run(copy, index, batch, dtype))
-            (error / size).backward()  # type: ignore[no-untyped-call]
+            error, size = streams.errors(batch := next(order), streams.run(copy, index, batch, dtype))
+            (error / size).backward()
         adam.step(share * _schedule(step - 1, steps))
         if step in looks:
             found = _held_out_error(copy, index, streams, dtype)
@@ -140,7 +137,7 @@ def _shuffled(batches: Sequence[int], seed: int) -> Iterator[int]:
 @torch.no_grad()
 def _held_out_error(block: nn.Module, index: int, streams: Streams, dtype: torch.dtype) -> float:
     """Relative error of the block's outputs on the batches to judge by."""
-    pairs = [streams.errors(index, b, streams.run(block, index, b, dtype)) for b in streams.judged]
+    pairs = [streams.errors(b, streams.run(block, index, b, dtype)) for b in streams.judged]
     error, size = (sum(map(float, column)) for column in zip(*pairs, strict=True))
     return math.sqrt(error / max(size, 1e-300))
 

@@ -4,7 +4,6 @@ The inputs of block i come from the recovered blocks before it, its target is wh
 model's own hidden states: so the error that comes in is corrected too. Neither labels nor texts to predict are needed.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,7 @@ from oats_vision.calibration.capture import capture_block_calls, check_finite_st
 from oats_vision.compression.block_training import Streams, train_block
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
-from oats_vision.compression.recovery_state import RecoveryState
-from oats_vision.compression.sensitivity import views
+from oats_vision.compression.recovery_state import RecoveryState, digest_of
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.record import set_record, structure_of
@@ -94,13 +92,8 @@ def recover(
                 "the calibration data are not the same when they are read again: give a list, or a loader that neither "
                 "shuffles nor augments"
             )
-        parts = _shared_out(data.first_held_out, len(hidden))
-        norm = structure_of(dense).final_norm
-        seen = views(
-            [twin for _, twin in twins], dense.get_submodule(norm) if norm else None, wanted, dense_calls, seed
-        )
-        streams = Streams(hidden, wanted, calls, seen, *parts)
-        done = RecoveryReport(steps, seed, *(_samples(hidden, part) for part in (streams.learnt, streams.judged)))
+        streams = Streams(hidden, wanted, calls, *_shared_out(data.first_held_out, len(hidden)))
+        done = RecoveryReport(steps, seed, _samples(hidden, streams.learnt), _samples(hidden, streams.judged))
         kept = RecoveryState.open(state, model, dense, {"steps": steps, "seed": seed}, data.digests)
         for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):
             with torch.no_grad():
@@ -174,7 +167,7 @@ class _Read:
 
     def _pieces(self, data: Any, reader: Reader) -> Iterator[Any]:
         for piece in chain.from_iterable(map(_split, read_batches(data, reader))):
-            self.digests.append(hashlib.sha256(piece.tensor.detach().cpu().contiguous().view(-1).numpy()).hexdigest())
+            self.digests.append(digest_of(piece.tensor))
             yield piece.values if piece.by_name else piece.tensor
 
 

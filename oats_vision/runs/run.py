@@ -257,7 +257,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     return model, PreparedRun(config, device, task, source_of(model), parameters, reader, asked, test)
 
 
-def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Transform]:
+def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Transform | None]:
     """The model to compress, and what makes its inputs."""
     return load_model(
         config.model,
