@@ -38,8 +38,7 @@ class RunConfig(DataOptions, CompressionOptions):
     recover: int = Field(
         0,
         ge=0,
-        description="afterwards train what was kept, without labels, to give the dense model's outputs: steps for each "
-        "block (60 gain most of it, 300 a little more; 0: none)",
+        description="then train what was kept towards the dense outputs, so many steps a block (60)",
     )
     _settings: CompressionSettings = PrivateAttr()
 
