@@ -207,6 +207,8 @@ def compress(
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out
+    if not isinstance(recover, int) or recover < 0:
+        raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
     if recover and isinstance(calibration, Iterator):

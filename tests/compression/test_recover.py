@@ -224,6 +224,8 @@ def test_what_cannot_be_recovered_is_refused_in_a_line(model, twins, tiny_vit):
         recover(sliced, tiny_vit, data, steps=1)
     with pytest.raises(ConfigError, match="recover is for methods that keep"):
         ov.compress(tiny_vit, data, method="slicegpt", rate=0.3, recover=1)
+    with pytest.raises(ConfigError, match="recover must be a whole number of steps from 0 on, got -1"):
+        ov.compress(tiny_vit, data, recover=-1)
     with pytest.raises(ModelError, match="`dense` is another model"):
         recover(model, timm.create_model("vit_tiny_patch16_224", depth=1), data, steps=1)
 
