@@ -97,6 +97,9 @@ class _Recovery(_Closed):
     held_out: Count
     blocks: list[_BlockRecovery]
     seconds: Number
+    before: Number
+    after: Number
+    kept: bool
 
 
 class _Content(_Fields):

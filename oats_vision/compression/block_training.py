@@ -30,6 +30,8 @@ class Streams:
 
     hidden: in the compressed model. wanted: in the dense one; before block i is trained, what it made of them. calls:
     what blocks are called with besides. learnt, judged: numbers of the batches to train on, and to judge by.
+    features: what the dense model makes of its last block's output, by which that block is trained and judged: a
+    smaller error of the output alone may be a larger one of these.
     """
 
     hidden: ActivationStore
@@ -37,17 +39,21 @@ class Streams:
     calls: BlockCalls
     learnt: range
     judged: range
+    features: nn.Module
+    last: int
 
     def run(self, block: nn.Module, index: int, batch: int, dtype: torch.dtype) -> Tensor:
         """What block `index` in this precision makes of the compressed model's hidden states, with gradients."""
         x = self.hidden[batch].to(self.calls.device, dtype, copy=True)  # which the block may change
         return first_output(self.calls.call(index, batch).to(dtype).run(block, x))
 
-    def errors(self, batch: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    def errors(self, index: int, batch: int, y: Tensor) -> tuple[Tensor, Tensor]:
         """Squares of y - wanted and of wanted, summed over the tokens that are no padding, in float32 or better."""
         wanted, mask = self.wanted[batch].to(y.device, y.dtype), self.calls.masks[batch]
         if mask is not None and mask.shape == y.shape[:2]:
             y, wanted = y[mask.to(y.device)], wanted[mask.to(y.device)]
+        if index == self.last:
+            y, wanted = self.features(y), self.features(wanted)
         return (y - wanted).square().sum(), wanted.square().sum()
 
 
@@ -97,7 +103,7 @@ def train_block(
         parameter.requires_grad_()
     for step in range(1, steps + 1):
         with torch.enable_grad():
-            error, size = streams.errors(batch := next(order), streams.run(copy, index, batch, dtype))
+            error, size = streams.errors(index, batch := next(order), streams.run(copy, index, batch, dtype))
             (error / size).backward()
         adam.step(share * _schedule(step - 1, steps))
         if step in looks:
@@ -137,7 +143,11 @@ def _shuffled(batches: Sequence[int], seed: int) -> Iterator[int]:
 @torch.no_grad()
 def _held_out_error(block: nn.Module, index: int, streams: Streams, dtype: torch.dtype) -> float:
     """Relative error of the block's outputs on the batches to judge by."""
-    pairs = [streams.errors(b, streams.run(block, index, b, dtype)) for b in streams.judged]
+    return relative([streams.errors(index, b, streams.run(block, index, b, dtype)) for b in streams.judged])
+
+
+def relative(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The relative error of all batches, from the squares of each."""
     error, size = (sum(map(float, column)) for column in zip(*pairs, strict=True))
     return math.sqrt(error / max(size, 1e-300))
 

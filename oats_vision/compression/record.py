@@ -67,6 +67,8 @@ class RecoveryReport:
     """What a recovery did to a compressed model.
 
     steps: of each block. samples: that it was trained on. held_out: that it was judged by. seconds: of all of it.
+    before, after: relative errors of the final features there. kept: whether these gained; else all weights are those
+    from before.
     """
 
     steps: int
@@ -75,16 +77,19 @@ class RecoveryReport:
     held_out: int
     blocks: list[BlockRecovery] = field(default_factory=list)
     seconds: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    kept: bool = True
 
     @property
     def summary(self) -> str:
         """What was gained, in a sentence."""
         gained = sum(block.step > 0 for block in self.blocks)
-        last = self.blocks[-1]
+        kept = "" if self.kept else " The features did not gain, and all weights are those from before."
         return (
             f"Recovered by {self.steps} steps a block on {self.samples:,} samples, judged by {self.held_out:,} others, "
             f"in {duration(self.seconds)}: {gained} of {count(len(self.blocks), 'block')} gained; relative error of "
-            f"the last one's output {last.before:.4f} -> {last.after:.4f}."
+            f"the features {self.before:.4f} -> {self.after:.4f}.{kept}"
         )
 
     @classmethod

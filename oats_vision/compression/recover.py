@@ -7,6 +7,7 @@ model's own hidden states: so the error that comes in is corrected too. Neither 
 import logging
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import capture_block_calls, check_finite_states
-from oats_vision.compression.block_training import Streams, train_block
+from oats_vision.calibration.capture import BlockCalls, capture_block_calls, check_finite_states
+from oats_vision.compression.block_training import Streams, relative, train_block
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
 from oats_vision.compression.recovery_state import RecoveryState, digest_of
@@ -49,7 +50,8 @@ def recover(
     """Train what a compression kept of a model's blocks, in place, towards the dense model's outputs.
 
     Of each block S's values on their positions, U, V, biases, the norms' weights and LayerScale take `steps` steps.
-    The weights that are best on held-out data are kept: a block that gains nothing there stays as it was.
+    The weights that are best on held-out data are kept: a block that gains nothing there stays as it was, and so do all
+    if the final features gain nothing.
 
     Args:
         model: compressed, by `compress` or as loaded from a checkpoint.
@@ -92,7 +94,15 @@ def recover(
                 "the calibration data are not the same when they are read again: give a list, or a loader that neither "
                 "shuffles nor augments"
             )
-        streams = Streams(hidden, wanted, calls, *_shared_out(data.first_held_out, len(hidden)))
+        last, norm = len(blocks) - 1, structure_of(dense).final_norm
+        features = deepcopy(dense.get_submodule(norm)) if norm else nn.Identity()
+        features_dtype = torch.promote_types(floating(dense).dtype, torch.float32)
+        features.to(features_dtype).requires_grad_(False)
+        streams = Streams(
+            hidden, wanted, calls, *_shared_out(data.first_held_out, len(hidden)), features=features, last=last
+        )
+        one_shot = [(p, p.detach().clone()) for _, block in blocks for p in block.parameters()]
+        outputs = {b: _through(blocks, calls, b, hidden[b]) for b in streams.judged}  # of the one-shot model
         done = RecoveryReport(steps, seed, _samples(hidden, streams.learnt), _samples(hidden, streams.judged))
         kept = RecoveryState.open(state, model, dense, {"steps": steps, "seed": seed}, data.digests)
         for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):
@@ -116,11 +126,17 @@ def recover(
                 _put(block, found.weights)
                 done.blocks.append(BlockRecovery(name, found.before, found.after, found.step, found.curve))
                 log.info("%s: held-out error %.4f -> %.4f (step %d)", name, found.before, found.after, found.step)
-            if i + 1 < len(blocks):
-                with torch.no_grad():
-                    for b in range(len(hidden)):
-                        hidden[b] = calls.run(block, i, b, hidden[b])
-                        check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
+            with torch.no_grad():
+                for b in range(len(hidden)) if i < last else streams.judged:
+                    hidden[b] = calls.run(block, i, b, hidden[b])
+                    check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
+        with torch.no_grad():
+            done.before = relative([streams.errors(last, b, y.to(features_dtype)) for b, y in outputs.items()])
+            done.after = relative([streams.errors(last, b, hidden[b].to(features_dtype)) for b in streams.judged])
+            if not done.after < done.before:
+                for parameter, value in one_shot:
+                    parameter.copy_(value)
+                done.kept, done.after = False, done.before
     done.seconds = time.perf_counter() - start
     progress(Step(1.0, len(blocks), len(blocks), "done", done.blocks[-1].after))
     known = record(model)
@@ -193,6 +209,14 @@ def _shared_out(first_held_out: int | None, batches: int) -> tuple[range, range]
             f"{batches - first}: give more than {BATCH} samples, or smaller batches"
         )
     return range(first), range(first, batches)
+
+
+@torch.no_grad()
+def _through(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, batch: int, x: Tensor) -> Tensor:
+    """What all blocks make of a batch's first hidden states."""
+    for i, (_, block) in enumerate(blocks):
+        x = calls.run(block, i, batch, x)
+    return x
 
 
 def _samples(hidden: ActivationStore, batches: range) -> int:

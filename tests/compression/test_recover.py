@@ -58,7 +58,9 @@ def test_outputs_come_closer_to_the_dense_ones_on_data_that_training_has_not_see
     done = recover(model, dense, batches(4, 0), held_out=batches(2, 1), steps=STEPS, progress=steps.append)
     assert error(model, dense, others) < 0.95 * before
     assert all(block.after < block.before for block in done.blocks)
-    assert (done.samples, done.held_out) == (32, 16)
+    assert (done.samples, done.held_out, done.kept) == (32, 16, True)
+    assert done.after == pytest.approx(error(model, dense, batches(2, 1)), rel=1e-3)
+    assert done.before == pytest.approx(error(twins[0], dense, batches(2, 1)), rel=1e-3)
     assert steps[-1].done == 1
     assert all(a.done <= b.done for a, b in itertools.pairwise(steps))
     assert not any(parameter.requires_grad for parameter in compressed_layers(model)["blocks.0.mlp.fc1"].parameters())
@@ -81,6 +83,7 @@ def test_a_block_that_does_not_gain_on_held_out_data_stays_as_it_was(model, twin
     done = recover(model, twins[1], batches(4, 0), steps=10)
     assert [block.step for block in done.blocks] == [0, 0, 0]
     assert all(block.after == block.before for block in done.blocks)
+    assert not done.kept
     assert all(len(block.curve) == 1 + block_training.PATIENCE for block in done.blocks)
     for name, tensor in twins[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
