@@ -176,9 +176,10 @@ def _accuracy(measured: Measured) -> list[list[str]]:
         for evaluation in measured.evaluations
         for row in evaluation.rows()
     ]
-    if cost := measured.cost:
-        where = f"{cost.samples:,} held-out {cost.unit}"
-        rows += [[one.name, "", one.figure, one.interval, "against dense, no labels", where] for one in cost.metrics]
+    for cost, when in ((measured.cost, ""), (measured.one_shot, ", one shot, before recovery")):
+        if cost:
+            where, how = f"{cost.samples:,} held-out {cost.unit}", f"against dense, no labels{when}"
+            rows += [[one.name, "", one.figure, one.interval, how, where] for one in cost.metrics]
     return rows
 
 
@@ -262,6 +263,7 @@ def _tables(
                 ("family", report.family),
                 ("parameters", f"{report.parameters:,} of {report.dense_parameters:,} in the compressed layers"),
                 ("calibration", f"{report.samples:,} {report.unit}"),
+                *([("recovery", report.recovery.summary)] if report.recovery else []),
                 ("computed in", config.content["dtype"]),
                 ("written by", f"{config.written_by}, format {config.content['format_version']}"),
                 ("SHA-256 of the weights", config.weights_sha256),

@@ -34,6 +34,7 @@ class Inspection:
             **{name: value for name, value in done.settings.model_dump().items() if value is not None},
             "calibration": f"{done.samples} {done.unit}",
             "time": shares(done.seconds),
+            **({"recovery": done.recovery.summary} if done.recovery else {}),
             **stream,
             "parameters of the layers": f"{done.parameters:,} of {done.dense_parameters:,} "
             f"({done.parameters / done.dense_parameters:.1%})",

@@ -82,6 +82,26 @@ class _Source(_Closed):
     dense_sha256: Sha256 | None = None
 
 
+class _BlockRecovery(_Closed):
+    name: Name
+    before: Number
+    after: Number
+    step: Count
+    curve: list[Annotated[list[Number], Field(min_length=2, max_length=2)]]
+
+
+class _Recovery(_Closed):
+    steps: Count
+    seed: int
+    samples: Count
+    held_out: Count
+    blocks: list[_BlockRecovery]
+    seconds: Number
+    before: Number
+    after: Number
+    kept: bool
+
+
 class _Content(_Fields):
     """The fields that reading relies on; others are for people."""
 
@@ -97,6 +117,7 @@ class _Content(_Fields):
     seconds: dict[str, Number]
     layers: list[_Layer]
     slicing: _Slicing | None
+    recovery: _Recovery | None = None
     generation_config: dict[str, Any] | None = None
     weights_sha256: Sha256
 

@@ -32,8 +32,7 @@ def print_finished(finished: FinishedRun, as_json: bool) -> None:
     config, result = finished.config, finished.result
     console = results()
     title = f"{config.model}: {finished.settings.summary}, stored in {finished.settings.storage_dtype}"
-    scores = finished.evaluation.rows() if finished.evaluation else []
-    console.print(tables.run_table(title, [*scores, *result.rows()]))
+    console.print(tables.run_table(title, [*finished.score_rows(), *result.rows()]))
     lines = [result.footnote, *_what_was_done(finished)]
     if not finished.evaluation and result.cost is None:
         lines.append(f"What it cost was not measured: {finished.task.eval_command(str(config.out))}")
@@ -58,5 +57,6 @@ def _what_was_done(finished: FinishedRun) -> list[str]:
         f"{shares(done.seconds)}; {duration(finished.seconds)} in all. "
         f"Peak memory {finished.peak_memory / 1e9:.2f} GB.",
         quality,
+        done.recovery.summary if done.recovery else "",
         f"Written: {', '.join(places)}.",
     ]

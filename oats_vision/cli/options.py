@@ -39,6 +39,7 @@ SETTINGS = {
         "pattern": "PATTERN",
         "quality": "QUALITY",
         "targets": "",
+        "recover": "STEPS",
     },
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
@@ -61,8 +62,8 @@ SETTINGS = {
 # and of them those of a sweep; the grid's may be given several times
 SWEEP = {
     WHAT: SETTINGS[WHAT],
-    GRID: {name: metavar for name, metavar in SETTINGS[HOW_MUCH].items() if name != "budget"},
-    HOW_MUCH: {"budget": SETTINGS[HOW_MUCH]["budget"]},
+    GRID: {name: SETTINGS[HOW_MUCH][name] for name in ("rate", "rank_ratio", "method", "pattern")},
+    HOW_MUCH: {name: SETTINGS[HOW_MUCH][name] for name in ("budget", "quality", "targets")},
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: SETTINGS[EVALUATION],
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},

@@ -11,6 +11,7 @@ from oats_vision.errors import ModelError
 from oats_vision.models.record import Record, record_of
 from oats_vision.nn.sliced import SlicedBlock, Slicing
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, compressed_layers
+from oats_vision.progress import count, duration
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,62 @@ class LayerReport:
         return cls(**own, spec=LayerSpec.from_dict(fields["spec"]), iterations=fields["rounds"])
 
 
+@dataclass(frozen=True)
+class BlockRecovery:
+    """How far a block's outputs were from the dense ones on held-out data, before and after it was trained.
+
+    before, after: relative errors; both with the recovered blocks before it. step: whose weights were kept; 0: those
+    from before. curve: steps and relative errors.
+    """
+
+    name: str
+    before: float
+    after: float
+    step: int
+    curve: list[tuple[int, float]]
+
+
+@dataclass
+class RecoveryReport:
+    """What a recovery did to a compressed model.
+
+    steps: of each block. samples: that it was trained on. held_out: that it was judged by. seconds: of all of it.
+    before, after: relative errors of the final features there. kept: whether these gained; else all weights are those
+    from before.
+    """
+
+    steps: int
+    seed: int
+    samples: int
+    held_out: int
+    blocks: list[BlockRecovery] = field(default_factory=list)
+    seconds: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    kept: bool = True
+
+    @property
+    def summary(self) -> str:
+        """What was gained, in a sentence."""
+        gained = sum(block.step > 0 for block in self.blocks)
+        kept = "" if self.kept else " The features did not gain, and all weights are those from before."
+        return (
+            f"Recovered by {self.steps} steps a block on {self.samples:,} samples, judged by {self.held_out:,} others, "
+            f"in {duration(self.seconds)}: {gained} of {count(len(self.blocks), 'block')} gained; relative error of "
+            f"the features {self.before:.4f} -> {self.after:.4f}.{kept}"
+        )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "RecoveryReport":
+        """The inverse of `asdict`. Raises KeyError, TypeError or ValueError."""
+        curves = [[(int(step), float(error)) for step, error in block["curve"]] for block in fields["blocks"]]
+        blocks = [BlockRecovery(**{**b, "curve": c}) for b, c in zip(fields["blocks"], curves, strict=True)]
+        return cls(**{**fields, "blocks": blocks})
+
+
 @dataclass
 class CompressionReport:
-    """What was done to a model, layer by layer."""
+    """What was done to a model, layer by layer; the layers' errors are those from before a recovery."""
 
     family: str
     settings: CompressionSettings
@@ -57,6 +111,7 @@ class CompressionReport:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, and the total
     slicing: Slicing | None = None  # of method slicegpt, which has no compressed layers
+    recovery: RecoveryReport | None = None
 
     @property
     def parameters(self) -> int:
@@ -81,11 +136,17 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         layers = [layer.to_dict() for layer in self.layers]
         fields = {name: value for name, value in asdict(self).items() if name != "family"}
+        if self.recovery is None:
+            del fields["recovery"]  # as in files of releases that had none
         return {"adapter": self.family, **fields, "settings": self.settings.model_dump(), "layers": layers}
 
     def within(self, path: str) -> "CompressionReport":
         """The report of a model that has this one's at `path`."""
-        return replace(self, layers=[replace(layer, name=f"{path}.{layer.name}") for layer in self.layers])
+        within = replace(self, layers=[replace(layer, name=f"{path}.{layer.name}") for layer in self.layers])
+        if self.recovery:
+            blocks = [replace(block, name=f"{path}.{block.name}") for block in self.recovery.blocks]
+            within.recovery = replace(self.recovery, blocks=blocks)
+        return within
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CompressionReport":
@@ -98,6 +159,7 @@ class CompressionReport:
             layers=[LayerReport.from_dict(layer) for layer in fields["layers"]],
             seconds=dict(fields["seconds"]),
             slicing=Slicing.from_dict(fields["slicing"]) if fields["slicing"] else None,
+            recovery=RecoveryReport.from_dict(fields["recovery"]) if fields.get("recovery") else None,
         )
 
 

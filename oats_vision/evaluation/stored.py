@@ -71,12 +71,14 @@ class _Timing(BaseModel):
 class Measured:
     """What report.json says; older ones lack most of it.
 
-    cost: without labels. speed: in `dtype`, batch 1 first. examples: the pictures that changed most. run, machine: what
-    was asked for and what it ran on, as far as it is plain. seconds: of the whole run. peak_memory: bytes.
+    cost: without labels; one_shot: the same before a recovery. speed: in `dtype`, batch 1 first. examples: the pictures
+    that changed most. run, machine: what was asked for and what it ran on, as far as it is plain. seconds: of the whole
+    run. peak_memory: bytes.
     """
 
     evaluations: tuple[Evaluation, ...] = ()
     cost: Cost | None = None
+    one_shot: Cost | None = None
     speed: tuple[Timing, ...] = ()
     advice: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
@@ -136,10 +138,11 @@ def read_report(directory: Path) -> Measured:
                     for both in one(_Both, content[name], name):
                         yield _of_an_earlier_version(name, run, both)
 
-    times = known(dict, "seconds") or {}
+    times, before = known(dict, "seconds") or {}, known(dict, "one_shot") or {}
     return Measured(
         evaluations=(*when_compressed(), *each(_OfACheckpoint, "evaluations", "evaluation")),
         cost=known(Cost, "cost"),
+        one_shot=next(one(Cost, before["cost"], "one_shot"), None) if "cost" in before else None,
         speed=tuple(Timing(**timing.model_dump()) for timing in each(_Timing, "speed", "speed")),
         advice=tuple(each(Line, "advice", "advice")),
         examples=tuple(each(Example, "examples", "example")),

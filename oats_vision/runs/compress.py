@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from torch import nn
 
 from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
-from oats_vision.compression import pipeline
+from oats_vision.compression import methods, pipeline
+from oats_vision.compression import recover as recovery
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionOptions, resolve
 from oats_vision.display import Display
@@ -36,7 +38,7 @@ class Result:
     """A compressed model, and what it cost.
 
     parameters: of the whole model, dense and compressed. sizes: in bytes, as stored. cost: on held-out inputs, if there
-    were any; speed: beside the dense model, measured with it.
+    were any; one_shot: the same before a recovery; speed: beside the dense model, measured with it.
     """
 
     model: nn.Module = field(repr=False)
@@ -44,6 +46,7 @@ class Result:
     parameters: tuple[int, int]
     sizes: checkpoint.Sizes
     cost: Cost | None = None
+    one_shot: Cost | None = None
     examples: list[Example] = field(default_factory=list, repr=False)
     speed: list[Timing] = field(default_factory=list)
     untimed: str = ""  # why the speed could not be measured
@@ -70,6 +73,8 @@ class Result:
             "parameters": dict(zip(("dense", "compressed"), self.parameters, strict=True)),
             "bytes": asdict(self.sizes) | {"layer_ratio": self.sizes.layer_ratio},
             "cost": self.cost.model_dump() if self.cost else None,
+            **({"one_shot": {"cost": self.one_shot.model_dump()}} if self.one_shot else {}),
+            **({"recovery": asdict(self.report.recovery)} if self.report.recovery else {}),
             "speed": [timing.to_dict() for timing in self.speed],
             "advice": self.advice,
             "seconds": dict(self.report.seconds),
@@ -82,7 +87,11 @@ class Result:
     def cost_rows(self) -> list[list[str]]:
         if self.cost is None:
             return []
-        return [[f"{metric.name} *", "", metric.figure, metric.interval] for metric in self.cost.metrics]
+        rows, before = (
+            [[f"{metric.name} *", "", metric.figure, metric.interval] for metric in cost.metrics] if cost else []
+            for cost in (self.cost, self.one_shot)
+        )
+        return with_one_shot(rows, before)
 
     def speed_rows(self) -> list[list[str]]:
         return [
@@ -110,13 +119,18 @@ class Result:
             return ""
         return f"* beside the dense model, on {self.cost.samples} {self.cost.unit} held out from calibration"
 
+    @property
+    def notes(self) -> list[str]:
+        """What is said below the table."""
+        recovered = self.report.recovery.summary if self.report.recovery else ""
+        return list(filter(None, [self.footnote, recovered, *self.advice]))
+
     def __str__(self) -> str:
-        notes = [self.footnote, *self.advice]
-        return "\n".join([as_text(run_table(self.report.settings.summary, self.rows())), *filter(None, notes)])
+        return "\n".join([as_text(run_table(self.report.settings.summary, self.rows())), *self.notes])
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        return as_html(self.report.settings.summary, self.rows(), list(filter(None, [self.footnote, *self.advice])))
+        return as_html(self.report.settings.summary, self.rows(), self.notes)
 
 
 def compress(
@@ -143,6 +157,7 @@ def compress(
     fused_qkv: Literal["split", "joint"] = "split",
     error_tolerance: float = 0.05,
     latency_tokens: int | None = None,
+    recover: int = 0,
     family: type[Family] | Family | None = None,
     activation_memory: float = 8.0,
     progress: bool | Callable[[Step], None] = False,
@@ -180,13 +195,16 @@ def compress(
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the lowest of all ratios.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
+        recover: then train what was kept, without labels, for so many steps a block towards the dense model's outputs;
+            the weights that are best on an eighth of the calibration data are kept, and nothing that does not gain
+            there. A copy of the dense model takes memory meanwhile. 0: not.
         family: that the model is of, a class or an instance; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: True for a bar (in notebooks too), or a function that is called with each step.
 
     Returns:
-        The model, each layer's budget and error, sizes, and with held-out inputs the cost and the speed. It prints as a
-        table.
+        The model, each layer's budget and error, sizes, and with held-out inputs the cost (also before a recovery) and
+        the speed. It prints as a table.
 
     Raises:
         ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
@@ -203,9 +221,18 @@ def compress(
     display = Display(Console() if progress is True else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     others = getattr(calibration, "held_out", None) if held_out is None else held_out
+    if not isinstance(recover, int) or recover < 0:
+        raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
+    if recover and not methods.find(settings.method).keeps_shapes:
+        raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
+    if recover and isinstance(calibration, Iterator):
+        calibration = list(calibration)  # it is read again
     references: list[Reference] = []
+    twins: list[nn.Module] = []
 
     def ask(dense: nn.Module) -> None:
+        if recover:
+            twins.append(deepcopy(dense))
         if others is not None:
             references.append(task_of(dense).reference(dense, others))
 
@@ -219,7 +246,17 @@ def compress(
             progress=step,
             before=ask,
         )
+    one_shot: Cost | None = None
+    if recover:
+        for reference in references:
+            with pipeline.plain_arithmetic(model):
+                one_shot, _ = reference.compare(model)
+        with nullcontext(progress) if callable(progress) else display.compression() as step:
+            report.recovery = recovery.recover(
+                model, twins.pop(), calibration, steps=recover, activation_memory=activation_memory, progress=step
+            )
     result = describe(model, report, parameters)
+    result.one_shot = one_shot
     for reference in references:
         with pipeline.plain_arithmetic(model):
             measure(result, model, reference, display)
@@ -283,6 +320,14 @@ def update_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, 
     speed = [timing.to_dict() for timing in timings]
     changed = {"speed": speed, "advice": advice, "speed_machine": machine}
     return checkpoint.change_report(directory, lambda content: changed)
+
+
+def with_one_shot(rows: list[list[str]], before: list[list[str]]) -> list[list[str]]:
+    """Each metric's row, followed by what it was before a recovery, if there was one."""
+    if not before:
+        return rows
+    pairs = ([row, ["  one shot, before recovery", *old[1:]]] for row, old in zip(rows, before, strict=True))
+    return [row for pair in pairs for row in pair]
 
 
 def _bytes_row(name: str, dense: int, ours: int) -> list[str]:

@@ -35,6 +35,11 @@ class RunConfig(DataOptions, CompressionOptions):
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
     report: bool = Field(True, description="write OUT/report.html")
     dry_run: bool = Field(False, description="say what would be done, and stop")
+    recover: int = Field(
+        0,
+        ge=0,
+        description="then train what was kept towards the dense outputs, so many steps a block (60)",
+    )
     _settings: CompressionSettings = PrivateAttr()
 
     @field_validator("device")
@@ -50,6 +55,8 @@ class RunConfig(DataOptions, CompressionOptions):
         self._settings = self.resolved()
         if self.merge and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
+        if self.recover and not methods.find(self.method).keeps_shapes:
+            raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
         if self.eval_data and not self.eval:
             raise ValueError("eval_data is given, and nothing is to be evaluated (`eval=False`): leave one of them out")
         return self

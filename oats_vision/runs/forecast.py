@@ -14,6 +14,7 @@ from oats_vision.compression.blocks import GRADIENTS, STREAM
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
+from oats_vision.compression.recover import BATCH
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.evaluation.reference import MEMORY
@@ -49,6 +50,27 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """What training after the compression takes: steps of each block, and bytes.
+
+    twin: of the dense model, loaded again. streams: hidden states of both models, in memory or on disk. block: values,
+    gradients and means of one block, and what a step on a batch keeps for its way back.
+    """
+
+    steps: int
+    twin: int
+    streams: int
+    block: int
+
+    def __str__(self) -> str:
+        return (
+            f"then {count(self.steps, 'step')} a block towards the dense outputs, beside the model: the dense one "
+            f"{_gigabytes(self.twin)}, activations of both {_gigabytes(self.streams)}, gradients of one block "
+            f"{_gigabytes(self.block)}"
+        )
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What is known of a compression before it begins.
 
@@ -76,6 +98,7 @@ class Forecast:
     tokens: int
     width: int
     memory: Memory
+    recovery: Recovery | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "settings": self.settings.model_dump(), "peak_memory": self.memory.peak}
@@ -100,7 +123,8 @@ class Forecast:
             "memory": f"about {_gigabytes(memory.peak)} at the peak: libraries {_gigabytes(memory.libraries)}, model "
             f"{_gigabytes(memory.model)}, activations {_gigabytes(memory.activations)}, work on a block "
             f"{_gigabytes(memory.block)}{features}{disk}",
-            "time": "known after the first block",
+            **({"recovery": str(self.recovery)} if self.recovery else {}),
+            "time": "known after the first block" + ", without the recovery" * bool(self.recovery),
         }
 
     def _dense(self) -> str:
@@ -126,6 +150,7 @@ def forecast(
     held_out: int = 0,
     batch_size: int = 1,
     activation_memory: float = 8.0,
+    recover: int = 0,
 ) -> Forecast:
     """What `compress` will come to; the model stays as it is, and of it only the embedding of the example is run.
 
@@ -134,6 +159,7 @@ def forecast(
             them: what they hold does not matter.
         data: where the calibration data are from, in words. samples: how many there are. held_out: and how many more.
         activation_memory: GB of activations kept in memory.
+        recover: steps for each block afterwards.
 
     Raises:
         ConfigError: the settings leave a layer without rank or non-zeros, or skip what is not there.
@@ -172,6 +198,26 @@ def forecast(
         tokens=hidden.shape[1:-1].numel(),
         width=hidden.shape[-1],
         memory=memory,
+        recovery=_recovery(recover, plan, hidden, samples or 0, memory) if recover else None,
+    )
+
+
+def _recovery(steps: int, plan: Plan, hidden: Tensor, samples: int, memory: Memory) -> Recovery:
+    """Of the widest block."""
+    width, tokens = hidden.shape[-1], hidden.shape[1:-1].numel()
+    own = [
+        [linear for name, linear in plan.linears.items() if name.startswith(f"{block}.")] for block, _ in plan.blocks
+    ]
+    features = max(sum(linear.in_features + linear.out_features for linear in block) for block in own)
+    weights = max(sum(linear.weight.numel() for linear in block) for block in own)
+    batch = min(BATCH, samples or BATCH)
+    return Recovery(
+        steps,
+        twin=memory.model,
+        streams=2 * samples * hidden.nbytes,
+        # float32: the inputs and outputs of linears and what norms keep; values, their sizes, gradients, means and the
+        # best so far, and S and its gradient spread out
+        block=4 * (batch * tokens * (features + 4 * width) + 8 * weights),
     )
 
 

@@ -1,6 +1,7 @@
 """One whole run of `oats-vision compress`: load, calibrate, compress, write, and measure what it cost."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from oats_vision import checkpoint
 from oats_vision.analysis.html_report import draw_page
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
+from oats_vision.compression.record import record
+from oats_vision.compression.recover import recover
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.trial import trial
 from oats_vision.data.batches import expected_samples
@@ -35,7 +38,7 @@ from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.progress import Estimate
-from oats_vision.runs.compress import Result, describe, measure
+from oats_vision.runs.compress import Result, describe, measure, with_one_shot
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.forecast import Forecast, forecast
 
@@ -46,7 +49,8 @@ log = logging.getLogger(__name__)
 class FinishedRun:
     """What a run made and measured; `to_dict` is the checkpoint's report.json.
 
-    task: what the model reads. evaluation: on labelled pictures or on text, if there were any. files: bytes of each in
+    task: what the model reads. evaluation: on labelled pictures or on text, if there were any; one_shot: before a
+    recovery. files: bytes of each in
     the checkpoint's directory. peak_memory: bytes.
     """
 
@@ -57,12 +61,15 @@ class FinishedRun:
     skipped: int
     task: Task
     evaluation: Evaluation | None = None
+    one_shot: Evaluation | None = None
     seconds: float = 0.0
     peak_memory: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         figures = self.result.to_dict()
+        if self.one_shot:
+            figures.setdefault("one_shot", {})[self.task.measured_by] = self.one_shot.to_dict()
         return {
             "run": self.config.model_dump(mode="json"),
             **figures,
@@ -75,6 +82,11 @@ class FinishedRun:
             "machine": self.machine,
             "out": str(self.config.out),
         }
+
+    def score_rows(self) -> list[list[str]]:
+        """The evaluation as the table shows it, and what it was before a recovery."""
+        after, before = (one.rows() if one else [] for one in (self.evaluation, self.one_shot))
+        return with_one_shot(after, before)
 
     def write(self, display: Display) -> None:
         """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
@@ -144,6 +156,7 @@ class PreparedRun:
             held_out=0 if others is None else expected_samples(others) or 0,
             batch_size=config.batch_size or 1,
             activation_memory=config.activation_memory,
+            recover=config.recover,
         )
 
     def calibration_set(self, model: nn.Module, batches: Batches | Sequences, display: Display) -> CalibrationSet:
@@ -187,6 +200,11 @@ def _run(config: RunConfig, display: Display) -> FinishedRun:
         measure_stored(finished, prepared, calibration, before, display)
         finished.seconds = time.perf_counter() - start
         finished.write(display)
+        if config.recover:
+            recover_and_write(finished, prepared, calibration, display)
+            measure_stored(finished, prepared, calibration, before, display)
+            finished.seconds = time.perf_counter() - start
+            finished.write(display)
         if config.merge:
             with checkpoint.new_directory(config.out / checkpoint.MERGED, overwrite=False) as merged:
                 dtype = dtype_of(str(finished.settings.storage_dtype))
@@ -226,14 +244,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     warn_if_slow(config.dtype, device, "use `dtype=float32`")
     config.check_data()
     with display.status(f"loading {config.model}"):
-        model, transform = load_model(
-            config.model,
-            pretrained=config.pretrained,
-            image_size=config.image_size,
-            dtype=dtype_of(config.dtype),
-            device=device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model, transform = load_dense(config, device)
         check_finite(model)
         checkpoint.check_source(model)
     task = task_of(model)
@@ -244,6 +255,18 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     test = asked.open(reader) if asked else {}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return model, PreparedRun(config, device, task, source_of(model), parameters, reader, asked, test)
+
+
+def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Transform | None]:
+    """The model to compress, and what makes its inputs."""
+    return load_model(
+        config.model,
+        pretrained=config.pretrained,
+        image_size=config.image_size,
+        dtype=dtype_of(config.dtype),
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def compress_and_write(
@@ -270,6 +293,39 @@ def compress_and_write(
         task=prepared.task,
         machine=machine(prepared.device),
     )
+
+
+def recover_and_write(
+    finished: FinishedRun, prepared: PreparedRun, calibration: CalibrationSet, display: Display
+) -> None:
+    """Train what the compression kept, and write the model in the place of the one-shot one."""
+    config, one_shot = finished.config, finished.result
+    state = config.out.with_name(f"{config.out.name}.recovery")
+    with display.status(f"loading {config.model}"):
+        dense, _ = load_dense(config, prepared.device)
+    display.console.print(
+        f"{config.out} holds the one-shot model. If its recovery is stopped, the same command with `overwrite` goes on "
+        f"from {state}",
+        soft_wrap=True,
+    )
+    with display.compression() as progress:
+        recover(
+            one_shot.model,
+            dense,
+            calibration.batches,
+            steps=config.recover,
+            seed=config.seed,
+            activation_memory=config.activation_memory,
+            state=state,
+            progress=progress,
+        )
+    del dense
+    with display.status(f"writing {config.out}"):
+        checkpoint.write(one_shot.model, config.out, True, prepared.tokenizer)
+    shutil.rmtree(state)
+    finished.result = describe(one_shot.model, record(one_shot.model).report, prepared.parameters)
+    finished.result.one_shot, finished.one_shot = one_shot.cost, finished.evaluation
+    finished.files = {file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()}
 
 
 def measure_stored(

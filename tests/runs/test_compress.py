@@ -10,13 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 import oats_vision as ov
+from oats_vision import checkpoint
+from oats_vision.cli.compress_output import print_finished
+from oats_vision.compression import recover
 from oats_vision.compression.settings import CompressionOptions
 from oats_vision.data.pictures import shared_out
 from oats_vision.display import Display
+from oats_vision.errors import ConfigError
 from oats_vision.evaluation.speed import Timing
 from oats_vision.runs.config import RunConfig
+from oats_vision.runs.grid import sweep_config
 from oats_vision.runs.run import run
 
 QUICK = {"rate": 0.5, "iterations": 3}
@@ -190,3 +196,50 @@ def test_names_are_those_of_the_pictures_that_were_read(folder):
         for name, colour in zip(part.names, colours, strict=True):
             assert torch.equal(_colour(Image.open(name)).flatten(), torch.tensor(colour))
     assert not set(batches.names) & set(batches.held_out.names)
+
+
+def test_a_run_with_recovery_reports_the_one_shot_model_apart(model_directory, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    config = RunConfig(model=str(model_directory), data=str(folder), out=out, batch_size=4, recover=12, **QUICK)
+    finished = run(config, Display())
+    print_finished(finished, as_json=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    content, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    one_shot, cost = content["one_shot"]["cost"]["metrics"][-1], content["cost"]["metrics"][-1]
+    assert one_shot["name"] == cost["name"] == "relative error of features"
+    assert cost["value"] < one_shot["value"]
+    assert content["recovery"]["steps"] == content["run"]["recover"] == 12
+    assert f"{one_shot['value']:.4f}" in printed
+    assert f"{one_shot['value']:.4f}" in page
+    assert finished.result.report.recovery.summary in printed
+    assert "one shot, before recovery" in page
+    assert checkpoint.read_config(out).report.recovery == finished.result.report.recovery
+    assert not (tmp_path / "out.recovery").exists()
+    with pytest.raises(ConfigError, match="recover"):
+        sweep_config(model=str(model_directory), data=str(folder), recover=1)
+    with pytest.raises(ValidationError, match="recover is for methods that keep"):
+        RunConfig(method="slicegpt", recover=1)
+
+
+def test_a_recovery_that_was_stopped_goes_on(model_directory, folder, tmp_path, monkeypatch):
+    options = {"model": str(model_directory), "data": str(folder), "eval": False, "report": False, **QUICK}
+    whole = run(RunConfig(out=tmp_path / "whole", recover=4, batch_size=4, **options), Display())
+    config = RunConfig(out=tmp_path / "out", recover=4, batch_size=4, overwrite=True, **options)
+
+    class Stopped(SystemExit):
+        pass
+
+    def stop(*given, **named):
+        if (tmp_path / "out.recovery" / "0000.safetensors").exists():
+            raise Stopped
+        return train_block(*given, **named)
+
+    train_block = recover.train_block
+    monkeypatch.setattr(recover, "train_block", stop)
+    with pytest.raises(Stopped):
+        run(config, Display())
+    assert checkpoint.read_config(config.out).report.recovery is None  # the one-shot model, whole
+    monkeypatch.setattr(recover, "train_block", train_block)
+    run(config, Display())
+    stored = [(out / "model.safetensors").read_bytes() for out in (config.out, whole.config.out)]
+    assert stored[0] == stored[1]

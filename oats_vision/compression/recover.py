@@ -1,0 +1,244 @@
+"""Recovery after a one-shot compression: what was kept is trained, block by block, to give the dense model's outputs.
+
+The inputs of block i come from the recovered blocks before it, its target is what the dense block made of the dense
+model's own hidden states: so the error that comes in is corrected too. Neither labels nor texts to predict are needed.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import BlockCalls, capture_block_calls, check_finite_states
+from oats_vision.compression.block_training import Streams, relative, train_block
+from oats_vision.compression.pipeline import plain_arithmetic
+from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
+from oats_vision.compression.recovery_state import RecoveryState, digest_of
+from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.models.record import set_record, structure_of
+from oats_vision.models.structure import check_device, floating
+from oats_vision.nn.sparse_low_rank import compressed_layers
+from oats_vision.progress import Step
+
+log = logging.getLogger(__name__)
+
+BATCH = 16  # samples of a step, where batches are not smaller
+JUDGED = 8  # one batch of so many is kept apart to judge by, where nothing is held out
+
+
+def recover(
+    model: nn.Module,
+    dense: nn.Module,
+    calibration: Any,
+    *,
+    steps: int,
+    held_out: Any = None,
+    seed: int = 0,
+    activation_memory: float = 8.0,
+    state: Path | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+) -> RecoveryReport:
+    """Train what a compression kept of a model's blocks, in place, towards the dense model's outputs.
+
+    Of each block S's values on their positions, U, V, biases, the norms' weights and LayerScale take `steps` steps.
+    The weights that are best on held-out data are kept: a block that gains nothing there stays as it was, and so do all
+    if the final features gain nothing.
+
+    Args:
+        model: compressed, by `compress` or as loaded from a checkpoint.
+        dense: what it was before.
+        calibration: batches as for `compress`, without labels; read twice.
+        steps: of Adam for each block.
+        held_out: more of the same, to judge by; by default an eighth of the calibration's batches is kept apart.
+        seed: of the order of the batches. The same one gives the same bits on the same machine.
+        activation_memory: GB of both models' hidden states to keep in memory; what is beyond lives in temporary files.
+        state: folder that holds each block as soon as it is done: the same call goes on from there.
+        progress: called with each step.
+
+    Returns:
+        Each block's relative error on held-out data, before and after.
+
+    Raises:
+        ConfigError: a setting is out of range, or `state` is another recovery's.
+        ModelError: the model is not compressed, is sliced, or is no twin of the dense one.
+        DataError: there are too few batches, or the data are not the same when they are read again.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps must be a whole number from 1 on, got {steps!r}")
+    if not activation_memory > 0:
+        raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
+    start, report = time.perf_counter(), record(model).report
+    blocks, twins = _twin_blocks(model, dense)
+    model.eval()
+    dense.eval()
+    unit = structure_of(model).family.unit
+    storage = report.settings.storage_dtype
+    limit = activation_memory * 1e9 / 2
+    with plain_arithmetic(model), ActivationStore(limit) as hidden, ActivationStore(limit) as wanted:
+        data, again = _Read(calibration, held_out, hidden), _Read(calibration, held_out, wanted)
+        reader = Reader.of(model, unit)
+        progress(Step(0.0, 0, len(blocks), f"reading {unit}"))
+        calls = capture_block_calls(model, blocks, data.batches(reader), hidden, unit)
+        dense_calls = capture_block_calls(dense, twins, again.batches(reader), wanted, unit)
+        if data.digests != again.digests:
+            raise DataError(
+                "the calibration data are not the same when they are read again: give a list, or a loader that neither "
+                "shuffles nor augments"
+            )
+        last, norm = len(blocks) - 1, structure_of(dense).final_norm
+        features = deepcopy(dense.get_submodule(norm)) if norm else nn.Identity()
+        features_dtype = torch.promote_types(floating(dense).dtype, torch.float32)
+        features.to(features_dtype).requires_grad_(False)
+        streams = Streams(
+            hidden, wanted, calls, *_shared_out(data.first_held_out, len(hidden)), features=features, last=last
+        )
+        one_shot = [(p, p.detach().clone()) for _, block in blocks for p in block.parameters()]
+        outputs = {b: _through(blocks, calls, b, hidden[b]) for b in streams.judged}  # of the one-shot model
+        done = RecoveryReport(steps, seed, _samples(hidden, streams.learnt), _samples(hidden, streams.judged))
+        kept = RecoveryState.open(state, model, dense, {"steps": steps, "seed": seed}, data.digests)
+        for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):
+            with torch.no_grad():
+                for b in range(len(wanted)):
+                    wanted[b] = dense_calls.run(twin, i, b, wanted[b])
+                    check_finite_states(wanted[b], calls.masks[b], f"the dense outputs of {name}", b)
+            if compressed_layers(block):
+                found = kept.block(i)
+                if found is None:
+                    found = train_block(
+                        block,
+                        i,
+                        streams,
+                        steps=steps,
+                        storage=getattr(torch, storage) if storage else floating(model).dtype,
+                        seed=seed,
+                        tell=_teller(progress, i, len(blocks), steps, start),
+                    )
+                    kept.add(i, found)
+                _put(block, found.weights)
+                done.blocks.append(BlockRecovery(name, found.before, found.after, found.step, found.curve))
+                log.info("%s: held-out error %.4f -> %.4f (step %d)", name, found.before, found.after, found.step)
+            with torch.no_grad():
+                for b in range(len(hidden)) if i < last else streams.judged:
+                    hidden[b] = calls.run(block, i, b, hidden[b])
+                    check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
+        with torch.no_grad():
+            done.before = relative([streams.errors(last, b, y.to(features_dtype)) for b, y in outputs.items()])
+            done.after = relative([streams.errors(last, b, hidden[b].to(features_dtype)) for b in streams.judged])
+            if not done.after < done.before:
+                for parameter, value in one_shot:
+                    parameter.copy_(value)
+                done.kept, done.after = False, done.before
+    done.seconds = time.perf_counter() - start
+    progress(Step(1.0, len(blocks), len(blocks), "done", done.blocks[-1].after))
+    known = record(model)
+    set_record(model, CompressionRecord(known.source, known.structure, report=replace(report, recovery=done)))
+    return done
+
+
+def _twin_blocks(model: nn.Module, dense: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, nn.Module]]]:
+    """The blocks of both. Raises ModelError if they cannot be those of one model, compressed and dense."""
+    if record(model).report.slicing:
+        raise ModelError("recovery is for compressed layers, and slicegpt leaves none: its blocks are narrower")
+    if compressed_layers(dense):
+        raise ModelError("`dense` has compressed layers: give the model as it was before its compression")
+    check_device(model)
+    check_device(dense)
+    ours, theirs = floating(model).device, floating(dense).device
+    if ours != theirs:
+        raise ModelError(f"the model is on {ours} and the dense one on {theirs}: move them to one device")
+    blocks, twins = (structure_of(one).named_blocks(one) for one in (model, dense))
+    if [name for name, _ in blocks] != [name for name, _ in twins]:
+        raise ModelError(
+            f"`dense` is another model: it has {len(twins)} blocks ({twins[0][0]}, ...), and the compressed one "
+            f"{len(blocks)} ({blocks[0][0]}, ...)"
+        )
+    return blocks, twins
+
+
+class _Read:
+    """The calibration data and after them the held-out ones, in batches of at most `BATCH`.
+
+    digests: of each batch that was read. first_held_out: number of the first batch that is held out, once it was read.
+    """
+
+    def __init__(self, calibration: Any, held_out: Any, hidden: ActivationStore) -> None:
+        self.calibration, self.held_out, self.hidden = calibration, held_out, hidden
+        self.digests: list[str] = []
+        self.first_held_out: int | None = None
+
+    def batches(self, reader: Reader) -> Iterator[Any]:
+        yield from self._pieces(self.calibration, reader)
+        if self.held_out is not None:
+            self.first_held_out = len(self.hidden)  # batches of padding alone are not kept
+            yield from self._pieces(self.held_out, reader)
+
+    def _pieces(self, data: Any, reader: Reader) -> Iterator[Any]:
+        for piece in chain.from_iterable(map(_split, read_batches(data, reader))):
+            self.digests.append(digest_of(piece.tensor))
+            yield piece.values if piece.by_name else piece.tensor
+
+
+def _split(inputs: Inputs) -> Iterator[Inputs]:
+    """A batch as several of at most `BATCH` samples."""
+    count = len(inputs.tensor)
+    for first in range(0, count, BATCH):
+        values = {
+            name: value[first : first + BATCH]
+            if isinstance(value, Tensor) and value.ndim and len(value) == count
+            else value
+            for name, value in inputs.values.items()
+        }
+        yield replace(inputs, values=values)
+
+
+def _shared_out(first_held_out: int | None, batches: int) -> tuple[range, range]:
+    """Numbers of the batches to train on, and of those to judge by."""
+    first = batches - max(batches // JUDGED, 1) if first_held_out is None else first_held_out
+    if not 0 < first < batches:
+        raise DataError(
+            f"recovery needs a batch to train on and another one to judge by, and there are {first} and "
+            f"{batches - first}: give more than {BATCH} samples, or smaller batches"
+        )
+    return range(first), range(first, batches)
+
+
+@torch.no_grad()
+def _through(blocks: list[tuple[str, nn.Module]], calls: BlockCalls, batch: int, x: Tensor) -> Tensor:
+    """What all blocks make of a batch's first hidden states."""
+    for i, (_, block) in enumerate(blocks):
+        x = calls.run(block, i, batch, x)
+    return x
+
+
+def _samples(hidden: ActivationStore, batches: range) -> int:
+    return sum(len(hidden[b]) for b in batches)
+
+
+@torch.no_grad()
+def _put(block: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a block's parameters these values."""
+    own = dict(block.named_parameters())
+    for name, value in weights.items():
+        own[name].copy_(value)
+
+
+def _teller(
+    progress: Callable[[Step], None], block: int, blocks: int, steps: int, start: float
+) -> Callable[[int, float], None]:
+    """Turns the steps of a block into those of the whole."""
+
+    def tell(step: int, error: float) -> None:
+        done = (block + step / steps) / blocks
+        left = (time.perf_counter() - start) * (1 - done) / done
+        progress(Step(done, block + 1, blocks, "recovering", error, f"step {step} of {steps}", left))
+
+    return tell
