@@ -31,9 +31,16 @@ Command = Callable[..., None]
 # RunConfig's fields by panel, in the order of the help, and what stands for a value
 SETTINGS = {
     WHAT: {"model": "MODEL", "skip": "NAME", "image_size": "PIXELS", "pretrained": ""},
-    HOW_MUCH: {"rate": "X", "rank_ratio": "X", "method": "METHOD", "pattern": "PATTERN"},
+    HOW_MUCH: {
+        "rate": "X",
+        "max_drop": "POINTS",
+        "target_mb": "MB",
+        "rank_ratio": "X",
+        "method": "METHOD",
+        "pattern": "PATTERN",
+    },
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
-    EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
+    EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N", "drop_of": "WHAT"},
     OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
     MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
     EXPERTS: {
@@ -51,9 +58,9 @@ SETTINGS = {
 # and of them those of a sweep; the grid's may be given several times
 SWEEP = {
     WHAT: SETTINGS[WHAT],
-    GRID: SETTINGS[HOW_MUCH],
+    GRID: {name: SETTINGS[HOW_MUCH][name] for name in ("rate", "rank_ratio", "method", "pattern")},
     CALIBRATION: SETTINGS[CALIBRATION],
-    EVALUATION: SETTINGS[EVALUATION],
+    EVALUATION: {name: metavar for name, metavar in SETTINGS[EVALUATION].items() if name != "drop_of"},
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
     MACHINE: SETTINGS[MACHINE],
     EXPERTS: SETTINGS[EXPERTS],

@@ -25,6 +25,7 @@ from oats_vision.evaluation.results import (
     Score,
     Seconds,
 )
+from oats_vision.evaluation.searched import Searched
 from oats_vision.evaluation.speed import Timing
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Measured:
     """What report.json says; older ones lack most of it.
 
     cost: without labels. speed: in `dtype`, batch 1 first. examples: the pictures that changed most. run, machine: what
-    was asked for and what it ran on, as far as it is plain. seconds: of the whole run. peak_memory: bytes.
+    was asked for and what it ran on, as far as it is plain. seconds: of the whole run. peak_memory: bytes. search: for
+    the rate.
     """
 
     evaluations: tuple[Evaluation, ...] = ()
@@ -85,6 +87,7 @@ class Measured:
     machine: tuple[tuple[str, str], ...] = ()
     seconds: float | None = None
     peak_memory: int | None = None
+    search: Searched | None = None
 
     @property
     def labelled(self) -> Evaluation | None:
@@ -148,6 +151,7 @@ def read_report(directory: Path) -> Measured:
         machine=_plain(known(dict, "speed_machine") or known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,
         peak_memory=known(Count, "peak_memory"),
+        search=known(Searched, "search"),
     )
 
 

@@ -17,7 +17,7 @@ from oats_vision.runs.config import RunConfig, with_flags
 
 OUT = Path("oats_sweep")
 AXES = ("method", "rate", "rank_ratio", "pattern")
-FOR_ONE_RUN = ("overwrite", "merge")  # settings that mean nothing here
+FOR_ONE_RUN = ("overwrite", "merge", "max_drop", "drop_of", "target_mb")  # settings that mean nothing here
 
 
 class Extent(BaseModel):
