@@ -90,7 +90,7 @@ def choose(name: str | None, model: nn.Module, prepared: PreparedRun) -> str:
     else:
         head = _has_head(model, prepared)
         with_labels = ["top1", "knn", "probe"] if head else ["knn", "probe"]
-        possible = with_labels * labelled + ["agreement"] * head + ["cosine"]
+        possible = with_labels * labelled + ["agreement" if head else "cosine"]
     if name is not None and name not in possible:
         missing = " without `eval_data`" * (KINDS[name].labelled and not labelled)
         raise ConfigError(
