@@ -26,10 +26,10 @@ class RunConfig(DataOptions, CompressionOptions):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
     max_drop: float | None = Field(
-        None, gt=0, description="find the smallest model that loses less, in points of accuracy or in % of perplexity"
+        None, gt=0, description="find the smallest model that loses less: points of accuracy, or % of perplexity"
     )
     drop_of: Drop | None = Field(None, description="what `max_drop` limits [default: as the data allow]")
-    target_mb: float | None = Field(None, gt=0, description="find the most accurate model of this size, in MB")
+    target_mb: float | None = Field(None, gt=0, description="find the most accurate model of this size")
     pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")
     image_size: int | None = Field(None, ge=1, description="input size (timm models) [default: its own]")
     trust_remote_code: bool = Field(False, description="run model code from a hub (hub:, some hf: models)")

@@ -38,7 +38,7 @@ def planned_bytes(model: nn.Module, settings: CompressionSettings, others: int =
     Raises:
         ConfigError: the settings leave a layer without rank or non-zeros.
     """
-    shell, plan, report = planned_shell(model, structure_of(model), settings)
+    shell, plan, report, _ = planned_shell(model, structure_of(model), settings)
     dtype = floating(model).dtype
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
     state = shell.state_dict(keep_vars=True)

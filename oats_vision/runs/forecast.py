@@ -140,8 +140,7 @@ def forecast(
         DataError: the model cannot take the example.
     """
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
-    shell, plan, report = planned_shell(model, structure, settings)
-    everything = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {*plan.linears}
+    shell, plan, report, everything = planned_shell(model, structure, settings)
     inside = tuple(f"{block}." for block, _ in plan.blocks)
     first = structure.named_blocks(model)[0][1]
     hidden = first_block_input(model, first, example)
@@ -172,11 +171,15 @@ def forecast(
 
 
 class Shell(NamedTuple):
-    """A compressed model without values, the plan that it follows, and what a report would say of its shapes."""
+    """A compressed model without values, the plan that it follows, and what a report would say of its shapes.
+
+    linears: all that the model had, by name.
+    """
 
     model: nn.Module
     plan: Plan
     report: CompressionReport
+    linears: set[str]
 
 
 def planned_shell(model: nn.Module, structure: Structure, settings: CompressionSettings) -> Shell:
@@ -189,7 +192,8 @@ def planned_shell(model: nn.Module, structure: Structure, settings: CompressionS
     shell = _shell(model)
     structure.prepare(shell)
     plan = plan_model(shell, structure, settings)
-    return Shell(shell, plan, _emptied(shell, structure, plan, settings))
+    linears = {name for name, module in shell.named_modules() if isinstance(module, nn.Linear)}
+    return Shell(shell, plan, _emptied(shell, structure, plan, settings), linears)
 
 
 def _shell(model: nn.Module) -> nn.Module:
