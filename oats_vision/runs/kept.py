@@ -9,7 +9,7 @@ from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.errors import DataError
 
-MEMORY = 2e9  # bytes of pictures that are kept there; the rest on disk
+MEMORY = 1e9  # bytes of pictures that are kept there, of each set; the rest on disk
 
 
 def kept(batches: Batches | Sequences) -> Batches | Sequences:

@@ -52,7 +52,7 @@ KINDS = {
 class Judged:
     """How a model of a search is judged.
 
-    judge: measures the loss of a model. samples: inputs that it looks at, None if not known before. of: what one is.
+    judge: measures the loss of a model. samples: inputs that it looks at. of: what they are.
     prepared: the run with the test data that are left; held_out: the inputs that are left of those without labels.
     """
 

@@ -32,7 +32,7 @@ from oats_vision.runs.config import RunConfig
 from oats_vision.runs.file_size import candidates, highest_possible, size_of, with_rate
 from oats_vision.runs.forecast import Forecast
 from oats_vision.runs.grid import cell_name
-from oats_vision.runs.kept import kept
+from oats_vision.runs.kept import MEMORY, kept
 from oats_vision.runs.losses import KINDS, Judged
 from oats_vision.runs.run import (
     CalibrationSet,
@@ -194,11 +194,14 @@ class _Search:
     def trial(self, settings: CompressionSettings) -> Tried:
         """What compressing with these settings gives: measured, or as it is written down."""
         known = next((one for one in self.trials if one.settings == settings), None)
-        if known is None:
-            known = self.compressed(settings, len(self.trials) + 1)
-            write_row(self.folder, _name(settings), known)
-            self.trials.append(known)
-        return known
+        return known or self.done(settings, len(self.trials) + 1)
+
+    def done(self, settings: CompressionSettings, number: int) -> Tried:
+        """Make a trial, and write it down."""
+        tried = self.compressed(settings, number)
+        write_row(self.folder, _name(settings), tried)
+        self.trials[number - 1 : number] = [tried]
+        return tried
 
     def compressed(self, settings: CompressionSettings, number: int) -> Tried:
         """Compress a copy of the model, write it to the folder, read it as its users will, and judge it."""
@@ -239,8 +242,8 @@ class _Search:
         if not _is_one_of([best], config.out):
             directory = self.folder / _name(best.settings)
             if not _is_one_of([best], directory):  # it was not the best for another limit
-                self.display.console.print("the chosen one is compressed again", soft_wrap=True)
-                self.compressed(best.settings, best.number)
+                self._print("the chosen one is compressed again")
+                best = self.done(best.settings, best.number)
             checkpoint.put(directory, config.out, config.overwrite)
         with after_the_checkpoint(config, self.prepared.task):
             prepared = judged.prepared if judged else self.prepared
@@ -312,8 +315,10 @@ def _judged_by(
 
 
 def _plan(lines: dict[str, str], config: RunConfig) -> dict[str, str]:
-    trials = f"at most {bracket.MOST}" if config.max_drop else "each of those that reach the size"
-    return lines | {"search": f"for the rate; trials: {trials}, and what is above is of the first"}
+    """What a search comes to, beside what its first trial does."""
+    trials = f"at most {bracket.MOST} trials" if config.max_drop else "one trial of each setting that reaches the size"
+    memory = f"a second copy of the model and up to {2 * MEMORY / 1e9:g} GB of decoded pictures"
+    return lines | {"search": f"{trials}; what is above is of the first, and {memory} come on top of its memory"}
 
 
 def _step(one: Tried) -> int:
