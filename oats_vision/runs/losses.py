@@ -19,6 +19,7 @@ from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Cost, Difference, Evaluation, Ratio
 from oats_vision.evaluation.searched import Loss
 from oats_vision.evaluation.top1 import class_logits, has_head
+from oats_vision.runs.config import RunConfig
 from oats_vision.runs.kept import halves
 from oats_vision.runs.run import PreparedRun
 
@@ -76,6 +77,20 @@ class Judged:
         if cost is not None and not (self.kind.labelled):
             return of_cost(self.name, cost), cost.samples
         return None, 0
+
+
+def judged_by(config: RunConfig, model: nn.Module, prepared: PreparedRun, settings: int) -> str | None:
+    """The name of the loss that trials are judged by; None if there is nothing to choose from.
+
+    Args:
+        settings: how many reach a size.
+    """
+    if config.max_drop:
+        return choose(config.drop_of, model, prepared)
+    if settings < 2:
+        return None
+    usual = choose(None, model, prepared)
+    return usual if usual in ("knn", "perplexity") else "error"  # finer than classes that change
 
 
 def choose(name: str | None, model: nn.Module, prepared: PreparedRun) -> str:

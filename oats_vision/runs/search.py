@@ -32,7 +32,7 @@ from oats_vision.runs.config import RunConfig
 from oats_vision.runs.file_size import candidates, highest_possible, size_of, with_rate
 from oats_vision.runs.forecast import Forecast
 from oats_vision.runs.grid import cell_name
-from oats_vision.runs.kept import MEMORY, kept
+from oats_vision.runs.kept import kept
 from oats_vision.runs.losses import KINDS, Judged
 from oats_vision.runs.run import (
     CalibrationSet,
@@ -46,10 +46,9 @@ from oats_vision.runs.run import (
     write_merged,
     written,
 )
+from oats_vision.runs.search_table import plan_lines, show_headings, show_line, show_trial
 from oats_vision.runs.sweep import said_once
 from oats_vision.runs.sweep_folder import read_rows, read_state, write_row, write_state
-
-HEADINGS = f"  {'rate':>5}  {'rank ratio':>10}  {'stored in':>9}  {'MB':>8}  "
 
 
 def search(config: RunConfig, display: Display | None = None) -> FinishedRun:
@@ -127,11 +126,11 @@ class _Search:
         """Load the model, set the data apart, and ask the dense model about them; or go on where it was stopped."""
         model, prepared = prepare(config, display)
         target = candidates(config, model, prepared) if config.target_mb else []
-        name = _judged_by(config, model, prepared, target)
+        name = losses.judged_by(config, model, prepared, len(target))
         held_out = losses.needed(name, config.max_drop or 1.0) if name else None
         batches = kept(prepared.open(config.seed, held_out))
         display.lines(
-            "plan", _plan(prepared.forecast(model, batches, (target or [prepared.settings])[0]).lines(), config)
+            "plan", plan_lines(prepared.forecast(model, batches, (target or [prepared.settings])[0]).lines(), config)
         )
         judged = losses.judged(name, model, prepared, batches.held_out, display) if name else None
         if judged and config.max_drop:
@@ -151,11 +150,11 @@ class _Search:
         limit = float(self.config.max_drop or 0)
         highest = highest_possible(self.model, self.config.compression, 100, LOWEST, HIGHEST)
         first = round(100 * self.prepared.settings.rate)
-        self.show_headings(f"{self.judged.kind.words} of less than {limit:g} {self.judged.kind.unit}")
+        self.show_before(f"{self.judged.kind.words} of less than {limit:g} {self.judged.kind.unit}")
         while (step := next_step(self.judgements, limit, first=first, highest=highest)) is not None:
             tried = self.trial(with_rate(self.config.compression, step / 100, self.prepared.settings.storage_dtype))
             self.keep(self.below(limit))
-            self.show(tried, "below the limit" if tried.loss and tried.loss.high < limit else "too much")
+            show_trial(self.display, tried, "below the limit" if tried.loss and tried.loss.high < limit else "too much")
         if best := self.below(limit):
             return best
         least = min(self.trials, key=lambda one: one.settings.rate)
@@ -168,11 +167,11 @@ class _Search:
 
     def for_a_size(self) -> Tried:
         """The trial that loses least of those that reach the size."""
-        self.show_headings(f"at most {self.config.target_mb:g} MB")
+        self.show_before(f"at most {self.config.target_mb:g} MB")
         for settings in self.target:
             tried = self.trial(settings)
             self.keep(self.least())
-            self.show(tried, f"{tried.bytes / 1e6 / float(self.config.target_mb or 1):.1%} of the size")
+            show_trial(self.display, tried, f"{tried.bytes / 1e6 / float(self.config.target_mb or 1):.1%} of the size")
         best = self.least()
         assert best
         return best
@@ -190,6 +189,11 @@ class _Search:
         """The model so far that loses least, of those that are to be tried."""
         tried = [one for one in self.trials if one.settings in self.target]
         return min(tried, key=lambda one: one.loss.value if one.loss else one.settings.rate, default=None)
+
+    def show_before(self, what: str) -> None:
+        show_headings(self.display, what, self.judged)
+        for one in self.trials:
+            show_trial(self.display, one, "done before")
 
     def trial(self, settings: CompressionSettings) -> Tried:
         """What compressing with these settings gives: measured, or as it is written down."""
@@ -242,7 +246,7 @@ class _Search:
         if not _is_one_of([best], config.out):
             directory = self.folder / _name(best.settings)
             if not _is_one_of([best], directory):  # it was not the best for another limit
-                self._print("the chosen one is compressed again")
+                show_line(self.display, "the chosen one is compressed again")
                 best = self.done(best.settings, best.number)
             checkpoint.put(directory, config.out, config.overwrite)
         with after_the_checkpoint(config, self.prepared.task):
@@ -280,45 +284,8 @@ class _Search:
             final_samples=samples,
         )
 
-    def show_headings(self, what: str) -> None:
-        words = f"{self.judged.kind.words}, {self.judged.kind.unit} [95%]" if self.judged else ""
-        on = f", judged by {self.judged.samples:,} {self.judged.of}" if self.judged else ""
-        self._print(f"search: {what}{on}")
-        self._print(f"{HEADINGS}{words}".rstrip())
-        for one in self.trials:
-            self.show(one, "done before")
-
-    def show(self, one: Tried, verdict: str) -> None:
-        settings = one.settings
-        ratio = settings.rank_ratio if isinstance(settings.rank_ratio, str) else f"{settings.rank_ratio:.3g}"
-        figures = f"  {settings.rate:5.3g}  {ratio:>10}  {settings.storage_dtype:>9}  {one.bytes / 1e6:8.2f}  "
-        loss = str(one.loss) if one.loss else ""
-        self._print(f"{figures}{loss:<24}  {verdict}")
-
-    def _print(self, line: str) -> None:
-        self.display.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
 
 _KEYS = {"dense_sha256": "the dense weights are", "by": "trials are judged by", "on": "trials are judged on"}
-
-
-def _judged_by(
-    config: RunConfig, model: nn.Module, prepared: PreparedRun, target: Sequence[CompressionSettings]
-) -> str | None:
-    """The name of the loss that trials are judged by; None if there is nothing to choose from."""
-    if config.max_drop:
-        return losses.choose(config.drop_of, model, prepared)
-    if len(target) < 2:
-        return None
-    usual = losses.choose(None, model, prepared)
-    return usual if usual in ("knn", "perplexity") else "error"  # finer than classes that change
-
-
-def _plan(lines: dict[str, str], config: RunConfig) -> dict[str, str]:
-    """What a search comes to, beside what its first trial does."""
-    trials = f"at most {bracket.MOST} trials" if config.max_drop else "one trial of each setting that reaches the size"
-    memory = f"a second copy of the model and up to {2 * MEMORY / 1e9:g} GB of decoded pictures"
-    return lines | {"search": f"{trials}; what is above is of the first, and {memory} come on top of its memory"}
 
 
 def _step(one: Tried) -> int:
