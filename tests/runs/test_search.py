@@ -20,6 +20,7 @@ from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.evaluation.results import Difference, Ratio
+from oats_vision.runs import file_size
 from oats_vision.runs import search as module
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.kept import halves, kept
@@ -318,6 +319,14 @@ def test_a_size_is_reached_and_not_exceeded(model_directory, tmp_path, share):
     assert trials(done) == [done.settings.rate]
     assert done.result.cost.samples == 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_size_that_was_told_too_small_is_kept_all_the_same(model_directory, tmp_path, monkeypatch):
+    told = file_size.planned_bytes
+    monkeypatch.setattr(file_size, "planned_bytes", lambda *given: round(0.96 * told(*given)))
+    done = search(config(model_directory, tmp_path / "out", **QUICK, target_mb=0.1, report=False))
+    assert len(done.searched.trials) > 1
+    assert 98_000 < done.searched.best.bytes <= 100_000
 
 
 def test_of_the_settings_that_reach_a_size_the_one_that_loses_least_is_taken(model_directory, tmp_path):
