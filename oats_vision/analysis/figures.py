@@ -47,17 +47,27 @@ def colour(number: int) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """Of a scatter, with the interval of y if known. number: from 0, of its colour; None is the dense model."""
+    """Of a scatter, with the interval of y if known.
+
+    number: from 0, of its colour; None is the dense model. chosen: it is ringed.
+    """
 
     label: str
     x: float
     y: float
     interval: tuple[float, float] | None = None
     number: int | None = None
+    chosen: bool = False
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
-    """Points by name, with their intervals."""
+def scatter(
+    points: Sequence[Point], x_label: str, y_label: str, *, limit: tuple[float | None, float | None] = (None, None)
+) -> Markup:
+    """Points by name, with their intervals.
+
+    Args:
+        limit: of x and of y, each a line.
+    """
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -67,6 +77,8 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
                 axes.vlines(point.x, *point.interval, color=shade, linewidth=1, alpha=0.6)
             marker = "D" if point.number is None else "o"
             axes.plot([point.x], [point.y], marker, color=shade, markersize=6, markeredgecolor=PAPER)
+            if point.chosen:
+                axes.plot([point.x], [point.y], "o", color="none", markersize=12, markeredgecolor=shade)
             side = -1 if (point.number or 0) % 2 else 1  # neighbours are often close together
             axes.annotate(
                 point.label,
@@ -77,6 +89,9 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> Markup:
                 color=INK,
                 fontsize=8,
             )
+        for value, line in zip(limit, (axes.axvline, axes.axhline), strict=True):
+            if value is not None:
+                line(value, color=MUTED, linewidth=1, linestyle="--")
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.margins(0.12)
 

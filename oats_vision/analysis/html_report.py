@@ -13,6 +13,7 @@ from oats_vision.analysis import figures
 from oats_vision.analysis.compare import short
 from oats_vision.analysis.compared import errors_by_block
 from oats_vision.analysis.page import render, write_page
+from oats_vision.analysis.searched import searched
 from oats_vision.analysis.spectra import spectra, spectra_of
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.record import CompressionReport
@@ -87,6 +88,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         measured=measured,
         examples=measured.examples[:EXAMPLES],
         accuracy=_accuracy(measured),
+        search=measured.search and searched(measured.search),
         speed=[_timing_row(timing) for timing in measured.speed],
         plots=_plots(report, sizes),
         layers=len(report.layers),

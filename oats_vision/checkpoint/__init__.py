@@ -1,7 +1,16 @@
 """Compressed models on disk: config.json and model.safetensors (see docs/format.md)."""
 
 from oats_vision.checkpoint.config import CONFIG, Config, read_config
-from oats_vision.checkpoint.place import MERGED, PAGE, REPORT, check_target, is_checkpoint, locked, new_directory
+from oats_vision.checkpoint.place import (
+    MERGED,
+    PAGE,
+    REPORT,
+    check_target,
+    is_checkpoint,
+    locked,
+    new_directory,
+    put,
+)
 from oats_vision.checkpoint.read import load, load_transform, read_weights
 from oats_vision.checkpoint.reports import add_evaluation, change_report, write_json
 from oats_vision.checkpoint.sizes import Sizes, measure
@@ -27,6 +36,7 @@ __all__ = [
     "locked",
     "measure",
     "new_directory",
+    "put",
     "read_config",
     "read_weights",
     "save",

@@ -125,15 +125,32 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
         target.chmod(0o777 & ~umask())
-        if place.exists():
-            check_target(path, overwrite)  # again: hours may have passed
-            _exchange(target, place)
-        else:
-            target.rename(place)
+        _put(target, place, path, overwrite)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"{path} cannot be written: {problem}") from problem
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def put(directory: Path, path: Path, overwrite: bool) -> None:
+    """Move a whole checkpoint to `path`, on the same disk; what is replaced there is removed.
+
+    Raises:
+        CheckpointError: something cannot be moved, or `path` is taken.
+    """
+    try:
+        _put(directory, _resolved(path), path, overwrite)
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _put(directory: Path, place: Path, path: Path, overwrite: bool) -> None:
+    if place.exists():
+        check_target(path, overwrite)  # again: hours may have passed
+        _exchange(directory, place)
+    else:
+        directory.rename(place)
 
 
 def _exchange(new: Path, old: Path) -> None:

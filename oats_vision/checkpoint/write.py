@@ -51,24 +51,13 @@ def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any 
     except ModelError as missing:
         raise CheckpointError(str(missing)) from None
     check_target(path, overwrite)
-    source, state = source_of(model), model.state_dict()
+    state = model.state_dict()
     _check_values(model, state)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     storage = getattr(torch, report.settings.storage_dtype) if report.settings.storage_dtype else dtype
     check_source(model, report)
     tied = _tied(state)
-    generation = getattr(model, "generation_config", None)
-    config: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "written_by": f"oats_vision {version('oats_vision')}",
-        "source": source.to_dict(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "storage_dtype": str(storage).removeprefix("torch."),
-        "tied": tied,
-        **report.to_dict(),
-        "generation_config": plain(generation.to_diff_dict()) if generation is not None else None,
-    }
+    config = content(model, report, dtype, storage, tied)
     buffers = {name for name, _ in model.named_buffers()}
     tensors = {
         name: (tensor.to(storage) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
@@ -85,6 +74,24 @@ def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any 
         (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(target / TOKENIZER)
+
+
+def content(
+    model: nn.Module, report: CompressionReport, dtype: torch.dtype, storage: torch.dtype, tied: dict[str, str]
+) -> dict[str, Any]:
+    """What config.json says of a compressed model, but for the digests."""
+    generation = getattr(model, "generation_config", None)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "written_by": f"oats_vision {version('oats_vision')}",
+        "source": source_of(model).to_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "storage_dtype": str(storage).removeprefix("torch."),
+        "tied": tied,
+        **report.to_dict(),
+        "generation_config": plain(generation.to_diff_dict()) if generation is not None else None,
+    }
 
 
 def check_source(model: nn.Module, report: CompressionReport | None = None) -> None:

@@ -23,6 +23,9 @@ a backbone, on a folder of pictures without labels
 a classifier, with its top-1 on labelled pictures before and after
   oats-vision compress --model vit_base_patch16_224 --rate 0.4 \\
     --data imagenet/train --eval-data imagenet/val
+the smallest model that loses less than half a point of top-1
+  oats-vision compress --model vit_base_patch16_224 --max-drop 0.5 \\
+    --data imagenet/train --eval-data imagenet/val
 a language model, with its perplexity before and after
   oats-vision compress --model hf:HuggingFaceTB/SmolLM2-135M \\
     --data c4 --streaming --eval-data wikitext"""
@@ -48,8 +51,19 @@ def compress(
     chosen.check_data()
     from oats_vision.cli.compress_output import print_finished, print_plan, print_time
     from oats_vision.runs.run import dry_run, run  # seconds: not before all that was given is seen to be right
+    from oats_vision.runs.search import dry_search, search
 
-    if chosen.dry_run:
+    if chosen.dry_run and chosen.searched_for:
+        planned, estimate, trials = dry_search(
+            chosen, Display(messages), (lambda planned: None) if as_json else print_plan
+        )
+        if as_json:
+            typer.echo(json.dumps(planned.to_dict() | {"trials": trials, "seconds": trials * estimate.total}))
+        else:
+            print_time(planned, estimate, trials)
+    elif chosen.searched_for:
+        print_finished(search(chosen, Display(messages)), as_json)
+    elif chosen.dry_run:
         planned, estimate = dry_run(chosen, Display(messages), (lambda planned: None) if as_json else print_plan)
         if as_json:
             typer.echo(json.dumps(planned.to_dict() | {"seconds": estimate.total}))

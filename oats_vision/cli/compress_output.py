@@ -8,7 +8,7 @@ from oats_vision.analysis import tables
 from oats_vision.checkpoint.place import MERGED, PAGE
 from oats_vision.cli.common import results
 from oats_vision.display import Display
-from oats_vision.progress import Estimate, duration, shares
+from oats_vision.progress import Estimate, count, duration, shares
 from oats_vision.runs.forecast import Forecast
 from oats_vision.runs.run import FinishedRun
 
@@ -18,9 +18,16 @@ def print_plan(planned: Forecast) -> None:
     Display(results()).lines("plan", {name: text for name, text in planned.lines().items() if name != "time"})
 
 
-def print_time(planned: Forecast, estimate: Estimate) -> None:
-    """The plan's last line."""
+def print_time(planned: Forecast, estimate: Estimate, trials: int = 0) -> None:
+    """The plan's last line.
+
+    Args:
+        trials: that a search makes at most; 0: it is none.
+    """
     text = f"{estimate}, by a trial of one block; nothing was written"
+    if trials:
+        whole = duration(trials * estimate.total)
+        text = f"{text}. The search compresses at most {count(trials, 'time')}: {whole}, and the measurements"
     Display(results()).lines("", {"time": text}, column=max(map(len, planned.lines())))
 
 
@@ -33,7 +40,7 @@ def print_finished(finished: FinishedRun, as_json: bool) -> None:
     console = results()
     title = f"{config.model}: {finished.settings.summary}, stored in {finished.settings.storage_dtype}"
     console.print(tables.run_table(title, [*finished.score_rows(), *result.rows()]))
-    lines = [result.footnote, *_what_was_done(finished)]
+    lines = [finished.searched.sentence if finished.searched else "", result.footnote, *_what_was_done(finished)]
     if not finished.evaluation and result.cost is None:
         lines.append(f"What it cost was not measured: {finished.task.eval_command(str(config.out))}")
     for line in filter(None, [*lines, *result.advice]):

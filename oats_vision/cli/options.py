@@ -33,6 +33,8 @@ SETTINGS = {
     WHAT: {"model": "MODEL", "skip": "NAME", "image_size": "PIXELS", "pretrained": ""},
     HOW_MUCH: {
         "rate": "X",
+        "max_drop": "POINTS",
+        "target_mb": "MB",
         "rank_ratio": "X",
         "budget": "NAME",
         "method": "METHOD",
@@ -42,7 +44,7 @@ SETTINGS = {
         "recover": "STEPS",
     },
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
-    EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N"},
+    EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N", "drop_of": "WHAT"},
     OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
     MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
     EXPERTS: {
@@ -65,7 +67,7 @@ SWEEP = {
     GRID: {name: SETTINGS[HOW_MUCH][name] for name in ("rate", "rank_ratio", "method", "pattern")},
     HOW_MUCH: {name: SETTINGS[HOW_MUCH][name] for name in ("budget", "quality", "targets")},
     CALIBRATION: SETTINGS[CALIBRATION],
-    EVALUATION: SETTINGS[EVALUATION],
+    EVALUATION: {name: metavar for name, metavar in SETTINGS[EVALUATION].items() if name != "drop_of"},
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
     MACHINE: SETTINGS[MACHINE],
     EXPERTS: SETTINGS[EXPERTS],

@@ -25,6 +25,7 @@ from oats_vision.evaluation.results import (
     Score,
     Seconds,
 )
+from oats_vision.evaluation.searched import Searched
 from oats_vision.evaluation.speed import Timing
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Measured:
 
     cost: without labels; one_shot: the same before a recovery. speed: in `dtype`, batch 1 first. examples: the pictures
     that changed most. run, machine: what was asked for and what it ran on, as far as it is plain. seconds: of the whole
-    run. peak_memory: bytes.
+    run. peak_memory: bytes. search: for the rate.
     """
 
     evaluations: tuple[Evaluation, ...] = ()
@@ -87,6 +88,7 @@ class Measured:
     machine: tuple[tuple[str, str], ...] = ()
     seconds: float | None = None
     peak_memory: int | None = None
+    search: Searched | None = None
 
     @property
     def labelled(self) -> Evaluation | None:
@@ -151,6 +153,7 @@ def read_report(directory: Path) -> Measured:
         machine=_plain(known(dict, "speed_machine") or known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,
         peak_memory=known(Count, "peak_memory"),
+        search=known(Searched, "search"),
     )
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -18,12 +18,18 @@ KNOWN_DATA = ("demo", "c4", "wikitext", "fineweb")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 # all that PyTorch may have, or a plug-in bring
 TORCH_DEVICES = (*DEVICES, "hpu", "ipu", "maia", "meta", "mtia", "npu", "privateuseone", "ve", "vulkan", "xla")
+Drop = Literal["top1", "knn", "probe", "agreement", "cosine", "perplexity"]
 T = TypeVar("T")
 
 
 class RunConfig(DataOptions, CompressionOptions):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
+    max_drop: float | None = Field(
+        None, gt=0, description="find the smallest model that loses less: points of accuracy, or % of perplexity"
+    )
+    drop_of: Drop | None = Field(None, description="what `max_drop` limits [default: as the data allow]")
+    target_mb: float | None = Field(None, gt=0, description="find the most accurate model of this size")
     pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")
     image_size: int | None = Field(None, ge=1, description="input size (timm models) [default: its own]")
     trust_remote_code: bool = Field(False, description="run model code from a hub (hub:, some hf: models)")
@@ -57,9 +63,46 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
         if self.recover and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
+        self._check_search()
         if self.eval_data and not self.eval:
             raise ValueError("eval_data is given, and nothing is to be evaluated (`eval=False`): leave one of them out")
         return self
+
+    def _check_search(self) -> None:
+        """Raises ValueError if what is to be searched for does not fit the other settings."""
+        wanted = self.searched_for
+        if self.drop_of and not self.max_drop:
+            raise ValueError("drop_of is for `max_drop`: give that too, or leave it out")
+        if not wanted:
+            return
+        if self.max_drop and self.target_mb:
+            raise ValueError("max_drop and `target_mb` are both given: each decides the rate, leave one of them out")
+        if self.rate is not None:
+            raise ValueError(f"rate is given, and {wanted} finds the rate: leave one of them out")
+        if self.recover:
+            raise ValueError(
+                f"recover and {wanted} are both given: search first, then recover at the rate that it finds"
+            )
+        if self.max_drop and not self.eval:
+            raise ValueError("max_drop is given, and nothing is to be evaluated (`eval=False`): leave one of them out")
+        if self.target_mb and self.rank_ratio == "auto":
+            raise ValueError("target_mb needs sizes that are known before: give a number for `rank_ratio`, not auto")
+        fixed = isinstance(self.rank_ratio, float) or methods.find(self.method).rank_ratio is not None
+        if ":" in self._settings.pattern and fixed:
+            raise ValueError(
+                f"{wanted.strip('`')} finds the rate, which pattern {self._settings.pattern} and rank ratio "
+                f"{self._settings.rank_ratio:g} fix at {self._settings.rate:g}: leave one of these out"
+            )
+
+    @property
+    def compression(self) -> dict[str, Any]:
+        """The options that `compression.settings.resolve` takes."""
+        return {name: getattr(self, name) for name in CompressionOptions.model_fields}
+
+    @property
+    def searched_for(self) -> str:
+        """The setting that makes a search of the run; empty if its rate is given."""
+        return "`max_drop`" if self.max_drop else "`target_mb`" if self.target_mb else ""
 
     def check_data(self) -> None:
         """See that there are calibration data, and that what is not a dataset's name is there: it takes no time.

@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -167,16 +167,12 @@ def forecast(
         DataError: the model cannot take the example.
     """
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
-    shell = _shell(model)
-    structure.prepare(shell)
-    plan = plan_model(shell, structure, settings)
-    everything = {name for name, module in shell.named_modules() if isinstance(module, nn.Linear)}
+    shell, plan, report, everything = planned_shell(model, structure, settings)
     inside = tuple(f"{block}." for block, _ in plan.blocks)
     first = structure.named_blocks(model)[0][1]
     hidden = first_block_input(model, first, example)
     features = 4 * held_out * hidden[0].numel() if structure.family.unit == "pictures" else 0
     memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory, features)
-    report = _emptied(shell, structure, plan, settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Forecast(
         name=name,
@@ -219,6 +215,32 @@ def _recovery(steps: int, plan: Plan, hidden: Tensor, samples: int, memory: Memo
         # best so far, and S and its gradient spread out
         block=4 * (batch * tokens * (features + 4 * width) + 8 * weights),
     )
+
+
+class Shell(NamedTuple):
+    """A compressed model without values, the plan that it follows, and what a report would say of its shapes.
+
+    linears: all that the model had, by name.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: CompressionReport
+    linears: set[str]
+
+
+def planned_shell(model: nn.Module, structure: Structure, settings: CompressionSettings) -> Shell:
+    """What `compress` will make of a model, in shapes alone; the model stays as it is.
+
+    Raises:
+        ConfigError: the settings leave a layer without rank or non-zeros, or skip what is not there.
+        ModelError: the model is of no kind that the method can compress.
+    """
+    shell = _shell(model)
+    structure.prepare(shell)
+    plan = plan_model(shell, structure, settings)
+    linears = {name for name, module in shell.named_modules() if isinstance(module, nn.Linear)}
+    return Shell(shell, plan, _emptied(shell, structure, plan, settings), linears)
 
 
 def _shell(model: nn.Module) -> nn.Module:

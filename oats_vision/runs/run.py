@@ -23,12 +23,13 @@ from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError
+from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation.evaluate import evaluation_of
-from oats_vision.evaluation.protocols import Given, Measurement
+from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Evaluation
+from oats_vision.evaluation.searched import Searched
 from oats_vision.evaluation.tasks import Task, task_of
 from oats_vision.machine import choose_device, dtype_of, machine, peak_memory, warn_if_slow
 from oats_vision.models.loading.load import load_model, save_plain, source_of
@@ -50,8 +51,8 @@ class FinishedRun:
     """What a run made and measured; `to_dict` is the checkpoint's report.json.
 
     task: what the model reads. evaluation: on labelled pictures or on text, if there were any; one_shot: before a
-    recovery. files: bytes of each in
-    the checkpoint's directory. peak_memory: bytes.
+    recovery. files: bytes of each in the checkpoint's directory. peak_memory: bytes. searched: how the rate was found,
+    if it was searched for.
     """
 
     config: RunConfig
@@ -60,8 +61,10 @@ class FinishedRun:
     files: dict[str, int]
     skipped: int
     task: Task
+    protocol: Protocol[Any]
     evaluation: Evaluation | None = None
     one_shot: Evaluation | None = None
+    searched: Searched | None = None
     seconds: float = 0.0
     peak_memory: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +79,8 @@ class FinishedRun:
             "settings": self.settings.model_dump(),
             "skipped_pictures": self.skipped,
             "bytes": figures["bytes"] | {"files": self.files},
-            **({self.task.measured_by: self.evaluation.to_dict()} if self.evaluation else {}),
+            **({self.protocol.name: self.evaluation.to_dict()} if self.evaluation else {}),
+            **({"search": self.searched.model_dump(mode="json")} if self.searched else {}),
             "seconds": {**figures["seconds"], "command": self.seconds},
             "peak_memory": self.peak_memory,
             "machine": self.machine,
@@ -110,7 +114,8 @@ class PreparedRun:
     """What comes before a compression, and is the same for every compression of a model.
 
     config: with the defaults that depend on what the model reads. parameters: of the dense model. reader: its transform
-    of pictures, or its tokenizer. asked, test: what the task's protocol is asked for and its data, if there are any.
+    of pictures, or its tokenizer. protocol, asked, test: what it is scored by, what that is asked for, and its data, if
+    there are any.
     """
 
     config: RunConfig
@@ -119,6 +124,7 @@ class PreparedRun:
     source: ModelSource
     parameters: int
     reader: Any
+    protocol: Protocol[Any]
     asked: Settings | None
     test: Mapping[str, Any]
 
@@ -137,18 +143,21 @@ class PreparedRun:
         """Those of the run, with the precision that weights are stored in."""
         return self.config.settings(self.source.dtype)
 
-    def open(self, seed: int) -> Batches | Sequences:
-        """The calibration data that a seed chooses."""
-        found: Batches | Sequences = self.task.calibration(self.config.model_copy(update={"seed": seed}), self.reader)
+    def open(self, seed: int, held_out: int | None = None) -> Batches | Sequences:
+        """The calibration data that a seed chooses, with so many others held out, or as many as usual."""
+        config = self.config.model_copy(update={"seed": seed})
+        found: Batches | Sequences = self.task.calibration(config, self.reader, held_out)
         return found
 
-    def forecast(self, model: nn.Module, calibration: Batches | Sequences) -> Forecast:
-        """What compressing on these data will come to."""
+    def forecast(
+        self, model: nn.Module, calibration: Batches | Sequences, settings: CompressionSettings | None = None
+    ) -> Forecast:
+        """What compressing on these data will come to, with the run's settings or others."""
         config, others = self.config, calibration.held_out
         return forecast(
             model,
             structure_of(model),
-            self.settings,
+            settings or self.settings,
             self.task.example(model, config, self.reader),
             name=config.model,
             data=config.data or "demo",
@@ -168,10 +177,10 @@ class PreparedRun:
             return CalibrationSet(batches, self.task.reference(model, others, self.transform, progress))
 
     def score(self, model: nn.Module, which: str, display: Display) -> Measurement | None:
-        """What the task's protocol finds, if there are data for it."""
+        """What the protocol finds, if there are data for it."""
         if self.asked is None:
             return None
-        return self.task.protocol.function(model, Given(self.asked, self.test, self.reader, which, display))
+        return self.protocol.function(model, Given(self.asked, self.test, self.reader, which, display))
 
 
 def run(config: RunConfig, display: Display) -> FinishedRun:
@@ -181,6 +190,8 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
         OatsVisionError: something that was given is wrong; nothing is written then, or the checkpoint is whole and the
             message says so.
     """
+    if config.searched_for:
+        raise ConfigError(f"{config.searched_for} is for `oats_vision.runs.search.search`")
     with checkpoint.locked(config.out):
         checkpoint.check_target(config.out, config.overwrite)
         return _run(config, display)
@@ -195,7 +206,7 @@ def _run(config: RunConfig, display: Display) -> FinishedRun:
     calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
     finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display)
-    with _after_the_checkpoint(finished.config, prepared.task):
+    with after_the_checkpoint(finished.config, prepared.task):
         del model
         measure_stored(finished, prepared, calibration, before, display)
         finished.seconds = time.perf_counter() - start
@@ -206,12 +217,17 @@ def _run(config: RunConfig, display: Display) -> FinishedRun:
             finished.seconds = time.perf_counter() - start
             finished.write(display)
         if config.merge:
-            with checkpoint.new_directory(config.out / checkpoint.MERGED, overwrite=False) as merged:
-                dtype = dtype_of(str(finished.settings.storage_dtype))
-                save_plain(merge(finished.result.model), prepared.source, dtype, merged)
-                if prepared.tokenizer is not None:
-                    prepared.tokenizer.save_pretrained(merged)
+            write_merged(finished, prepared)
     return finished
+
+
+def write_merged(finished: FinishedRun, prepared: PreparedRun) -> None:
+    """Write the model with dense weights S + U V beside the compressed ones."""
+    with checkpoint.new_directory(finished.config.out / checkpoint.MERGED, overwrite=False) as merged:
+        dtype = dtype_of(str(finished.settings.storage_dtype))
+        save_plain(merge(finished.result.model), prepared.source, dtype, merged)
+        if prepared.tokenizer is not None:
+            prepared.tokenizer.save_pretrained(merged)
 
 
 def dry_run(
@@ -227,8 +243,19 @@ def dry_run(
     """
     checkpoint.check_target(config.out, config.overwrite)
     model, prepared = prepare(config, display)
-    calibration = prepared.open(config.seed)
-    planned, settings = prepared.forecast(model, calibration), prepared.settings
+    return try_out(model, prepared, prepared.settings, display, tell)
+
+
+def try_out(
+    model: nn.Module,
+    prepared: PreparedRun,
+    settings: CompressionSettings,
+    display: Display,
+    tell: Callable[[Forecast], None],
+) -> tuple[Forecast, Estimate]:
+    """What compressing a model with these settings would come to, and by a trial how long it would take."""
+    calibration = prepared.open(prepared.config.seed)
+    planned = prepared.forecast(model, calibration, settings)
     tell(planned)
     with display.compression() as progress:
         return planned, trial(model, calibration, settings, samples=planned.samples, progress=progress)
@@ -254,7 +281,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     asked = task.evaluation(config)
     test = asked.open(reader) if asked else {}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return model, PreparedRun(config, device, task, source_of(model), parameters, reader, asked, test)
+    return model, PreparedRun(config, device, task, source_of(model), parameters, reader, task.protocol, asked, test)
 
 
 def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Transform | None]:
@@ -284,13 +311,22 @@ def compress_and_write(
         )
     with display.status(f"writing {config.out}"):
         checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
+    skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
+    return written(describe(model, report, prepared.parameters), config, settings, prepared, skipped)
+
+
+def written(
+    result: Result, config: RunConfig, settings: CompressionSettings, prepared: PreparedRun, skipped: int
+) -> FinishedRun:
+    """What is known of a run whose checkpoint is in `config.out`, before it is measured."""
     return FinishedRun(
         config=config,
         settings=settings,
-        result=describe(model, report, prepared.parameters),
+        result=result,
         files={file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()},
-        skipped=calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0,
+        skipped=skipped,
         task=prepared.task,
+        protocol=prepared.protocol,
         machine=machine(prepared.device),
     )
 
@@ -351,13 +387,13 @@ def measure_stored(
     if prepared.asked and before and after:
         found = {"dense": before, "compressed": after}
         finished.evaluation = evaluation_of(
-            prepared.task.protocol, prepared.asked, found, model=str(config.out), machine=finished.machine
+            prepared.protocol, prepared.asked, found, model=str(config.out), machine=finished.machine
         )
     finished.peak_memory = peak_memory(prepared.device)
 
 
 @contextmanager
-def _after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
+def after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
     """What fails from here on is no lost run, and the message says so."""
     again = task.eval_command(str(config.out), config.eval_data or "demo")
     complete = f"the checkpoint in {config.out} is complete"

@@ -84,8 +84,8 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
     """
     display = display or Display()
     with checkpoint.locked(config.out):
-        state = read_state(config)
-        rows = read_rows(config.out)
+        state = read_state(config.out, config.base)
+        rows = {row.name: row for row in read_rows(config.out, Row)}
         cells = [SeededCell(settings, seed) for seed in config.seeds for settings in config.grid.cells]
         missing = [cell for cell in cells if not _is_done(config, rows, cell)]
         for line in [*config.grid.notes, *(f"skipped: {reason}" for reason in config.grid.skipped)]:
@@ -96,7 +96,7 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
             return Sweep(config, in_order(rows.values()), [], tuple(row_name(*cell) for cell in missing))
         failures: list[Failure] = []
         if missing:
-            with _said_once():
+            with said_once():
                 failures = _do(config, state, missing, rows, display)
         done = Sweep(config, in_order(rows.values()), failures)
         if done.rows:
@@ -142,7 +142,7 @@ def _do(
         calibration = dense.prepared.calibration_set(dense.model, dense.prepared.open(seed), display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
-            state = write_state(config, dense.prepared.task.unit, weights)
+            state = write_state(config.out, config.base, dense.prepared.task.unit, weights)
         for settings, _ in cells:
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()
@@ -152,7 +152,7 @@ def _do(
                 failures.append(Failure(settings, seed, " ".join(str(problem).split()) or type(problem).__name__))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
             else:
-                write_row(config.out, row)
+                write_row(config.out, row.name, row)
                 rows[row.name] = row
             write_csv(config.out / CSV, in_order(rows.values()), failures)
             seconds.append(time.perf_counter() - start)
@@ -224,8 +224,8 @@ def _announcement(
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
-    """Keep warnings from being repeated for each cell."""
+def said_once() -> Iterator[None]:
+    """Keep warnings from being repeated for each compression."""
 
     def new(said: set[str], record: logging.LogRecord) -> bool:
         known = record.getMessage() in said

@@ -69,8 +69,14 @@ class OnPictures(Settings):
 
         return dtype_of(self.mixed_precision) if self.mixed_precision else None
 
-    def labelled(self, source: str, split: str, samples: int | None, transform: Transform) -> Batches:
-        """Labelled pictures, read as these settings say."""
+    def labelled(
+        self, source: str, split: str, samples: int | None, transform: Transform, held_out: int = 0
+    ) -> Batches:
+        """Labelled pictures, read as these settings say.
+
+        Args:
+            held_out: with `samples`, others that are kept apart.
+        """
         from oats_vision.data.pictures import load_pictures
 
         return load_pictures(
@@ -83,6 +89,7 @@ class OnPictures(Settings):
             seed=self.seed,
             streaming=self.streaming,
             workers=self.workers,
+            held_out=held_out,
         )
 
 

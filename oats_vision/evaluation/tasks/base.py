@@ -89,8 +89,8 @@ class Task(ABC):
         """Raises ConfigError if the model cannot read what the run gives it."""
 
     @abstractmethod
-    def calibration(self, config: DataOptions, reader: Any) -> Any:
-        """The calibration data of a completed run, with some held out."""
+    def calibration(self, config: DataOptions, reader: Any, held_out: int | None = None) -> Any:
+        """The calibration data of a completed run, with some held out; by default as many as `held_out` says."""
 
     @abstractmethod
     def evaluation(self, config: DataOptions) -> Settings | None:

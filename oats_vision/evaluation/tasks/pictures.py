@@ -43,7 +43,7 @@ class Pictures(Task):
         transform: Transform | None = reader
         return transform
 
-    def calibration(self, config: DataOptions, reader: Any) -> Batches:
+    def calibration(self, config: DataOptions, reader: Any, held_out: int | None = None) -> Batches:
         from oats_vision.data.pictures import load_pictures
 
         return load_pictures(
@@ -51,7 +51,7 @@ class Pictures(Task):
             reader,
             samples=config.samples,
             split=config.split,
-            held_out=self.held_out(config),
+            held_out=self.held_out(config) if held_out is None else held_out,
             batch_size=config.batch_size or self.batch_size,
             seed=config.seed,
             streaming=config.streaming,

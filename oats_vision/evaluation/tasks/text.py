@@ -49,7 +49,7 @@ class Text(Task):
                 f"`sequence_length` must be at most the model's {positions} positions, got {config.sequence_length}"
             )
 
-    def calibration(self, config: DataOptions, reader: Any) -> Sequences:
+    def calibration(self, config: DataOptions, reader: Any, held_out: int | None = None) -> Sequences:
         from oats_vision.data.text import load_sequences
 
         return load_sequences(
@@ -61,7 +61,7 @@ class Text(Task):
             seed=config.seed,
             split=config.split,
             streaming=config.streaming,
-            held_out=self.held_out(config),
+            held_out=self.held_out(config) if held_out is None else held_out,
         )
 
     def evaluation(self, config: DataOptions) -> Settings | None:
