@@ -5,6 +5,7 @@ the outputs of the blocks are computed once, for a few inputs, and kept; those o
 when the block's turn comes, so that the matrices of one block alone are in memory.
 """
 
+import logging
 from collections.abc import Callable, Collection
 
 import torch
@@ -15,10 +16,13 @@ from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.gradients import backward_through, run_dense
 from oats_vision.calibration.statistics import Gram
 from oats_vision.core.joint import Correlations
-from oats_vision.errors import ModelError
 from oats_vision.models.families import Structure
+from oats_vision.models.values import all_finite
+
+log = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the gradients' correlations, which few inputs tell
+FLOOR = 1e-3  # share of the mean that each output weighs at least: other inputs may ask for it
 
 
 class OutputGradients:
@@ -50,9 +54,12 @@ class OutputGradients:
         for batch, inputs in enumerate(calls.inputs):
             dense = run_dense(model, structure, blocks, inputs, batch)
             gradient = dense.gradient(generator, calls.masks[batch])
+            known = gradient is not None
+            if gradient is None:
+                gradient = torch.zeros_like(dense.last)
             for index in reversed(range(len(blocks))):
                 self._store.append(gradient)
-                if index:
+                if index and known:
                     hidden = dense.inputs[index]
                     gradient, _ = backward_through(blocks[index][1], (), calls, index, batch, hidden, gradient)
                 tell((batch + 1 - index / len(blocks)) / self.batches)
@@ -65,19 +72,19 @@ class OutputGradients:
         Args:
             block: dense; index: its number; name: its full name.
             hidden: its inputs in the dense model.
-
-        Raises:
-            ModelError: gradients are not finite.
         """
         found: dict[str, Gram] = {}
         for batch in range(self.batches):
             gradient = self._store[(batch + 1) * self._blocks - 1 - index].to(self.calls.device)
+            if not gradient.any():
+                continue
             states = hidden[batch].to(self.calls.device, copy=True)
             _, at = backward_through(block, linears, self.calls, index, batch, states, gradient)
             for linear, of_linear in at.items():
                 rows = of_linear.flatten(0, -2)
-                if not rows.isfinite().all():
-                    raise ModelError(f"{name}.{linear}: gradients at its outputs are not finite: use dtype float32")
+                if not all_finite(rows):
+                    log.warning("%s.%s: gradients at its outputs are not finite: not weighed by these", name, linear)
+                    continue
                 found.setdefault(linear, Gram(rows.shape[1], rows.device)).update(rows)
         return found
 
@@ -87,4 +94,9 @@ def output_correlations(gram: Gram | None, rows: slice) -> Correlations | None:
     if gram is None or not gram.tokens:
         return None
     moments = gram.compute()[rows, rows]
-    return Correlations(moments, torch.float32, DAMPING) if (moments.diagonal() > 0).any() else None
+    level = moments.diagonal().mean()
+    if not level > 0:
+        return None
+    moments = moments / level
+    moments.diagonal().add_(FLOOR)
+    return Correlations(moments, torch.float32, DAMPING)

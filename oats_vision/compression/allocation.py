@@ -76,7 +76,7 @@ def allocate(curves: Sequence[Sequence[Point]], total: float) -> list[float]:
     Raises:
         ValueError: the total is less than the least that all parts keep.
 
-    >>> allocate([[(0, 4.0), (1, 1.0), (2, 0.0)], [(0, 2.0), (2, 0.0)]], total=2)
+    >>> allocate([[(0, 4.0), (1, 1.0), (2, 0.0)], [(0, 2.5), (2, 0.0)]], total=2)
     [1.0, 1.0]
     """
     hulls = [lower_hull(curve) for curve in curves]

@@ -61,7 +61,8 @@ def error_curve(
     rough, W, (m, n) = method.rough(settings), arithmetic(weight), weight.shape
     H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
     points: list[Point] = []
-    for rate in sorted({max(1 - multiple * (1 - settings.rate), LOWEST) for multiple in DENSITIES}):
+    lowest = min(LOWEST, settings.rate)
+    for rate in sorted({max(1 - multiple * (1 - settings.rate), lowest) for multiple in DENSITIES}):
         try:
             budget = replace(settings.allocation, rate=rate).budget(m, n)
         except ValueError:

@@ -76,6 +76,7 @@ def compress(
     refuse_wrappers(model)
     record_weights(model)
     with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
+        _leave_inference_mode(model)
         structure, plan = prepare(model, family, settings, undo)
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
@@ -152,14 +153,30 @@ def prepare(
 
 @contextmanager
 def plain_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Whatever autocast or default dtype the caller has set, results are those without."""
+    """Whatever autocast, default dtype or inference mode the caller has set, results are those without."""
     first, default = floating(model), torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(first.dtype, torch.float32))
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast(first.device.type, enabled=False):
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(first.device.type, enabled=False),
+            torch.inference_mode(False),  # whose tensors have no gradients
+            torch.no_grad(),
+        ):
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+def _leave_inference_mode(model: nn.Module) -> None:
+    """Give a model that was made in inference mode tensors that gradients can go through."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_inference():
+                setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(module, name, buffer.clone())
 
 
 @contextmanager

@@ -75,7 +75,9 @@ def _compress_in_sequence(
     shares = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
     dense_block = _sharing_weights(block)
     asked = job.output_moments(index, name, dense_block, parts)
-    known = writers(block, job.residual)
+    known = writers(
+        dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
+    )
     norm = next((writer.norm for writer in known.values() if writer.norm), "")
     own = [linear_of(block, linear) for linear in parts]
     wait = 2 + max((one.in_features + one.out_features for one in own), default=0) / hidden[0].shape[-1]

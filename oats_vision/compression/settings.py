@@ -108,28 +108,23 @@ class CompressionOptions(_Shared):
     )
     budget: Budgets | None = Field(
         None,
-        description="how the rate is shared out: each linear alike; measured: by what each costs the output; "
-        "owl, alphapruning: blocks by outliers, or spectra [default: measured with quality best, else uniform]",
+        description="how the rate is shared out over the layers [default: measured; fast: uniform]",
     )
     quality: Quality | None = Field(
         None,
-        description="best: joint, refit, targets, sensitivity and measured budgets; fast: refit alone; "
-        "plain: the paper's algorithm [default: best; for oats]",
+        description="plain: the paper's OATS; fast: and a refit; best: all below [default: best]",
     )
     refit: bool | None = Field(
         None,
-        description="least-squares fit of S, U, V to the outputs after OATS [default: by quality]",
+        description="least-squares fit of S, U, V to the outputs [default: by quality]",
     )
-    joint: bool | None = Field(
-        None, description="choose the positions of S by the inputs' correlations [default: by quality]"
-    )
+    joint: bool | None = Field(None, description="choose positions by the inputs' correlations [default: by quality]")
     targets: bool | None = Field(
         None,
-        description="aim each layer at the dense model's outputs, so that it makes up for the layers before it "
-        "[default: by quality; baselines: no]",
+        description="aim at the dense model's outputs [default: by quality; baselines: no]",
     )
     sensitivity: bool | None = Field(
-        None, description="weigh a layer's errors by what they do to the model's output [default: by quality]"
+        None, description="weigh errors by what they do to the output [default: by quality]"
     )
 
     @field_validator("pattern")

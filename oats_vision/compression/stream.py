@@ -1,5 +1,6 @@
 """A block's residual stream: its norms, the linears that read and write it, and how norms are folded into these."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +133,56 @@ class Writer:
         return stream
 
 
-def writers(block: nn.Module, residual: Residual | None) -> dict[str, Writer]:
-    """The linears of a block that write to its residual stream, by name, as far as the family describes it."""
+def writers(block: nn.Module, residual: Residual | None, run: Callable[[], Tensor], x: Tensor) -> dict[str, Writer]:
+    """The linears of a block that write to its residual stream, by name, as far as the family describes it.
+
+    That they do is seen on one batch: what the family says need not be true of every model of it.
+
+    Args:
+        run: gives the block's output for a batch; x: its input.
+    """
     if residual is None:
         return {}
-    names = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    found = {}
-    for candidates, norm, scale in (
-        (residual.attention_out, "", residual.scale1),
-        (residual.mlp_out, residual.norm2, residual.scale2),
-    ):
-        linear = next((name for name in candidates if name in names), None)
-        if linear is not None:
-            found[linear] = Writer(norm, _scale(block, scale))
-    return found
+    modules = dict(block.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    attention, mlp = (
+        next((name for name in candidates if name in linears), None)
+        for candidates in (residual.attention_out, residual.mlp_out)
+    )
+    if attention is None or mlp is None or residual.norm2 not in modules:
+        return {}
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, value: Tensor) -> None:
+        seen[name] = value.detach().clone()
+
+    hooks = [
+        modules[name].register_forward_hook(lambda module, args, output, name=name: note(name, output))
+        for name in (attention, mlp)
+    ]
+    hooks.append(modules[residual.norm2].register_forward_pre_hook(lambda module, args: note("between", args[0])))
+    try:
+        output = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {
+        attention: Writer("", _scale(block, residual.scale1)),
+        mlp: Writer(residual.norm2, _scale(block, residual.scale2)),
+    }
+    if seen.keys() != {attention, mlp, "between"}:
+        return {}
+    stages = ((x, attention, seen["between"]), (seen["between"], mlp, output))
+    if all(_joins(before, seen[name], found[name].gain, after) for before, name, after in stages):
+        return found
+    return {}
+
+
+def _joins(before: Tensor, output: Tensor, gain: Tensor | None, after: Tensor) -> bool:
+    """Whether after = before + gain * output."""
+    if not before.shape == output.shape == after.shape:
+        return False
+    added, output = (after - before).double(), output.double()
+    rest = added - (output if gain is None else output * gain)
+    rounding = 8 * torch.finfo(after.dtype).eps * (before.double().norm() + after.double().norm())
+    return bool(rest.norm() <= 1e-3 * added.norm() + rounding)

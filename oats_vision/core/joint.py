@@ -110,9 +110,25 @@ def joint(
             L = (B @ (B.T @ R)) / root
         if torch.linalg.vector_norm(Z - D) <= tolerance * torch.linalg.vector_norm(D):
             break
+    kept = (S != 0) * back(A - L)
+    if _curved(A - L - rotated(kept), curvature) < _curved(A - L - D, curvature):
+        S = kept  # nearly all is kept: what L leaves, with nothing to make up for
     U, V = factors.U, factors.V
     if B is not None:
         left, right = B / down.sqrt()[:, None], (B.T @ (root * (A - D))) / across.sqrt()
-        U, V = (left if P is None else P @ left) / e, (right @ Q.T) / d
+        U, V = balanced((left if P is None else P @ left) / e, (right @ Q.T) / d)
     S, U, V = (S / e / d).to(W), U.to(W), V.to(W)
     return Factors(S, U, V, relative_error(W, S, U, V, d.to(W)), factors.iterations + done)
+
+
+def _curved(X: Tensor, curvature: Tensor) -> Tensor:
+    """The objective of an error, in the eigenvectors' coordinates."""
+    return (curvature * X * X).sum()
+
+
+def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, each column of U as long as its row of V: so that both can be stored in 16 bits."""
+    tiny = torch.finfo(U.dtype).tiny
+    share = (torch.linalg.vector_norm(V, dim=1) / torch.linalg.vector_norm(U, dim=0).clamp_min(tiny)).sqrt()
+    share = torch.where((share > 0) & share.isfinite(), share, 1.0)
+    return U * share, V / share[:, None]
