@@ -25,6 +25,7 @@ def output_sensitivity(
     *,
     projections: int = 2,
     seed: int = 0,
+    keep: Callable[[int, int, Tensor], None] = lambda index, batch, gradient: None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Tensor]:
     """What an error at each output of each linear does to the dense model's output, by backward passes.
@@ -45,6 +46,7 @@ def output_sensitivity(
         model: prepared, as it was when `calls` were captured.
         linears: names in the block, by the block's name.
         projections: random v for each batch. seed: of these.
+        keep: called with a block's number, the batch's, and the gradient at the block's output.
         tell: called with the share of the work that is done.
 
     Returns:
@@ -69,6 +71,7 @@ def output_sensitivity(
             if gradient is None:
                 continue
             for index in reversed(range(len(blocks))):
+                keep(index, batch, gradient)
                 name, block = blocks[index]
                 inside = linears.get(name, ())
                 gradient, found = backward_through(block, inside, calls, index, batch, dense.inputs[index], gradient)

@@ -6,14 +6,14 @@ when the block's turn comes, so that the matrices of one block alone are in memo
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
-from oats_vision.calibration.gradients import backward_through, run_dense
+from oats_vision.calibration.gradients import backward_through, output_sensitivity
 from oats_vision.calibration.statistics import Gram
 from oats_vision.core.joint import Correlations
 from oats_vision.models.families import Structure
@@ -28,8 +28,11 @@ FLOOR = 1e-3  # share of the mean that each output weighs at least: other inputs
 class OutputGradients:
     """Gradients at the outputs of a dense model's blocks, for the first batches.
 
+    squares: what an error at each output of each linear does by itself, by full names: see `output_sensitivity`.
+
     Args:
         model: prepared, as it was when `calls` were captured.
+        linears: names in the block, by the block's name.
         calls: how its blocks are called, and the inputs of these batches.
         memory: bytes of gradients to keep there; the rest is on disk.
         seed: of the random projections.
@@ -40,29 +43,23 @@ class OutputGradients:
         self,
         model: nn.Module,
         structure: Structure,
+        linears: Mapping[str, Collection[str]],
         calls: BlockCalls,
         *,
         memory: float,
         seed: int = 0,
         tell: Callable[[float], None] = lambda share: None,
     ) -> None:
-        blocks = structure.named_blocks(model)
-        self.calls, self.batches = calls, len(calls.inputs)
-        self._store = ActivationStore(memory)  # by batch, and in it from the last block to the first
-        self._blocks = len(blocks)
-        generator = torch.Generator().manual_seed(seed)
-        for batch, inputs in enumerate(calls.inputs):
-            dense = run_dense(model, structure, blocks, inputs, batch)
-            gradient = dense.gradient(generator, calls.masks[batch])
-            known = gradient is not None
-            if gradient is None:
-                gradient = torch.zeros_like(dense.last)
-            for index in reversed(range(len(blocks))):
-                self._store.append(gradient)
-                if index and known:
-                    hidden = dense.inputs[index]
-                    gradient, _ = backward_through(blocks[index][1], (), calls, index, batch, hidden, gradient)
-                tell((batch + 1 - index / len(blocks)) / self.batches)
+        self.calls = calls
+        self._store, self._places = ActivationStore(memory), dict[tuple[int, int], int]()
+
+        def keep(index: int, batch: int, gradient: Tensor) -> None:
+            self._places[index, batch] = len(self._store)
+            self._store.append(gradient)
+
+        self.squares = output_sensitivity(
+            model, structure, linears, calls, projections=1, seed=seed, keep=keep, tell=tell
+        )
 
     def of_linears(
         self, block: nn.Module, name: str, index: int, linears: Collection[str], hidden: ActivationStore
@@ -74,10 +71,11 @@ class OutputGradients:
             hidden: its inputs in the dense model.
         """
         found: dict[str, Gram] = {}
-        for batch in range(self.batches):
-            gradient = self._store[(batch + 1) * self._blocks - 1 - index].to(self.calls.device)
-            if not gradient.any():
+        for batch in range(len(self.calls.inputs)):
+            place = self._places.get((index, batch))
+            if place is None:
                 continue
+            gradient = self._store[place].to(self.calls.device)
             states = hidden[batch].to(self.calls.device, copy=True)
             _, at = backward_through(block, linears, self.calls, index, batch, states, gradient)
             for linear, of_linear in at.items():

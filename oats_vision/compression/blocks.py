@@ -53,6 +53,7 @@ class Job:
         cls,
         model: nn.Module,
         structure: Structure,
+        linears: Mapping[str, Collection[str]],
         settings: CompressionSettings,
         storage: dtype,
         hidden: ActivationStore,
@@ -60,11 +61,15 @@ class Job:
         clock: Clock,
         report: CompressionReport,
     ) -> "Job":
-        """A job at its first block, whose inputs are those of the dense model."""
+        """A job at its first block, whose inputs are those of the dense model.
+
+        Args:
+            linears: to compress, by their names in the block, by the block's name.
+        """
         gradients = dense = None
         if settings.sensitivity:
             memory = GRADIENTS / STREAM * hidden.memory_limit
-            gradients = OutputGradients(model, structure, calls, memory=memory, tell=clock.gradients)
+            gradients = OutputGradients(model, structure, linears, calls, memory=memory, tell=clock.gradients)
         if settings.targets:
             dense = ActivationStore(hidden.memory_limit)
             for b in range(len(hidden)):

@@ -58,7 +58,7 @@ def error_curve(
         weight: (out_features, in_features). sensitivity: s, (out_features,).
         own: what the method knows of the inputs. gram: G, (in_features, in_features).
     """
-    rough, W, (m, n) = method.rough(settings), arithmetic(weight), weight.shape
+    W, (m, n) = arithmetic(weight), weight.shape
     H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
     points: list[Point] = []
     lowest = min(LOWEST, settings.rate)
@@ -67,7 +67,7 @@ def error_curve(
             budget = replace(settings.allocation, rate=rate).budget(m, n)
         except ValueError:
             continue
-        E = W - method.decompose(weight, own, budget, rough).dense()
+        E = W - method.decompose_roughly(weight, own, budget, settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
         points.append((budget.parameters(m, n), float(size * (errors @ sensitivity))))
     return points

@@ -110,8 +110,8 @@ def compress(
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                job = Job.of(model, structure, settings, storage, hidden, calls, clock, report)
-                parts = share_out(model, structure, plan, settings, hidden, calls, clock.sharing)
+                job = Job.of(model, structure, plan.parts, settings, storage, hidden, calls, clock, report)
+                parts = share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing)
                 for i, (name, block) in enumerate(plan.blocks):
                     last = i + 1 == len(plan.blocks)
                     compress_block(job, i, name, block, parts[name], undo.pop_all, last)

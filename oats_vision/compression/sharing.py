@@ -17,6 +17,7 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.collect import collect_statistics
 from oats_vision.calibration.gradients import output_sensitivity
+from oats_vision.calibration.sensitivity import OutputGradients
 from oats_vision.calibration.statistics import SecondMoment, Statistic
 from oats_vision.compression import methods
 from oats_vision.compression.allocation import Point, allocate, refined
@@ -47,6 +48,7 @@ def share_out(
     settings: CompressionSettings,
     hidden: ActivationStore,
     calls: BlockCalls,
+    gradients: OutputGradients | None = None,
     tell: Tell = lambda share: None,
 ) -> Parts:
     """The budgets of all parts, by block and linear: those of the plan, or others that add up to the same.
@@ -54,6 +56,7 @@ def share_out(
     Args:
         model: dense, and prepared.
         hidden: what its first block is given; stays as it is. calls: how its blocks are called.
+        gradients: of its output, if they were computed.
         tell: called with the share of the work that is done.
 
     Raises:
@@ -64,7 +67,7 @@ def share_out(
         return plan.parts
     with torch.no_grad():
         if settings.budget == "measured":
-            wanted = _measured(model, structure, plan, settings, hidden, calls, tell)
+            wanted = _measured(model, structure, plan, settings, hidden, calls, gradients, tell)
         else:
             wanted = _by_block(model, plan, settings, hidden, calls, tell)
     shapes = [(part.out_features, width) for _, part, width in _each(model, plan.parts)]
@@ -127,13 +130,19 @@ def _measured(
     settings: CompressionSettings,
     hidden: ActivationStore,
     calls: BlockCalls,
+    gradients: OutputGradients | None,
     tell: Tell,
 ) -> list[float]:
     """The parameters that each part keeps where the sum of all errors of the model's output is least."""
     method = methods.find(settings.method)
     assert isinstance(method, LinearMethod)
-    sensitivities = output_sensitivity(
-        model, structure, plan.parts, calls, seed=SEED, tell=lambda share: tell(SHARE_OF_GRADIENTS * share)
+    first = 0.0 if gradients else SHARE_OF_GRADIENTS
+    sensitivities = (
+        gradients.squares
+        if gradients
+        else output_sensitivity(
+            model, structure, plan.parts, calls, seed=SEED, tell=lambda share: tell(SHARE_OF_GRADIENTS * share)
+        )
     )
     curves: list[list[Point]] = []
 
@@ -156,7 +165,7 @@ def _measured(
                 ]
             except ValueError as unusable:
                 raise DataError(f"{full}: {unusable}") from None
-        tell(SHARE_OF_GRADIENTS + (1 - SHARE_OF_GRADIENTS) * (done + 1) / len(plan.blocks))
+        tell(first + (1 - first) * (done + 1) / len(plan.blocks))
     return allocate([refined(curve) for curve in curves], _total(model, plan.parts))
 
 

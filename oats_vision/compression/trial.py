@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import capture_block_calls
+from oats_vision.calibration.capture import INPUTS_KEPT, capture_block_calls
 from oats_vision.compression import methods
 from oats_vision.compression.blocks import Job
 from oats_vision.compression.methods import BlockMethod
@@ -21,6 +21,7 @@ from oats_vision.compression.pipeline import plain_arithmetic, prepare
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.sharing import share_out
 from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
 from oats_vision.models.families import Family
@@ -36,6 +37,8 @@ class Trial:
 
     first: of the first batch, which runs through the whole model. sample: of reading one more sample. checks: of a
     block, before any is changed. statistics and applying: of `samples` on the block. decomposing: of its weights.
+    gradients: of the dense model's output, on `samples` of those that they are taken on. budgets: to see what the
+    block's weights may lose.
     """
 
     samples: int
@@ -45,6 +48,8 @@ class Trial:
     statistics: float
     decomposing: float
     applying: float
+    gradients: float = 0.0
+    budgets: float = 0.0
 
     def extrapolated(self, samples: int, blocks: int, work: float, unit: Unit) -> Estimate:
         """To all samples and blocks.
@@ -54,8 +59,10 @@ class Trial:
         """
         reading = self.first + self.sample * samples + self.checks * blocks
         each = samples / self.samples
+        few = min(samples, max(INPUTS_KEPT, self.samples)) / self.samples
+        budgets = self.gradients * few + self.budgets * work
         total = reading + each * (self.statistics * blocks + self.applying * (blocks - 1)) + self.decomposing * work
-        return Estimate(total, reading, blocks, unit)
+        return Estimate(total + budgets, reading, blocks, unit, budgets)
 
 
 @torch.no_grad()
@@ -110,7 +117,9 @@ def trial(
             method.compress(alone, replace(structure, blocks=""), plan.slicing, hidden, calls, clock)
         else:
             report = CompressionReport(structure.family.name, settings, tried, unit)
-            job = Job.of(model, structure, settings, storage, hidden, calls, clock, report)
+            job = Job.of(model, structure, plan.parts, settings, storage, hidden, calls, clock, report)
+            alone_plan = replace(plan, blocks=[(name, original)], parts={name: plan.parts[name]})
+            share_out(model, structure, alone_plan, settings, hidden, calls, job.gradients, clock.sharing)
             compress_block(job, index, name, block, plan.parts[name], lambda: None, last=False)
         taken = clock.seconds
     done = Trial(
@@ -121,5 +130,7 @@ def trial(
         taken["statistics"],
         taken["decomposing"],
         taken["applying"],
+        taken.get("gradients", 0.0),
+        taken.get("budgets", 0.0),
     )
     return done.extrapolated(samples, len(plan.blocks), sum(plan.work) / plan.work[index], unit)

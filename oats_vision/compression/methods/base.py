@@ -105,9 +105,11 @@ class LinearMethod(Method):
             ValueError: the statistic has seen no token, or is not finite.
         """
 
-    def rough(self, settings: CompressionSettings) -> CompressionSettings:
-        """Settings under which `decompose` is quick, and its error differs from layer to layer as it will."""
-        return settings
+    def decompose_roughly(
+        self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings
+    ) -> Factors:
+        """The same, quickly: its error need only differ from layer to layer, and from budget to budget, as it will."""
+        return self.decompose(weight, statistic, budget, settings)
 
     def decompose_for_output(
         self,

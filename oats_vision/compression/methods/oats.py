@@ -89,10 +89,19 @@ class OATS(LinearMethod):
                 factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
         return factors
 
-    def rough(self, settings: CompressionSettings) -> CompressionSettings:
+    def decompose_roughly(
+        self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings
+    ) -> Factors:
+        from oats_vision.calibration.statistics import Gram
+        from oats_vision.core.oats import oats
+        from oats_vision.core.refit import refit
+        from oats_vision.kernels.thresholding import sparse_term
+
         few = min(settings.iterations, ROUGH_ITERATIONS)
-        quick = {"solver": "fast", "iterations": few, "tolerance": 0.0, "joint": False}
-        return settings.model_copy(update=quick)
+        factors = oats(weight, statistic.scale(), budget, iterations=few, sparse_term=sparse_term)
+        if isinstance(statistic, Gram) and settings.refit:
+            factors = refit(weight, factors, statistic.compute(), rounds=1)
+        return factors
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)
