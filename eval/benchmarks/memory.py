@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -50,7 +51,7 @@ def block_activations(model: nn.Module, block: nn.Module, batch: Tensor, batches
 
 
 @torch.no_grad()
-def run(name: str, image_size: int | None, batch_size: int, batches: int, refit: bool) -> None:
+def run(name: str, image_size: int | None, batch_size: int, batches: int, quality: Literal["best", "fast", "plain"]) -> None:
     """Compress, save, load; print one JSON object."""
     baseline = peak()
     model, transform = ov.load_model(name, pretrained=False, image_size=image_size)
@@ -58,7 +59,7 @@ def run(name: str, image_size: int | None, batch_size: int, batches: int, refit:
     pictures = ov.load_pictures("demo", transform, batch_size=batch_size, samples=batch_size * batches)
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     start = time.perf_counter()
-    report = ov.compress(model, pictures, rate=0.5, rank_ratio=0.2, refit=refit).report
+    report = ov.compress(model, pictures, rate=0.5, rank_ratio=0.2, quality=quality).report
     seconds, top = time.perf_counter() - start, peak()
     batch, _ = next(iter(pictures))
     expected = model(batch)
@@ -91,14 +92,14 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="if not the model's own")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--no-refit", action="store_true", help="OATS alone")
+    parser.add_argument("--quality", choices=["best", "fast", "plain"], default="best")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the child process
     args = parser.parse_args()
     if args.one:
-        run(args.models[0], args.image_size, args.batch_size, args.batches, not args.no_refit)
+        run(args.models[0], args.image_size, args.batch_size, args.batches, args.quality)
         return
     table = Table(
-        title=f"rate 0.5, rank ratio 0.2{', no refit' * args.no_refit}, "
+        title=f"rate 0.5, rank ratio 0.2, quality {args.quality}, "
         f"{args.batches} batches of {args.batch_size}, float32, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}; MB"
     )
@@ -118,7 +119,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", "--models", name]
         command += ["--batch-size", str(args.batch_size), "--batches", str(args.batches)]
         command += ["--image-size", str(args.image_size)] if args.image_size else []
-        command += ["--no-refit"] * args.no_refit
+        command += ["--quality", args.quality]
         seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         bound = 3 * seen["dense"] + seen["activations"]
         values = (seen["dense"], seen["activations"], bound, seen["peak"], seen["baseline"])

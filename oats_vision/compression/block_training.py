@@ -16,7 +16,7 @@ from oats_vision.compression.relative_steps import RelativeAdam, layer_sizes, ve
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sparse_low_rank import compressed_layers
 
-SHARE = 2e-3  # of an entry's size, that the largest steps move it
+SHARE = 5e-4  # of an entry's size, that the largest steps move it
 WARM_UP = 0.1  # share of the steps in which they grow to that; then they fall as a cosine does
 LOOKS = 10  # at the held-out samples while a block is trained
 SHORTER = 1 / 3  # steps after a look that finds no gain, from the best weights on
