@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -51,7 +50,9 @@ def block_activations(model: nn.Module, block: nn.Module, batch: Tensor, batches
 
 
 @torch.no_grad()
-def run(name: str, image_size: int | None, batch_size: int, batches: int, quality: Literal["best", "fast", "plain"]) -> None:
+def run(
+    name: str, image_size: int | None, batch_size: int, batches: int, quality: Literal["best", "fast", "plain"]
+) -> None:
     """Compress, save, load; print one JSON object."""
     baseline = peak()
     model, transform = ov.load_model(name, pretrained=False, image_size=image_size)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.calibration.capture import BlockCalls, call_model, no_cache, split_call
+from oats_vision.calibration.capture import INPUTS_KEPT, BlockCalls, call_model, no_cache, split_call
 from oats_vision.data.batches import Inputs
 from oats_vision.models.families import Structure
 from oats_vision.models.head import class_logits, has_head
@@ -55,7 +55,6 @@ def output_sensitivity(
     What is not finite is left out: the pass through the blocks says where it comes from.
     """
     blocks = structure.named_blocks(model)
-    generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     for block_name, names in linears.items():
         for linear in names:
@@ -65,9 +64,9 @@ def output_sensitivity(
     runs, samples = len(calls.inputs) * projections * len(blocks), 0
     for batch, inputs in enumerate(calls.inputs):
         dense = run_dense(model, structure, blocks, inputs, batch)
-        samples += len(dense.inputs[0])
+        first, samples = samples, samples + len(dense.inputs[0])
         for projection in range(projections):
-            gradient = dense.gradient(generator, calls.masks[batch])
+            gradient = dense.gradient(seed * projections + projection, first, calls.masks[batch])
             if gradient is None:
                 continue
             for index in reversed(range(len(blocks))):
@@ -81,7 +80,7 @@ def output_sensitivity(
                     sums[f"{name}.{linear}"] += at.float().square().flatten(0, -2).sum(0, dtype=torch.float64)
                 tell(((batch * projections + projection + 1) * len(blocks) - index) / runs)
     for total in sums.values():
-        total /= samples * projections
+        total /= min(samples, INPUTS_KEPT) * projections
     return sums
 
 
@@ -98,23 +97,33 @@ class DenseRun:
     output: Tensor
     logits: bool
 
-    def gradient(self, generator: torch.Generator, mask: Tensor | None) -> Tensor | None:
+    def gradient(self, seed: int, first: int, mask: Tensor | None) -> Tensor | None:
         """That of the output's product with a random vector, by the last block's output; None if it is not finite.
 
         Args:
+            seed: of the vector, which is each sample's own: how samples are batched changes nothing.
+            first: number of the batch's first sample; those from `INPUTS_KEPT` on do not count.
             mask: true for tokens that count, (batch, tokens).
         """
-        output = self.output.detach().float()
-        v = torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
-        if self.logits:
-            p = output.softmax(-1)
-            v *= p.sqrt()
-            v -= p * v.sum(-1, keepdim=True)
-        v = v.to(self.output)
+        output = self.output.detach().float().cpu()
+        if not all_finite(output):
+            return None  # the pass through the blocks says where that comes from
+        v = torch.stack([self._vector(sample, seed, first + i) for i, sample in enumerate(output)]).to(self.output)
         if mask is not None and mask.shape == v.shape[:2]:
             v = v * mask.to(v)[..., None]
         (gradient,) = torch.autograd.grad(self.output, self.last, v, retain_graph=True)
         return gradient
+
+    def _vector(self, output: Tensor, seed: int, number: int) -> Tensor:
+        """For one sample's output."""
+        if number >= INPUTS_KEPT:
+            return torch.zeros_like(output)
+        generator = torch.Generator().manual_seed(seed * INPUTS_KEPT + number)
+        if not self.logits:
+            return torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
+        p = output.softmax(-1)
+        drawn = torch.multinomial(p.view(-1, p.shape[-1]), 1, generator=generator).view(*p.shape[:-1], 1)
+        return torch.zeros_like(p).scatter_(-1, drawn, 1.0).sub_(p)
 
 
 def run_dense(

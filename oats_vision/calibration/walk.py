@@ -119,6 +119,8 @@ class Walk:
             del linear.forward
         if self._hook is not None:
             self._hook.remove()
+        # runs refer to the walk, and with it would keep the block's weights in memory
+        self.runs, self.running, self.linears = [], None, {}
 
     def _note_stream(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         assert self.running is not None

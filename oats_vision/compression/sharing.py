@@ -71,7 +71,8 @@ def share_out(
         else:
             wanted = _by_block(model, plan, settings, hidden, calls, tell)
     shapes = [(part.out_features, width) for _, part, width in _each(model, plan.parts)]
-    budgets = iter(fitted(shapes, wanted, settings.allocation, _total(model, plan.parts)))
+    together = [len(of_linear) for linears in plan.parts.values() for of_linear in linears.values()]
+    budgets = iter(fitted(shapes, together, wanted, settings.allocation, _total(model, plan.parts)))
     shared = {
         block: {name: [replace(part, budget=next(budgets)) for part in parts] for name, parts in linears.items()}
         for block, linears in plan.parts.items()
@@ -81,14 +82,17 @@ def share_out(
     return shared
 
 
-def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Allocation, total: int) -> list[Budget]:
+def fitted(
+    shapes: list[tuple[int, int]], together: list[int], wanted: list[float], allocation: Allocation, total: int
+) -> list[Budget]:
     """Whole ranks and non-zeros for what each part should keep, that come to the total but for one step.
 
     Budgets are rounded down as uniform ones are; what that leaves over goes to those that lost most by it, in steps:
     a non-zero in each row, or one anywhere, or a rank where there is no sparse term.
 
     Args:
-        shapes: of the parts. wanted: parameters that each keeps; scaled down if they add up to more than the total.
+        shapes: of the parts. together: how many parts each linear has, which get one rank: U is stored as one matrix.
+        wanted: parameters that each keeps; scaled down if they add up to more than the total.
     """
     least = [_least(m, n, allocation) for m, n in shapes]
     above = [max(kept - low, 0.0) for kept, low in zip(wanted, least, strict=True)]
@@ -97,6 +101,10 @@ def fitted(shapes: list[tuple[int, int]], wanted: list[float], allocation: Alloc
     budgets = [
         replace(allocation, rate=1 - kept / (m * n)).budget(m, n) for (m, n), kept in zip(shapes, wanted, strict=True)
     ]
+    first = 0
+    for count in together:
+        budgets[first : first + count] = _of_one_rank(budgets[first : first + count], shapes[first : first + count])
+        first += count
     sizes = [budget.parameters(m, n) for budget, (m, n) in zip(budgets, shapes, strict=True)]
     lost = [kept - size for kept, size in zip(wanted, sizes, strict=True)]
     order = sorted(range(len(shapes)), key=lambda i: -lost[i] / math.prod(shapes[i]))
@@ -121,6 +129,19 @@ def _least(m: int, n: int, allocation: Allocation) -> float:
     rank = (m + n) / ratio if ratio > 0 else 0.0
     nonzeros = (m if allocation.pattern.kind == "row" else 1) / (1 - ratio) if ratio < 1 else 0.0
     return max(rank, nonzeros)
+
+
+def _of_one_rank(budgets: list[Budget], shapes: list[tuple[int, int]]) -> list[Budget]:
+    """The parts of one linear with their mean rank; what that takes or gives goes to, or comes from, the non-zeros."""
+    rank = sum(budget.rank for budget in budgets) // len(budgets)
+    changed = []
+    for budget, (m, n) in zip(budgets, shapes, strict=True):
+        step = m if budget.pattern.kind == "row" else 1
+        nonzeros = budget.nonzeros + (budget.rank - rank) * (m + n) // step * step
+        if not 0 < nonzeros <= m * n or (rank == 0) != (budget.rank == 0):
+            return budgets
+        changed.append(replace(budget, rank=rank, nonzeros=nonzeros))
+    return changed
 
 
 def _measured(

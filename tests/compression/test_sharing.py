@@ -50,7 +50,7 @@ def test_whole_ranks_and_non_zeros_come_to_the_total_but_for_one_step(pattern, r
         shares = (0.3 + 0.5 * torch.rand(len(shapes), generator=generator)).tolist()
         wanted = [share * m * n for share, (m, n) in zip(shares, shapes, strict=True)]
         total = math.floor(sum(wanted))
-        budgets = fitted(shapes, wanted, allocation, total)
+        budgets = fitted(shapes, [1] * len(shapes), wanted, allocation, total)
         kept = sum(budget.parameters(m, n) for budget, (m, n) in zip(budgets, shapes, strict=True))
         step = max(m + n if ratio == 1 else m if pattern == "row" else 1 for m, n in shapes)
         assert total - step < kept <= total
@@ -62,10 +62,19 @@ def test_whole_ranks_and_non_zeros_come_to_the_total_but_for_one_step(pattern, r
 def test_a_part_keeps_a_rank_and_some_non_zeros_whatever_it_is_given():
     wanted = [0.0, 5000.0, 5000.0]
     for allocation in (Allocation(0.5, 0.2), Allocation(0.5, 0.0, Pattern("layer")), Allocation(0.5, 1.0)):
-        budgets = fitted(SHAPES[:3], wanted, allocation, 10000)
+        budgets = fitted(SHAPES[:3], [1, 1, 1], wanted, allocation, 10000)
         assert all(bool(budget.rank) == (allocation.rank_ratio > 0) for budget in budgets)
         assert all(bool(budget.nonzeros) == (allocation.rank_ratio < 1) for budget in budgets)
         assert sum(budget.parameters(m, n) for budget, (m, n) in zip(budgets, SHAPES, strict=False)) <= 10000
+
+
+def test_the_parts_of_one_linear_get_one_rank():
+    shapes, wanted = [(48, 48)] * 3, [600.0, 1200.0, 1800.0]
+    budgets = fitted(shapes, [3], wanted, Allocation(0.5, 0.3), 3600)
+    kept = [budget.parameters(48, 48) for budget in budgets]
+    assert len({budget.rank for budget in budgets}) == 1
+    assert all(abs(one - other) <= 3 * 48 for one, other in zip(kept, wanted, strict=True))
+    assert 3600 - 48 < sum(kept) <= 3600
 
 
 def test_a_linear_that_does_little_for_the_output_loses_more(tiny_vit, pictures):

@@ -117,7 +117,7 @@ def decoder(tmp_path_factory) -> Path:
 def test_features_and_maps_are_the_less_like_dense_the_higher_the_rate(model_directory, decoder, tmp_path):
     arguments = ["features", "--model", model_directory, "--decoder", decoder, "--pictures", 60, "--samples", 20]
     arguments += ["--eval-samples", 30, "--batch-size", 16, "--seeds", 0, 1, "--out", tmp_path]
-    arguments += ["--lines", "wanda", "oats", "--rates", "0.1", "0.7"]
+    arguments += ["--lines", "wanda", "best", "--rates", "0.1", "0.7"]
     done = _study("accuracy_table", *arguments)
     assert done.returncode == 0, done.stderr
     assert "30 pictures to measure on, 30 others to draw from" in done.stderr
@@ -203,7 +203,7 @@ def test_configs_are_valid(config):
     run = load_run_config(config, {})
     assert run.settings().rate
     if config.parent.name == "paper":
-        assert (run.solver, run.iterations, run.refit, run.tolerance) == ("exact", 80, False, 0.0)
+        assert (run.solver, run.iterations, run.quality, run.tolerance) == ("exact", 80, "plain", 0.0)
         assert run.rank_ratio == {"llama3_8b": 0.3, "phi3_mini": 0.25, "phi3_medium": 0.25}.get(config.stem, 0.2)
 
 

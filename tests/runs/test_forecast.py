@@ -45,6 +45,7 @@ def measured(model: nn.Module, report: ov.CompressionReport) -> checkpoint.Sizes
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(map(str, settings.values())))
 def test_the_bytes_and_parameters_forecast_are_those_that_come(tiny_vit, pictures, settings):
+    settings = settings | {"budget": "uniform"}
     told = of(tiny_vit, **settings)
     dense = sum(parameter.numel() for parameter in tiny_vit.parameters())
     fast = {"iterations": 2} if "method" not in settings else {}
@@ -89,16 +90,16 @@ def test_language_models_are_forecast_as_they_are_prepared_and_stay_as_they_are(
     torch.manual_seed(0)
     model = LANGUAGE[kind]().eval()
     names = [(name, id(module)) for name, module in model.named_modules()]
-    told = of(model, torch.zeros(1, 16, dtype=torch.int64), rate=0.4)
+    told = of(model, torch.zeros(1, 16, dtype=torch.int64), rate=0.4, budget="uniform")
     assert [(name, id(module)) for name, module in model.named_modules()] == names
     assert not hasattr(model, "oats_vision")
-    report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2).report
+    report = ov.compress(model, [torch.randint(100, (4, 16))], rate=0.4, iterations=2, budget="uniform").report
     assert told.sizes == measured(model, report)
     assert (told.unit, told.tokens, told.width) == ("sequences", 16, 48)
 
 
 def test_what_the_plan_says(tiny_vit):
-    settings = resolve(rate=0.5, skip=("blocks.0",))
+    settings = resolve(rate=0.5, skip=("blocks.0",), quality="fast")
     told = forecast(
         tiny_vit,
         structure_of(tiny_vit),
