@@ -50,9 +50,7 @@ def block_activations(model: nn.Module, block: nn.Module, batch: Tensor, batches
 
 
 @torch.no_grad()
-def run(
-    name: str, image_size: int | None, batch_size: int, batches: int, quality: Literal["best", "fast", "plain"]
-) -> None:
+def run(name: str, image_size: int | None, batch_size: int, batches: int, quality: Quality) -> None:
     """Compress, save, load; print one JSON object."""
     baseline = peak()
     model, transform = ov.load_model(name, pretrained=False, image_size=image_size)
