@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import oats_vision as ov
+from oats_vision.compression.settings import Quality
 from oats_vision.models.record import structure_of
 
 
