@@ -16,6 +16,12 @@ Quality = Literal["best", "fast", "plain"]
 Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
+# by what is used of these, and how budgets are shared out
+QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
+    (LEVERS, "measured"): "best",
+    (("refit",), "uniform"): "fast",
+    ((), "uniform"): "plain",
+}
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
@@ -83,12 +89,20 @@ class CompressionSettings(_Shared):
         return Allocation(self.rate, ratio, Pattern.parse(self.pattern))
 
     @property
+    def quality(self) -> Quality | None:
+        """The one that its levers and its budget are those of; None of others."""
+        used = tuple(lever for lever in LEVERS if getattr(self, lever))
+        return QUALITIES.get((used, self.budget)) if self.method == "oats" else None
+
+    @property
     def summary(self) -> str:
-        """Method, rate, rank ratio and pattern in words."""
+        """Method, quality, rate, rank ratio and pattern in words."""
         share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
-        shared = f", {self.budget} budgets" * (self.budget != "uniform")
         skipped = f", without {' '.join(self.skip)}" if self.skip else ""
+        if self.quality:
+            return f"{self.method} {self.quality}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{skipped}"
         levers = "".join(f" + {name}" for name in LEVERS if getattr(self, name))
+        shared = f", {self.budget} budgets" * (self.budget != "uniform")
         return f"{self.method}{levers}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{shared}{skipped}"
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from oats_vision.compression import methods
-from oats_vision.compression.settings import CompressionSettings, resolve
+from oats_vision.compression.settings import LEVERS, CompressionSettings, resolve
 from oats_vision.errors import ConfigError
 from oats_vision.runs.config import load_run_config
 
@@ -96,3 +96,46 @@ def test_each_method_has_its_papers_defaults_and_resolved_settings_stay_as_they_
 def test_options_that_are_wrong_or_do_not_fit_together_are_one_line(options, message):
     with pytest.raises(ConfigError, match=message):
         resolve(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "oats best, rate 0.5, rank ratio 0.2, row"),
+        ({"quality": "fast"}, "oats fast, rate 0.5, rank ratio 0.2, row"),
+        ({"quality": "plain", "skip": ("head",)}, "oats plain, rate 0.5, rank ratio 0.2, row, without head"),
+        ({"quality": "fast", "joint": True}, "oats + joint + refit, rate 0.5, rank ratio 0.2, row"),
+        ({"method": "wanda", "targets": True}, "wanda + targets, rate 0.5, rank ratio 0, row"),
+        ({"pattern": "2:4"}, "oats + joint + refit + targets + sensitivity, rate 0.375, rank ratio 0.2, 2:4"),
+    ],
+)
+def test_the_summary_says_what_differs_from_a_quality(options, words):
+    assert resolve(**options).summary == words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quality": "good"}, "quality must be best, fast or plain"),
+        ({"method": "wanda", "quality": "best"}, "quality must be left out with method wanda"),
+        ({"method": "wanda", "joint": True}, "joint is for method oats with scaling second_moment"),
+        ({"joint": True, "scaling": "none"}, "joint is for method oats with scaling second_moment"),
+        ({"quality": "plain", "sensitivity": True}, "sensitivity weighs the joint rounds: give joint too"),
+        ({"method": "slicegpt", "targets": True, "rate": 0.3}, "targets must be left out with method slicegpt"),
+        ({"budget": "measured", "pattern": "2:4"}, "budget must be uniform with pattern 2:4"),
+        ({"budget": "measured", "rank_ratio": "auto"}, "budget must be uniform with rank_ratio auto"),
+    ],
+)
+def test_levers_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(**options)
+
+
+def test_each_quality_uses_more_than_the_one_before():
+    used = [
+        [name for name in LEVERS if getattr(resolve(quality=quality), name)] for quality in ("plain", "fast", "best")
+    ]
+    assert used == [[], ["refit"], ["joint", "refit", "targets", "sensitivity"]]
+    assert resolve().model_dump() == resolve(quality="best").model_dump()
+    assert resolve(quality="best", sensitivity=False).budget == "uniform"
+    assert not resolve(refit=False).joint

@@ -115,7 +115,7 @@ def test_what_the_plan_says(tiny_vit):
     lines = told.lines()
     assert list(lines) == ["model", "linears", "bytes", "calibration", "memory", "time"]
     assert lines["model"].startswith("tiny, timm VisionTransformer: 3 blocks, 0.1 M parameters")
-    assert "8 compressed by oats + refit, rate 0.5" in lines["linears"]
+    assert "8 compressed by oats fast, rate 0.5" in lines["linears"]
     assert "left dense: 4 that match skip and 1 in no block (head)" in lines["linears"]
     assert lines["calibration"] == (
         "2,048 pictures from imagenet/train in batches of 64, 17 tokens each; 64 others are held out to measure what "

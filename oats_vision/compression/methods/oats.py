@@ -43,6 +43,9 @@ class OATS(LinearMethod):
         sensitivity = joint and (best if options.sensitivity is None else options.sensitivity)
         return {"refit": refit, "joint": joint, "targets": targets, "sensitivity": sensitivity}
 
+    def needs(self, lever: str) -> str:
+        return "weighs the joint rounds: give joint too" if lever == "sensitivity" else super().needs(lever)
+
     def budget(self, options: CompressionOptions) -> Budgets:
         """Measured with sensitivity, unless the pattern fixes each layer's density, or speed its rank ratio."""
         free = options.pattern in (None, "row", "layer") and options.rank_ratio != "auto"
