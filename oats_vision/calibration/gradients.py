@@ -154,7 +154,8 @@ def run_dense(
         output = call_model(model, inputs, batch, first.device, first.dtype)
     logits = _logits(model, structure, output)
     if logits is None:
-        return DenseRun(states[:-1], states[-1], normed[0] if normed else states[-1], logits=False)
+        following = [y for y in normed if y.requires_grad]  # not those of earlier blocks
+        return DenseRun(states[:-1], states[-1], following[0] if following else states[-1], logits=False)
     return DenseRun(states[:-1], states[-1], logits, logits=True)
 
 

@@ -6,7 +6,6 @@ same everywhere (one Lagrange multiplier). For that each curve must be convex, s
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -93,19 +92,6 @@ def allocate(curves: Sequence[Sequence[Point]], total: float) -> list[float]:
         kept[part] += given
         rest -= given
     return kept
-
-
-def cost_at(curve: Sequence[Point], parameters: float) -> float:
-    """The cost of keeping so many parameters, on the lines between a curve's points (sorted); flat beyond them.
-
-    >>> cost_at([(0, 4.0), (2, 1.0)], 1)
-    2.5
-    """
-    i = bisect_right(curve, parameters, key=lambda point: point[0])
-    if i in (0, len(curve)):
-        return curve[min(i, len(curve) - 1)][1]
-    (x0, y0), (x1, y1) = curve[i - 1], curve[i]
-    return y0 + (y1 - y0) * (parameters - x0) / (x1 - x0)
 
 
 def _slope(a: Point, b: Point) -> float:

@@ -131,8 +131,11 @@ def recover(
                     hidden[b] = calls.run(block, i, b, hidden[b])
                     check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
         with torch.no_grad():
-            done.before = relative([streams.errors(last, b, y.to(features_dtype)) for b, y in outputs.items()])
-            done.after = relative([streams.errors(last, b, hidden[b].to(features_dtype)) for b in streams.judged])
+            recovered = {b: hidden[b].to(calls.device) for b in streams.judged}  # they may be on disk
+            done.before, done.after = (
+                relative([streams.errors(last, b, y.to(features_dtype)) for b, y in found.items()])
+                for found in (outputs, recovered)
+            )
             if not done.after < done.before:
                 for parameter, value in one_shot:
                     parameter.copy_(value)

@@ -28,6 +28,7 @@ from oats_vision.compression.blocks import (
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.stream import Writer, writers
 from oats_vision.core.target import propagated_target
+from oats_vision.errors import DataError
 from oats_vision.models.structure import in_experts
 from oats_vision.models.values import round_to
 
@@ -104,12 +105,11 @@ def _compress_in_sequence(
             tokens[linear] = moments.tokens
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
             clock.at("decomposing", index, share, linear, report.layers[-1].error if report.layers else None)
-            given = Given(
-                moments.statistic,
-                moments.tokens,
-                moments.target(linear_of(block, linear).weight, DAMPING[report.unit]),
-                asked.get(linear),
-            )
+            try:
+                target = moments.target(linear_of(block, linear).weight, DAMPING[report.unit])
+            except ValueError as unusable:
+                raise DataError(f"{name}.{linear}: {unusable}") from None
+            given = Given(moments.statistic, moments.tokens, target, asked.get(linear))
             report.layers.append(compress_linear(job, block, name, linear, parts[linear], given))
             begun()
         if tokens:
@@ -197,8 +197,7 @@ def gather(
             beside.answer = twin_output = nn.functional.linear(beside.inputs, twin.weight, twin.bias)
             wanted = counted(twin_output if twin.bias is None else twin_output - twin.bias, mask, name, batch)
             lost = writer.stream(beside, dense_hidden[batch]) - writer.stream(run, job.hidden[batch])
-            lost = counted(lost.to(device), mask, name, batch)
-            wanted = wanted + (lost if writer.gain is None else lost / writer.gain.to(lost))
+            wanted = wanted + writer.undone(counted(lost.to(device), mask, name, batch))
         cross.update(wanted, x)
         beside.release()
     return found

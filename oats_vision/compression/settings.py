@@ -122,11 +122,12 @@ class CompressionOptions(_Shared):
     )
     budget: Budgets | None = Field(
         None,
-        description="how the rate is shared out over the layers [default: measured; fast: uniform]",
+        description="how the rate is shared out over the layers "
+        "[default: measured; fast, plain, N:M, rank ratio auto and baselines: uniform]",
     )
     quality: Quality | None = Field(
         None,
-        description="plain: the paper's OATS; fast: and a refit; best: all below [default: best]",
+        description="plain: the paper's OATS; fast: + refit; best: + joint, targets, sensitivity [default: best]",
     )
     refit: bool | None = Field(
         None,

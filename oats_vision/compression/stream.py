@@ -132,6 +132,14 @@ class Writer:
         assert stream is not None
         return stream
 
+    def undone(self, change: Tensor) -> Tensor:
+        """The output that adds a change to the stream; none where a gain of 0 adds nothing, whatever the output."""
+        if self.gain is None:
+            return change
+        change = change.to(torch.promote_types(change.dtype, torch.float32))  # which a small gain would overflow
+        gain = self.gain.to(change)
+        return torch.where(gain == 0, 0.0, change / gain)
+
 
 def writers(block: nn.Module, residual: Residual | None, run: Callable[[], Tensor], x: Tensor) -> dict[str, Writer]:
     """The linears of a block that write to its residual stream, by name, as far as the family describes it.

@@ -53,12 +53,23 @@ def refit(
         if U.shape[1]:
             rest = W - S
             VH = V @ H
-            U = rest @ VH.T @ torch.linalg.pinv(VH @ V.T, hermitian=True)
+            U = rest @ VH.T @ _inverse(VH @ V.T)
             UM = U.T if M is None else U.T @ M
-            V = torch.linalg.pinv(UM @ U, hermitian=True) @ (UM @ rest)
+            V = _inverse(UM @ U) @ (UM @ rest)
         S = fit_values(W - U @ V, H, S, mask, steps, M)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.iterations, of_output)
+
+
+def _inverse(K: Tensor) -> Tensor:
+    """A generalised inverse of products of columns with each other.
+
+    Their lengths are taken out: beside a direction 1,000 times as long as the others, which an outlier feature makes,
+    these would count as rounding errors.
+    """
+    d = K.diagonal().clamp_min(torch.finfo(K.dtype).tiny).rsqrt()
+    inverse: Tensor = torch.linalg.pinv(K * d * d[:, None], hermitian=True)
+    return inverse * d * d[:, None]
 
 
 def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M: Tensor | None = None) -> Tensor:

@@ -108,8 +108,10 @@ def choose(name: str | None, model: nn.Module, prepared: PreparedRun) -> str:
         possible = with_labels * labelled + ["agreement" if head else "cosine"]
     if name is not None and name not in possible:
         missing = " without `eval_data`" * (KINDS[name].labelled and not labelled)
+        *others, last = possible
         raise ConfigError(
-            f"`drop_of` {name} cannot be measured of {prepared.config.model}{missing}: give {' or '.join(possible)}"
+            f"`drop_of` {name} cannot be measured of {prepared.config.model}{missing}: "
+            f"give {', '.join(others)}{' or ' * bool(others)}{last}"
         )
     return name or possible[0]
 

@@ -93,3 +93,16 @@ def test_language_models_batches_of_padding_and_seeds(language_directory):
     assert not all(torch.equal(first[name], other[name]) for name in first)
     assert torch.is_grad_enabled()  # as it was before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_final_norm_may_also_be_seen_of_earlier_blocks():
+    """As where a model gives the normed features of several blocks."""
+    torch.manual_seed(0)
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    pictures = [torch.randn(4, 3, 16, 16)]
+    alone = output_sensitivity(model, *captured(model, pictures))
+    seen = []
+    model.blocks[0].register_forward_hook(lambda module, args, y: seen.append(model.norm(y)))
+    beside = output_sensitivity(model, *captured(model, pictures))
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)

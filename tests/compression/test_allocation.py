@@ -1,10 +1,11 @@
+from bisect import bisect_right
 from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oats_vision.compression.allocation import allocate, cost_at, lower_hull, refined
+from oats_vision.compression.allocation import allocate, lower_hull, refined
 
 costs = st.lists(st.floats(0, 100, width=16), min_size=2, max_size=5)
 curves = costs.map(lambda ys: [(float(x), y) for x, y in enumerate(ys)])
@@ -12,6 +13,15 @@ curves = costs.map(lambda ys: [(float(x), y) for x, y in enumerate(ys)])
 
 def slopes(curve):
     return [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(curve)]
+
+
+def cost_at(curve, parameters):
+    """On the lines between a curve's points; flat beyond them."""
+    i = bisect_right(curve, parameters, key=lambda point: point[0])
+    if i in (0, len(curve)):
+        return curve[min(i, len(curve) - 1)][1]
+    (x0, y0), (x1, y1) = curve[i - 1], curve[i]
+    return y0 + (y1 - y0) * (parameters - x0) / (x1 - x0)
 
 
 @given(curves)

@@ -91,6 +91,21 @@ def test_each_target_is_that_of_the_formula_whatever_the_layer_scale(aimed_at, g
     assert next(targets, None) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_a_layer_scale_of_nothing_asks_for_nothing(dtype):
+    model = vit(1.0).to(dtype)
+    for block in model.blocks:
+        block.ls1.gamma[::2] = 0.0
+        block.ls2.gamma[:] = 0.0
+        block.ls1.gamma[1] = 2e-7  # what is lost, divided by this, overflows 16 bits
+    pictures = list(torch.randn(12, 3, 16, 16).to(dtype).split(5))
+    wanted = model(pictures[0]).float()
+    ov.compress(model, pictures, rate=0.3, storage_dtype="float32")
+    found = model(pictures[0]).float()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
 @pytest.mark.parametrize("memory", [8.0, 1e-5])  # everything waits in memory; nearly nothing does
 def test_batches_that_do_not_fit_into_memory_change_nothing(tiny_vit, pictures, memory, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -4,6 +4,7 @@ import torch
 
 from oats_vision.compression.methods.sparsegpt import sparsegpt
 from oats_vision.core.budget import Allocation, Budget, Pattern
+from oats_vision.core.joint import Correlations, joint
 from oats_vision.core.oats import Factors, column_scale, oats
 from oats_vision.core.refit import fit_values, refit
 
@@ -92,6 +93,29 @@ def test_features_beside_outliers_are_fitted_as_well_as_least_squares_can(dead):
     assert error(reference) < 0.8 * error(before.S)
     assert error(after.S) < 1.01 * error(reference)
     assert after.S.isfinite().all()
+
+
+@pytest.mark.parametrize("with_outputs", [False, True])
+@pytest.mark.parametrize("start", ["oats", "joint"])
+def test_a_large_rank_beside_outliers_never_raises_the_objective(start, with_outputs):
+    """In 32 bits: the products of U's and of V's columns must not be lost beside those of an outlier's direction."""
+    torch.manual_seed(0)
+    m, n = 60, 40
+    X = torch.randn(500, n) @ torch.randn(n, n) / n**0.5
+    X[:, 1] *= 1000
+    W, G, g = torch.randn(m, n), (X.T @ X / 500).double(), torch.randn(300, m).double()
+    outputs = Correlations(g.T @ g / 300, torch.float32, 0.1) if with_outputs else None
+    F = torch.eye(m).double() if outputs is None else (outputs.C * outputs.d * outputs.d[:, None]).double()
+
+    def objective(factors):
+        E = (W - factors.dense()).double()
+        return float(torch.trace(F @ E @ G @ E.T))
+
+    budget = Allocation(0.3, 0.6, Pattern.parse("row")).budget(m, n)
+    before = oats(W, column_scale(G.diagonal()), budget)
+    if start == "joint":
+        before = joint(W, before, budget, Correlations(G, torch.float32), outputs)
+    assert objective(refit(W, before, G, outputs, rounds=1)) < objective(before)
 
 
 def test_a_change_of_the_features_units_changes_nothing():

@@ -273,7 +273,7 @@ def test_a_backbone_is_judged_by_neighbours_with_labels_and_by_cosine_without(ba
     without = search(config(backbone, tmp_path / "b", **QUICK, max_drop=20))
     assert "cosine" in without.searched.loss
     assert without.searched.samples == without.searched.final_samples == 256
-    with pytest.raises(ConfigError, match=r"`drop_of` top1 cannot be measured of .*: give knn or probe or cosine"):
+    with pytest.raises(ConfigError, match=r"`drop_of` top1 cannot be measured of .*: give knn, probe or cosine"):
         search(config(backbone, tmp_path / "c", **LABELLED, max_drop=60, drop_of="top1"))
     with pytest.raises(ConfigError, match=r"`drop_of` knn cannot be measured of .* without `eval_data`: give cosine"):
         search(config(backbone, tmp_path / "c", **QUICK, max_drop=60, drop_of="knn"))

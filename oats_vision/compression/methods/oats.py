@@ -107,5 +107,5 @@ class OATS(LinearMethod):
         return factors
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
-        matrices, moments = (11, 2 * 8 + 4) if settings.refit else (8, 0)
+        matrices, moments = (11, 2 * 8 + 4) if settings.refit or settings.joint else (8, 0)
         return matrices + 8 * (settings.rank_ratio == "auto"), moments  # the results for the other rank ratios
