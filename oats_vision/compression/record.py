@@ -19,7 +19,8 @@ class LayerReport:
     """What became of one linear.
 
     errors: of each part, |(W - S - U V) D| / |W D|. output_errors: of each part's output, |(W - S - U V) X| / |W X|, if
-    the method knows it; with targets W is the weight that was aimed at. iterations: of alternating thresholding, of each part. tokens: that the linear saw.
+    the method knows it; with targets W is the weight that was aimed at. iterations: of alternating thresholding (and of
+    joint rounds), of each part. tokens: that the linear saw.
     """
 
     name: str
