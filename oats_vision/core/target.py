@@ -25,7 +25,8 @@ def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: flo
         gram: G, mean of x x^T, (in_features, in_features), float64.
         wanted: mean of t x^T, (out_features, in_features), float64.
         damping: lambda as a share of the features' mean square, above 0: how much must be known of a direction of the
-            inputs before it changes W. Outliers count in that mean as ten times the median.
+            inputs before it changes W. Features that are
+            always zero do not count in that mean, and outliers as ten times the median.
 
     Returns:
         T, float64.
@@ -37,7 +38,10 @@ def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: flo
         raise ValueError("the inputs' second moments are not finite")
     W, squares = weight.double(), gram.diagonal()
     d = column_scale(squares)  # in units of which the equations are well conditioned
-    level = squares.clamp_max(10 * squares.median()).mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    active = squares[squares > 0]  # of a ReLU's outputs most may be dead
+    if not len(active):
+        return W
+    level = active.clamp_max(10 * active.median()).mean()
     C = gram / d / d[:, None]
     C.diagonal().add_(damping * level / d.square())
     missed = (wanted - W @ gram) / d  # (out, in)

@@ -58,6 +58,18 @@ def test_neither_the_order_nor_the_number_of_tokens_nor_their_scale_matters():
     np.testing.assert_allclose(target(W, 1e4 * x, 1e4 * wanted, 0.01), first, rtol=1e-9)
 
 
+def test_features_that_are_always_zero_are_left_and_the_others_fitted():
+    x, dense, _ = streams(0)
+    W = np.random.default_rng(0).standard_normal((OUT, IN))
+    dead = np.arange(IN) % 4 != 1
+    expected = target(W[:, ~dead], x[:, ~dead], dense @ W.T, 0.01)
+    x[:, dead] = 0.0
+    found = target(W, x, dense @ W.T, 0.01)
+    np.testing.assert_allclose(found[:, ~dead], expected, rtol=1e-9)
+    np.testing.assert_allclose(found[:, dead], W[:, dead])
+    np.testing.assert_allclose(target(W, 0 * x, dense @ W.T, 0.01), W)
+
+
 def test_moments_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="second moments are not finite"):
         target(np.ones((2, 2)), np.full((3, 2), np.inf), np.ones((3, 2)), 0.01)
