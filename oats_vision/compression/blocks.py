@@ -18,6 +18,7 @@ from oats_vision.compression.budgets import PartBudget, candidates, fastest
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.stream import linear_of
 from oats_vision.errors import DataError
 from oats_vision.models.families import Residual, Structure
 from oats_vision.models.values import check_storable, round_to
@@ -89,6 +90,11 @@ class Job:
         assert isinstance(method, LinearMethod)
         return method
 
+    @property
+    def last_error(self) -> float | None:
+        """Of the layer that was decomposed last."""
+        return self.report.layers[-1].error if self.report.layers else None
+
     def tokens_at_once(self, tokens: int) -> int:
         """How many tokens a layer is timed with: those of a picture, of all that the layer saw; one of text."""
         if self.settings.latency_tokens:
@@ -128,23 +134,24 @@ def compress_at_once(
             check_called(f"{name}.{linear_name}", linear_of(block, linear_name), statistic, tokens[linear_name])
         warn_of_few(name, tokens)
     asked = job.output_moments(index, name, block, parts)
-    before = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
+    before = shares_before(block, parts, report.layers)
     for linear_name, share in zip(parts, before, strict=True):
-        clock.at("decomposing", index, share, linear_name, report.layers[-1].error if report.layers else None)
+        clock.at("decomposing", index, share, linear_name, job.last_error)
         given = Given(statistics[linear_name], tokens[linear_name], outputs=asked.get(linear_name))
         report.layers.append(compress_linear(job, block, name, linear_name, parts[linear_name], given))
         begun()
-    clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
+    clock.at("decomposing", index, 1.0, error=job.last_error)
 
 
 def shares_before(
-    block: nn.Module, parts: Mapping[str, list[PartBudget]], before: Sequence[LayerReport]
+    block: nn.Module, parts: Mapping[str, list[PartBudget]], layers: Sequence[LayerReport]
 ) -> list[float]:
     """The share of a block's decompositions that is done when that of each linear begins.
 
     Args:
-        before: the last layers that were decomposed: where they are the same ones of another block, by their times.
+        layers: that were decomposed so far: where the last are the same ones of another block, by their times.
     """
+    before = layers[-len(parts) :] if parts else []
     costs = [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
     if len(before) == len(costs) and all(map(str.endswith, (layer.name for layer in before), parts)):
         costs = [layer.seconds for layer in before]
@@ -218,10 +225,3 @@ def compress_linear(
         seconds=time.perf_counter() - start,
         tokens=given.tokens,
     )
-
-
-def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """The linear of a name in the block, which is not replaced yet."""
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear

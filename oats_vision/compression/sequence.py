@@ -22,11 +22,10 @@ from oats_vision.compression.blocks import (
     apply_block,
     compress_at_once,
     compress_linear,
-    linear_of,
     shares_before,
 )
 from oats_vision.compression.budgets import PartBudget
-from oats_vision.compression.stream import Writer, writers
+from oats_vision.compression.stream import Writer, linear_of, writers
 from oats_vision.core.target import propagated_target
 from oats_vision.errors import DataError
 from oats_vision.models.structure import in_experts
@@ -73,7 +72,7 @@ def _compress_in_sequence(
     hidden, calls, clock, report = job.hidden, job.calls, job.clock, job.report
     clock.at("statistics", index, 0.0)
     round_to(block.state_dict().values(), job.storage)
-    shares = shares_before(block, parts, report.layers[-len(parts) :] if parts else [])
+    shares = shares_before(block, parts, report.layers)
     dense_block = _sharing_weights(block)
     asked = job.output_moments(index, name, dense_block, parts)
     known = writers(
@@ -104,7 +103,7 @@ def _compress_in_sequence(
                 moments = gather(job, ours, dense, linear, f"{name}.{linear}", writer, dense_hidden)
             tokens[linear] = moments.tokens
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
-            clock.at("decomposing", index, share, linear, report.layers[-1].error if report.layers else None)
+            clock.at("decomposing", index, share, linear, job.last_error)
             try:
                 target = moments.target(linear_of(block, linear).weight, DAMPING[report.unit])
             except ValueError as unusable:
@@ -114,7 +113,7 @@ def _compress_in_sequence(
             begun()
         if tokens:
             warn_of_few(name, tokens)
-        clock.at("decomposing", index, 1.0, error=report.layers[-1].error if report.layers else None)
+        clock.at("decomposing", index, 1.0, error=job.last_error)
         if last:
             return
         clock.at("applying", index, 0.0)

@@ -27,6 +27,7 @@ from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, error_curve
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.stream import linear_of
 from oats_vision.core.budget import Allocation, Budget
 from oats_vision.errors import DataError
 from oats_vision.models.families import Structure
@@ -265,6 +266,4 @@ def _total(model: nn.Module, parts: Parts) -> int:
 
 def _weight(module: nn.Module, name: str) -> Tensor:
     """The weight of a linear in a model or a block."""
-    linear = module.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear.weight.detach()
+    return linear_of(module, name).weight.detach()
