@@ -22,6 +22,7 @@ from oats_vision.models.values import all_finite
 log = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the gradients' correlations, which few inputs tell
+LARGEST = 1024  # outputs that weigh together: beyond, eigenvectors would take most of the time
 FLOOR = 1e-3  # share of the mean that each output weighs at least: other inputs may ask for it
 
 
@@ -97,4 +98,4 @@ def output_correlations(gram: Gram | None, rows: slice) -> Correlations | None:
         return None
     moments = moments / level
     moments.diagonal().add_(FLOOR)
-    return Correlations(moments, torch.float32, DAMPING)
+    return Correlations(moments, torch.float32, DAMPING, LARGEST)

@@ -14,6 +14,7 @@ from oats_vision.core.oats import arithmetic, normalised
 # densities at which a curve is measured, as multiples of the global one: no linear gets more, or less, than the ends.
 # Far from there the errors of layers no longer add up, and what each costs alone says little.
 DENSITIES = (0.67, 1.0, 1.5)
+ROWS = 256  # of a weight that are decomposed, about: they stand for the others
 LOWEST, HIGHEST = 0.02, 0.98  # rates
 
 
@@ -51,6 +52,8 @@ def error_curve(
 ) -> list[Point]:
     """The points (parameters kept, error of the model's output) of one weight, by rough decompositions.
 
+    Of a weight with many rows some are decomposed, evenly spaced, and counted for all.
+
     The error is sum_i s_i (E G E^T)_ii, with E that of the weight, G the second moments of its inputs and s the
     output's sensitivity: see `output_sensitivity`. Rates that leave the weight no rank, or no non-zeros, are left out.
 
@@ -58,6 +61,8 @@ def error_curve(
         weight: (out_features, in_features). sensitivity: s, (out_features,).
         own: what the method knows of the inputs. gram: G, (in_features, in_features).
     """
+    step = max(len(weight) // ROWS, 1)
+    share, weight, sensitivity = len(weight[::step]) / len(weight), weight[::step], sensitivity[::step]
     W, (m, n) = arithmetic(weight), weight.shape
     H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
     points: list[Point] = []
@@ -69,5 +74,5 @@ def error_curve(
             continue
         E = W - method.decompose_roughly(weight, own, budget, settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
-        points.append((budget.parameters(m, n), float(size * (errors @ sensitivity))))
+        points.append((budget.parameters(m, n) / share, float(size * (errors @ sensitivity)) / share))
     return points

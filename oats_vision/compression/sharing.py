@@ -35,7 +35,7 @@ from oats_vision.nn.outputs import first_output
 
 log = logging.getLogger(__name__)
 
-TOKENS = 16384  # that the dense model's inputs are judged by, to the batch
+TOKENS = 8192  # that the dense model's inputs are judged by, to the batch
 SEED = 0  # of the random projections
 SHARE_OF_GRADIENTS = 0.3  # of the time that measuring takes, about
 Parts = dict[str, dict[str, list[PartBudget]]]

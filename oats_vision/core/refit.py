@@ -8,7 +8,7 @@ the layer's output error over the calibration inputs, trace((W - S - U V) H (W -
 import torch
 from torch import Tensor
 
-from oats_vision.core.joint import Correlations
+from oats_vision.core.joint import Correlations, times
 from oats_vision.core.oats import Factors, arithmetic, normalised, output_error, relative_error
 
 DEAD = 1e-12  # of the mean second moment: what counts as that of a feature without inputs, to be divided by
@@ -46,7 +46,7 @@ def refit(
     H = normalised(gram).to(W)
     D = H.diagonal().sqrt()
     H.diagonal().mul_(1 + damping).masked_fill_(H.diagonal() <= 0, DEAD)
-    M = None if outputs is None else (outputs.C * outputs.d * outputs.d[:, None]).to(W)
+    M = None if outputs is None else outputs.moments().to(W)
     S, U, V = factors.S.clone(), factors.U, factors.V
     mask = (S != 0).to(W)
     for _ in range(rounds):
@@ -54,7 +54,7 @@ def refit(
             rest = W - S
             VH = V @ H
             U = rest @ VH.T @ _inverse(VH @ V.T)
-            UM = U.T if M is None else U.T @ M
+            UM = U.T if M is None else times(M, U).T
             V = _inverse(UM @ U) @ (UM @ rest)
         S = fit_values(W - U @ V, H, S, mask, steps, M)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
@@ -80,18 +80,19 @@ def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M
 
     Args:
         target, S, mask: (out_features, in_features); S is where to start.
-        H: (in_features, in_features); M: (out_features, out_features): symmetric and positive.
+        H: (in_features, in_features); M: its diagonal blocks, (blocks, size, size): symmetric and
+            positive.
     """
 
     def image(X: Tensor) -> Tensor:
-        return (X @ H if M is None else M @ X @ H).mul_(mask)
+        return (X @ H if M is None else times(M, X @ H)).mul_(mask)
 
     def inner(X: Tensor, Y: Tensor) -> Tensor:
         return (X * Y).sum(1, keepdim=True) if M is None else (X * Y).sum()
 
     scale = mask / H.diagonal()
     if M is not None:
-        scale = scale / M.diagonal()[:, None]
+        scale = scale / M.diagonal(dim1=1, dim2=2).reshape(-1, 1)
     residual = image(target - S)
     direction = residual * scale
     energy = inner(residual, direction)

@@ -36,20 +36,22 @@ def solve(W: torch.Tensor, G: torch.Tensor, budget: Budget, dtype: torch.dtype, 
     return refit(W, start, G), refit(W, joint(W, start, budget, Correlations(G, dtype), **options), G)
 
 
-@pytest.mark.parametrize("with_outputs", [False, True])
-def test_two_rounds_are_those_of_the_formulas(weight, with_outputs):
+@pytest.mark.parametrize("largest", [0, M, M // 2])
+def test_two_rounds_are_those_of_the_formulas(weight, largest):
+    """Outputs weigh errors not at all, all together, or the first and the second half apart."""
     G, budget = moments(), Allocation(0.5, 0.3).budget(M, N)
     start = oats(weight, column_scale(G.diagonal()), budget)
     inputs, outputs = Correlations(G, torch.float64), None
     F, e = np.eye(M), np.ones(M)
-    if with_outputs:
+    if largest:
         gradients = np.random.default_rng(2).standard_normal((100, M)) @ np.random.default_rng(3).standard_normal(
             (M, M)
         )
         raw = gradients.T @ gradients / 100
         e = np.sqrt(np.diag(raw))
         F = raw / np.outer(e, e) + 0.1 * np.eye(M)
-        outputs = Correlations(torch.from_numpy(raw), torch.float64, 0.1)
+        F *= np.kron(np.eye(M // largest), np.ones((largest, largest)))
+        outputs = Correlations(torch.from_numpy(raw), torch.float64, 0.1, largest)
     ours = joint(weight, start, budget, inputs, outputs, rounds=2, relaxation=1.0)
 
     d = np.sqrt(np.diag(G.numpy()))
