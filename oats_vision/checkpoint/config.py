@@ -100,6 +100,7 @@ class _Recovery(_Closed):
     before: Number
     after: Number
     kept: bool
+    together: _BlockRecovery | None = None
 
 
 class _Content(_Fields):

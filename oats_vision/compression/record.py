@@ -68,8 +68,8 @@ class RecoveryReport:
     """What a recovery did to a compressed model.
 
     steps: of each block. samples: that it was trained on. held_out: that it was judged by. seconds: of all of it.
-    before, after: relative errors of the final features there. kept: whether these gained; else all weights are those
-    from before.
+    before, after: relative errors of the final features there. kept: whether these gained by the blocks' own training;
+    else all weights are those from before it. together: what training all blocks together did after that.
     """
 
     steps: int
@@ -81,24 +81,31 @@ class RecoveryReport:
     before: float = 0.0
     after: float = 0.0
     kept: bool = True
+    together: BlockRecovery | None = None
 
     @property
     def summary(self) -> str:
         """What was gained, in a sentence."""
         gained = sum(block.step > 0 for block in self.blocks)
-        kept = "" if self.kept else " The features did not gain, and all weights are those from before."
+        kept = "" if self.kept else ", and the features nothing by that"
+        ended = ""
+        if self.together:
+            ended = ", then by all together" if self.together.step else "; training all together gained nothing"
         return (
             f"Recovered by {self.steps} steps a block on {self.samples:,} samples, judged by {self.held_out:,} others, "
-            f"in {duration(self.seconds)}: {gained} of {count(len(self.blocks), 'block')} gained; relative error of "
-            f"the features {self.before:.4f} -> {self.after:.4f}.{kept}"
+            f"in {duration(self.seconds)}: {gained} of {count(len(self.blocks), 'block')} gained{kept}{ended}; "
+            f"relative error of the features {self.before:.4f} -> {self.after:.4f}."
         )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "RecoveryReport":
         """The inverse of `asdict`. Raises KeyError, TypeError or ValueError."""
-        curves = [[(int(step), float(error)) for step, error in block["curve"]] for block in fields["blocks"]]
-        blocks = [BlockRecovery(**{**b, "curve": c}) for b, c in zip(fields["blocks"], curves, strict=True)]
-        return cls(**{**fields, "blocks": blocks})
+
+        def of(block: Mapping[str, Any]) -> BlockRecovery:
+            return BlockRecovery(**{**block, "curve": [(int(step), float(error)) for step, error in block["curve"]]})
+
+        together = of(fields["together"]) if fields.get("together") else None
+        return cls(**{**fields, "blocks": list(map(of, fields["blocks"])), "together": together})
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""Recovery after a one-shot compression: what was kept is trained, block by block, to give the dense model's outputs.
+"""Recovery after a one-shot compression: what was kept is trained to give the dense model's outputs.
 
-The inputs of block i come from the recovered blocks before it, its target is what the dense block made of the dense
-model's own hidden states: so the error that comes in is corrected too. Neither labels nor texts to predict are needed.
+Block by block first: the inputs of block i come from the recovered blocks before it, its target is what the dense block
+made of the dense model's own hidden states, so that the error that comes in is corrected too. Then all blocks together,
+towards the final features. Neither labels nor texts to predict are needed.
 """
 
 import logging
@@ -22,6 +23,7 @@ from oats_vision.compression.block_training import Streams, relative, train_bloc
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
 from oats_vision.compression.recovery_state import RecoveryState, digest_of
+from oats_vision.compression.together import WholeStreams, train_together
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.record import set_record, structure_of
@@ -51,7 +53,7 @@ def recover(
 
     Of each block S's values on their positions, U, V, biases, the norms' weights and LayerScale take `steps` steps.
     The weights that are best on held-out data are kept: a block that gains nothing there stays as it was, and so do all
-    if the final features gain nothing.
+    if the final features gain nothing. Then all blocks take as many steps together, kept if the features gain by them.
 
     Args:
         model: compressed, by `compress` or as loaded from a checkpoint.
@@ -60,7 +62,8 @@ def recover(
         steps: of Adam for each block.
         held_out: more of the same, to judge by; by default an eighth of the calibration's batches is kept apart.
         seed: of the order of the batches. The same one gives the same bits on the same machine.
-        activation_memory: GB of both models' hidden states to keep in memory; what is beyond lives in temporary files.
+        activation_memory: GB of both models' hidden states, and the first block's inputs, to keep in memory; what is
+            beyond lives in temporary files.
         state: folder that holds each block as soon as it is done: the same call goes on from there.
         progress: called with each step.
 
@@ -82,8 +85,14 @@ def recover(
     dense.eval()
     unit = structure_of(model).family.unit
     storage = report.settings.storage_dtype
-    limit = activation_memory * 1e9 / 2
-    with plain_arithmetic(model), ActivationStore(limit) as hidden, ActivationStore(limit) as wanted:
+    precision = getattr(torch, storage) if storage else floating(model).dtype
+    limit = activation_memory * 1e9 / 3
+    with (
+        plain_arithmetic(model),
+        ActivationStore(limit) as hidden,
+        ActivationStore(limit) as wanted,
+        ActivationStore(limit) as inputs,
+    ):
         data, again = _Read(calibration, held_out, hidden), _Read(calibration, held_out, wanted)
         reader = Reader.of(model, unit)
         progress(Step(0.0, 0, len(blocks), f"reading {unit}"))
@@ -94,6 +103,8 @@ def recover(
                 "the calibration data are not the same when they are read again: give a list, or a loader that neither "
                 "shuffles nor augments"
             )
+        for b in range(len(hidden)):
+            inputs.append(hidden[b])
         last, norm = len(blocks) - 1, structure_of(dense).final_norm
         features = deepcopy(dense.get_submodule(norm)) if norm else nn.Identity()
         features_dtype = torch.promote_types(floating(dense).dtype, torch.float32)
@@ -118,9 +129,9 @@ def recover(
                         i,
                         streams,
                         steps=steps,
-                        storage=getattr(torch, storage) if storage else floating(model).dtype,
+                        storage=precision,
                         seed=seed,
-                        tell=_teller(progress, i, len(blocks), steps, start),
+                        tell=_teller(progress, i, len(blocks), 1, steps, start),
                     )
                     kept.add(i, found)
                 _put(block, found.weights)
@@ -140,8 +151,22 @@ def recover(
                 for parameter, value in one_shot:
                     parameter.copy_(value)
                 done.kept, done.after = False, done.before
+        whole, together = nn.ModuleList(block for _, block in blocks), kept.block(len(blocks))
+        if together is None:
+            together = train_together(
+                whole,
+                WholeStreams(inputs, wanted, calls, streams.learnt, streams.judged, features, last),
+                steps=steps,
+                storage=precision,
+                seed=seed,
+                tell=_teller(progress, len(blocks), len(blocks), len(blocks), steps, start),
+            )
+            kept.add(len(blocks), together)
+        _put(whole, together.weights)
+        done.together = BlockRecovery("all blocks", together.before, together.after, together.step, together.curve)
+        done.after = together.after
     done.seconds = time.perf_counter() - start
-    progress(Step(1.0, len(blocks), len(blocks), "done", done.blocks[-1].after))
+    progress(Step(1.0, len(blocks), len(blocks), "done", done.after))
     known = record(model)
     set_record(model, CompressionRecord(known.source, known.structure, report=replace(report, recovery=done)))
     return done
@@ -228,20 +253,25 @@ def _samples(hidden: ActivationStore, batches: range) -> int:
 
 @torch.no_grad()
 def _put(block: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a block's parameters these values."""
+    """Give the parameters of a block, or of all, these values."""
     own = dict(block.named_parameters())
     for name, value in weights.items():
         own[name].copy_(value)
 
 
 def _teller(
-    progress: Callable[[Step], None], block: int, blocks: int, steps: int, start: float
+    progress: Callable[[Step], None], block: int, blocks: int, trained: int, steps: int, start: float
 ) -> Callable[[int, float], None]:
-    """Turns the steps of a block into those of the whole."""
+    """Turns the steps of a block, or of as many as are trained together, into those of the whole.
+
+    Args:
+        block: how many were trained before; all of them once, and then together, which takes about as long again.
+    """
 
     def tell(step: int, error: float) -> None:
-        done = (block + step / steps) / blocks
+        done = (block + trained * step / steps) / (2 * blocks)
         left = (time.perf_counter() - start) * (1 - done) / done
-        progress(Step(done, block + 1, blocks, "recovering", error, f"step {step} of {steps}", left))
+        what = "recovering" if trained == 1 else "recovering all blocks"
+        progress(Step(done, min(block + 1, blocks), blocks, what, error, f"step {step} of {steps}", left))
 
     return tell

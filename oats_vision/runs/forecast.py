@@ -53,20 +53,20 @@ class Memory:
 class Recovery:
     """What training after the compression takes: steps of each block, and bytes.
 
-    twin: of the dense model, loaded again. streams: hidden states of both models, in memory or on disk. block: values,
-    gradients and means of one block, and what a step on a batch keeps for its way back.
+    twin: of the dense model, loaded again. streams: hidden states of both models, in memory or on disk. gradients: of
+    all blocks, their values and means, and what a step on a batch keeps for its way back.
     """
 
     steps: int
     twin: int
     streams: int
-    block: int
+    gradients: int
 
     def __str__(self) -> str:
         return (
-            f"then {count(self.steps, 'step')} a block towards the dense outputs, beside the model: the dense one "
-            f"{_gigabytes(self.twin)}, activations of both {_gigabytes(self.streams)}, gradients of one block "
-            f"{_gigabytes(self.block)}"
+            f"then {count(self.steps, 'step')} a block towards the dense outputs, and as many of all together, beside "
+            f"the model: the dense one {_gigabytes(self.twin)}, activations of both {_gigabytes(self.streams)}, "
+            f"training {_gigabytes(self.gradients)}"
         )
 
 
@@ -199,21 +199,21 @@ def forecast(
 
 
 def _recovery(steps: int, plan: Plan, hidden: Tensor, samples: int, memory: Memory) -> Recovery:
-    """Of the widest block."""
+    """Of training all blocks together, which takes more than one."""
     width, tokens = hidden.shape[-1], hidden.shape[1:-1].numel()
     own = [
         [linear for name, linear in plan.linears.items() if name.startswith(f"{block}.")] for block, _ in plan.blocks
     ]
     features = max(sum(linear.in_features + linear.out_features for linear in block) for block in own)
-    weights = max(sum(linear.weight.numel() for linear in block) for block in own)
+    weights = sum(linear.weight.numel() for block in own for linear in block)
     batch = min(BATCH, samples or BATCH)
     return Recovery(
         steps,
         twin=memory.model,
-        streams=2 * samples * hidden.nbytes,
-        # float32: the inputs and outputs of linears and what norms keep; values, their sizes, gradients, means and the
-        # best so far, and S and its gradient spread out
-        block=4 * (batch * tokens * (features + 4 * width) + 8 * weights),
+        streams=3 * samples * hidden.nbytes,
+        # float32: the inputs and outputs of one block's linears and what its norms keep, and all blocks' inputs;
+        # values, their sizes, gradients, means and the best so far
+        gradients=4 * (batch * tokens * (features + (4 + len(own)) * width) + 7 * weights),
     )
 
 

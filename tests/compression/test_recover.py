@@ -66,6 +66,14 @@ def test_outputs_come_closer_to_the_dense_ones_on_data_that_training_has_not_see
     assert not any(parameter.requires_grad for parameter in compressed_layers(model)["blocks.0.mlp.fc1"].parameters())
 
 
+def test_training_all_blocks_together_goes_on_where_the_blocks_own_training_ends(model, twins):
+    dense, held_out = twins[1], batches(2, 1)
+    done = recover(model, dense, batches(4, 0), held_out=held_out, steps=STEPS)
+    assert done.together.after < 0.99 * done.together.before
+    assert done.after == done.together.after == pytest.approx(error(model, dense, held_out), rel=1e-3)
+    assert done.blocks[-1].after == pytest.approx(done.together.before, rel=1e-3)
+
+
 def test_positions_stay_and_nothing_becomes_dense(model, twins):
     before = {name: (layer.spec, layer.sparse.mask()) for name, layer in compressed_layers(model).items()}
     recover(model, twins[1], batches(4, 0), steps=5)
@@ -84,6 +92,8 @@ def test_a_block_that_does_not_gain_on_held_out_data_stays_as_it_was(model, twin
     assert [block.step for block in done.blocks] == [0, 0, 0]
     assert all(block.after == block.before for block in done.blocks)
     assert not done.kept
+    assert done.together.step == 0
+    assert done.after == done.before
     assert all(len(block.curve) == 1 + block_training.PATIENCE for block in done.blocks)
     for name, tensor in twins[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

@@ -180,9 +180,9 @@ def test_the_peak_is_never_below_what_was_needed_before():
 
 def test_a_recovery_says_what_it_holds(tiny_vit):
     told = forecast(tiny_vit, structure_of(tiny_vit), resolve(rate=0.5), PICTURE, samples=64, batch_size=4, recover=30)
-    weights = 12 * 48 * 48
-    assert told.recovery.streams == 2 * 64 * 17 * 48 * 4
+    weights = 3 * 12 * 48 * 48
+    assert told.recovery.streams == 3 * 64 * 17 * 48 * 4
     assert told.recovery.twin == told.memory.model
-    assert told.recovery.block > 4 * 8 * weights
+    assert told.recovery.gradients > 4 * 7 * weights
     assert told.lines()["recovery"].startswith("then 30 steps a block towards the dense outputs")
     assert "recovery" not in of(tiny_vit, rate=0.5).lines()
