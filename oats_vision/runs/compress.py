@@ -195,9 +195,9 @@ def compress(
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the lowest of all ratios.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
-        recover: then train what was kept, without labels, for so many steps a block towards the dense model's outputs;
-            the weights that are best on an eighth of the calibration data are kept, and nothing that does not gain
-            there. A copy of the dense model takes memory meanwhile. 0: not.
+        recover: then train what was kept, without labels, for so many steps a block towards the dense model's outputs,
+            and for as many of all blocks together; the weights that are best on an eighth of the calibration data are
+            kept, and nothing that does not gain there. Copies of both models take memory meanwhile. 0: not.
         family: that the model is of, a class or an instance; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: True for a bar (in notebooks too), or a function that is called with each step.
