@@ -1,5 +1,6 @@
 """What each linear's decomposition costs the model's output, by how much of the linear is kept."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,9 @@ def error_curve(
     Args:
         weight: (out_features, in_features). sensitivity: s, (out_features,).
         own: what the method knows of the inputs. gram: G, (in_features, in_features).
+
+    Raises:
+        ValueError: it cannot be decomposed.
     """
     W, (m, n) = arithmetic(weight), weight.shape
     H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
@@ -69,5 +73,8 @@ def error_curve(
             continue
         E = W - method.decompose_roughly(weight, own, budget, settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
-        points.append((budget.parameters(m, n), float(size * (errors @ sensitivity))))
+        cost = float(size * (errors @ sensitivity))
+        if not math.isfinite(cost):
+            raise ValueError("what it is decomposed into is not finite")
+        points.append((budget.parameters(m, n), cost))
     return points
