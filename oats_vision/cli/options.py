@@ -58,6 +58,7 @@ SETTINGS = {
         "fused_qkv": "NAME",
         "error_tolerance": "X",
         "latency_tokens": "N",
+        "on_bad_layer": "WHAT",
     },
     RARE: {"streaming": "", "trust_remote_code": ""},
 }
