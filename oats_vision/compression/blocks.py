@@ -30,9 +30,13 @@ from oats_vision.progress import Clock
 
 log = logging.getLogger(__name__)
 
-LayerDone = Callable[[LayerReport | LayerException], object]
+LayerDone = Callable[[str, LayerReport | LayerException], object]  # with the block's name
 # of the memory for activations, where there are two streams: the share of each, and that of the gradients
 STREAM, GRADIENTS = 0.4, 0.2
+
+
+def nobody(block: str, layer: LayerReport | LayerException) -> None:
+    """Is told of layers where no one wants to know."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Job:
     dense: ActivationStore | None
     residual: Residual | None
     gradients: OutputGradients | None
-    layer_done: LayerDone = lambda layer: None
+    layer_done: LayerDone = nobody
 
     @classmethod
     def of(
@@ -69,7 +73,7 @@ class Job:
         calls: BlockCalls,
         clock: Clock,
         report: CompressionReport,
-        layer_done: LayerDone = lambda layer: None,
+        layer_done: LayerDone = nobody,
     ) -> "Job":
         """A job at its first block, whose inputs are those of the dense model.
 
@@ -222,7 +226,7 @@ def compress_linear(
         exception = LayerException(full, why, dense=True, parameters=weight.numel())
         log.warning("%s stays dense: %s", full, why)
         job.report.exceptions.append(exception)
-        job.layer_done(exception)
+        job.layer_done(block_name, exception)
         return
     if odd := oddity(weight, given.statistic, given.tokens):
         job.report.exceptions.append(LayerException(full, odd))
@@ -231,7 +235,7 @@ def compress_linear(
     block.set_submodule(name, layer.to(weight.dtype))
     job.report.layers.append(done)
     begun()
-    job.layer_done(done)
+    job.layer_done(block_name, done)
 
 
 def decomposed(

@@ -14,7 +14,7 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.calibration.explained import explained
 from oats_vision.compression import methods
-from oats_vision.compression.blocks import STREAM, Job, LayerDone
+from oats_vision.compression.blocks import STREAM, Job, LayerDone, nobody
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport
@@ -46,7 +46,7 @@ def compress(
     activation_memory: float = 8.0,
     progress: Callable[[Step], None] = lambda step: None,
     before: Callable[[nn.Module], None] = lambda model: None,
-    layer_done: LayerDone = lambda layer: None,
+    layer_done: LayerDone = nobody,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -60,7 +60,7 @@ def compress(
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: called with each step.
         before: called with the dense model once it is seen to be fit, and before anything of it is changed.
-        layer_done: called with what became of each linear, as soon as it is known.
+        layer_done: called with a block's name and what became of one of its linears, as soon as that is known.
 
     Returns:
         The settings, and each layer's budget and error.

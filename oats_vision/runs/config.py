@@ -40,6 +40,7 @@ class RunConfig(DataOptions, CompressionOptions):
     overwrite: bool = Field(False, description="replace the checkpoint in `out`")
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
     report: bool = Field(True, description="write OUT/report.html")
+    tensorboard: Path | None = Field(None, description="also write each layer's figures for TensorBoard")
     dry_run: bool = Field(False, description="say what would be done, and stop")
     recover: int = Field(
         0,
