@@ -48,8 +48,8 @@ def is_held(out: Path) -> bool:
 class UnderWay:
     """What a run says of itself.
 
-    running: whether it is still there. status: where it stood last, as `progress.Step` says it, with the times when it
-    began and when that was written. layers: those that are done, in order. warnings: of its log.
+    running: whether it is still there. status: where it stood last, as `progress.Step` says it; when it began, when
+    that was noted, and whether the checkpoint is written. layers: those that are done, in order. warnings: of its log.
     """
 
     out: Path
@@ -92,8 +92,9 @@ def under_way(out: Path) -> UnderWay | None:
     status = _json(folder / STATUS)
     if not running and not status:
         return None
-    log = folder / RUN_LOG
-    return UnderWay(out, running, status, read_layers(folder / LAYERS), _warnings(log), log if log.is_file() else None)
+    place = out if status.get("written") is True else folder
+    log = place / RUN_LOG
+    return UnderWay(out, running, status, read_layers(place / LAYERS), _warnings(log), log if log.is_file() else None)
 
 
 def read_layers(file: Path) -> list[dict[str, Any]]:

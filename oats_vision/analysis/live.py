@@ -16,14 +16,16 @@ def live_lines(run: UnderWay) -> list[str]:
     """Whether it runs, where it stands, and how long the rest takes."""
     status = run.status
     block, blocks = status.get("block"), status.get("blocks")
-    activity = " ".join(str(status[name]) for name in ("activity", "detail") if status.get(name)) or "loading"
+    activity = (
+        " ".join(str(status[name]) for name in ("activity", "detail") if status.get(name))
+        or "of which nothing more is known"
+    )
     where = f"block {block} of {blocks}, {activity}" if block else activity
-    elapsed = f"{duration(run.elapsed)} so far"
     if not run.running:
-        lines = [f"{run.out}: stopped at {where}, after {elapsed.removesuffix(' so far')}"]
+        lines = [f"{run.out}: stopped at {where}, after {duration(run.elapsed)}"]
     else:
         rest = "" if run.left is None else f", about {duration(run.left)} left"
-        lines = [f"{run.out}: running, {where}", f"{elapsed}{rest}"]
+        lines = [f"{run.out}: running, {where}", f"{duration(run.elapsed)} so far{rest}"]
     dense = sum(bool(layer.get("dense")) for layer in run.layers)
     stayed = f", of which {dense} stayed dense" if dense else ""
     return [*lines, f"{count(len(run.layers), 'layer')} done{stayed}"]

@@ -70,8 +70,10 @@ def _show_run(directory: Path, html: Path | None, as_json: bool) -> bool:
     if run is None:
         return False
     if (directory / "config.json").is_file() and not (run.running and run.status):
-        what = "a run is at work on it" if run.running else "a run that was to replace it was stopped"
-        messages.print(f"{directory}: {what}", soft_wrap=True)
+        what = "a run that was to replace it was stopped"
+        if run.status.get("written") is True:
+            what = "its run was stopped while it measured it"
+        messages.print(f"{directory}: {'a run is at work on it' if run.running else what}", soft_wrap=True)
         return False
     if html:
         raise CheckpointError(f"{directory} is not written yet: leave --html out to see how far its run is")

@@ -252,7 +252,6 @@ def decomposed(
     choices = [parts]
     if settings.rank_ratio == "auto":
         choices = candidates(parts, linear.in_features, settings.allocation)
-    layers: list[SparseLowRankLinear] = []
     factors_of: list[list[tuple[str, Factors]]] = []
     try:
         target = given.target(linear.weight)
@@ -267,9 +266,9 @@ def decomposed(
                 for W, part, outputs in zip(weights, choice, asked, strict=True)
             ]
             factors_of.append(factors)
-            layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, job.storage))
     except UNUSABLE as problem:
         raise UnusableLayerError(full, str(problem)) from None
+    layers = [SparseLowRankLinear.from_factors(factors, linear.bias, job.storage) for factors in factors_of]
     best = 0
     if len(layers) > 1:
         errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]

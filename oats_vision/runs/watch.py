@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -110,6 +111,7 @@ class Watch:
                     else:
                         shutil.move(self.folder / name, folder / name)
         self.folder = folder
+        self._note(written=folder != self.home, activity="measuring", detail="", left=None)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -174,8 +176,7 @@ def watching(out: Path, tensorboard: Path | None = None, *, resumed: bool = Fals
             yield watch
         except BaseException as problem:
             if not isinstance(problem, GeneratorExit):
-                why = " ".join(str(problem).split())
-                log.error("stopped by %s: %s", type(problem).__name__, why, extra=logs.SHOWN)
+                log.error("stopped by %s", _why(problem), extra=logs.SHOWN)
             if (folder / LAYERS).is_file():
                 raise
             if watch.folder == folder:
@@ -183,6 +184,13 @@ def watching(out: Path, tensorboard: Path | None = None, *, resumed: bool = Fals
             _leave(folder)
             raise
         _leave(folder)
+
+
+def _why(problem: BaseException) -> str:
+    """What ends a run, in a line; signals come as exits with their number above 128."""
+    if isinstance(problem, SystemExit) and isinstance(problem.code, int) and problem.code > 128:
+        return signal.Signals(problem.code - 128).name
+    return " ".join(f"{type(problem).__name__}: {problem}".split())
 
 
 def _leave(folder: Path) -> None:

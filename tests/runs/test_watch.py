@@ -190,6 +190,24 @@ def test_a_run_that_fails_says_so_in_its_log_and_leaves_none_without_a_layer(tmp
         assert not (folder_of(out) / LAYERS).exists()
 
 
+def test_of_a_run_that_measures_its_checkpoint_the_files_are_read_there(tmp_path):
+    out = tmp_path / "out"
+    with watching(out) as watch:
+        watch.step(Step(1.0, 3, 3, "done"))
+        (folder_of(out) / LAYERS).write_text('{"name": "a"}\n')
+        out.mkdir()
+        watch.move(out)
+        found = under_way(out)
+        assert (found.status["activity"], found.layers, found.log) == ("measuring", [{"name": "a"}], out / RUN_LOG)
+        with watch.aside():
+            assert not list(out.iterdir())
+            assert under_way(out).layers == [{"name": "a"}]
+        assert under_way(out).layers == [{"name": "a"}]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["layers.jsonl", "out", "run.log"]
+    with pytest.raises(SystemExit), watching(out):
+        sys.exit(143)
+
+
 def test_of_two_lines_of_a_linear_the_later_counts_and_half_a_line_does_not(tmp_path):
     file = tmp_path / LAYERS
     file.write_text('{"name": "a", "error": 1}\n{"name": "b"}\n[3]\n{"name": "a", "error": 2}\n{"name": "c", "er')
