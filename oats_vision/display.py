@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from oats_vision import logs
 from oats_vision.progress import Step, duration
+
+log = logging.getLogger(__name__)
 
 LOGGED_EVERY = 15  # seconds
 REDRAWN_EVERY = 0.25  # seconds, in a notebook
@@ -77,6 +81,14 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=True)
 
+    def say(self, text: str) -> None:
+        """Text as it is, which also goes to the log."""
+        self._print(text)
+        log.info("%s", text, extra=logs.SHOWN)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
     def lines(self, title: str, rows: Mapping[str, str], column: int = 0) -> None:
         """A title if there is one, and below it a name and its text in each row, in columns.
 
@@ -84,7 +96,7 @@ class Display:
             column: letters that the names take at least.
         """
         if title:
-            self.console.print(title, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print(title)
         column = max(column, *map(len, rows))
         for name, text in rows.items():
             row = textwrap.fill(
@@ -95,7 +107,8 @@ class Display:
                 break_long_words=False,  # a path is to be copied
                 break_on_hyphens=False,
             )
-            self.console.print(row, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print(row)
+            log.info("%s: %s", name, text, extra=logs.SHOWN)
 
     @contextmanager
     def status(self, what: str) -> Iterator[None]:
@@ -140,7 +153,7 @@ class Display:
                 }
                 if step.estimate and not said:
                     said = True
-                    self.console.print(str(step.estimate), highlight=False)
+                    self.say(str(step.estimate))
                 bar.update(task, completed=step.done, **fields)
 
             yield show

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import shutil
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from oats_vision.errors import ConfigError
 
 KEPT = 10  # log files
+SHOWN = {"shown": True}  # `extra` of what the console shows anyway
 # Bars that libraries draw, which fill a log file with lines where there is no terminal
 _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
@@ -64,6 +68,28 @@ def set_up(verbose: bool = False, log_file: Path | None = None) -> None:
         logging.root.handlers = [*others, _LogFile(log_file)]
 
 
+@contextmanager
+def also_in(file: Path) -> Iterator[Callable[[Path], None]]:
+    """Keep all messages in another file too, from INFO on; a disk that is full is no reason to disturb a run.
+
+    Yields:
+        Moves the file to another place.
+    """
+    ours = logging.getLogger("oats_vision")
+    level = ours.level
+    handler = _RunLog(file)
+    handler.begin()
+    if ours.getEffectiveLevel() > logging.INFO:
+        ours.setLevel(logging.INFO)
+    logging.root.addHandler(handler)
+    try:
+        yield handler.move
+    finally:
+        logging.root.removeHandler(handler)
+        ours.setLevel(level)
+        handler.close()
+
+
 def written() -> Path | None:
     """The log file, if it could be written."""
     return next((file for file in (Path(handler.baseFilename) for handler in _files()) if file.is_file()), None)
@@ -78,6 +104,8 @@ class _Shown(logging.Handler):
         self.verbose = False
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "shown", False):
+            return
         ours = record.name.partition(".")[0] == "oats_vision"
         if not self.verbose and not (ours and record.levelno >= logging.WARNING):
             return
@@ -116,6 +144,33 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):  # of a full disk, on what was not written yet
             super().close()
+
+
+class _RunLog(_LogFile, WatchedFileHandler):
+    """A log file that may be moved, and is made again if it is removed with its folder."""
+
+    def begin(self) -> None:
+        """Make the file before there is any message."""
+        try:
+            self.stream = self._open()
+        except OSError:
+            self.setLevel(logging.CRITICAL + 1)
+
+    def _open(self) -> Any:
+        stream = super()._open()
+        self.stream = stream
+        self._statstream()  # else it would be taken for another file
+        return stream
+
+    def move(self, place: Path) -> None:
+        self.acquire()
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+            shutil.move(self.baseFilename, place)
+            self.baseFilename = str(place.resolve())
+        finally:
+            self.release()
 
 
 def _in_progress(file: Path) -> bool:

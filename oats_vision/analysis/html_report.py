@@ -86,6 +86,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         subtitle=f"{report.settings.summary}, stored in {config.content['storage_dtype']}",
         headlines=[_bytes(sizes), _speed(measured, name), _cost(measured, name, report.unit)],
         measured=measured,
+        exceptions=report.exceptions_made,
         examples=measured.examples[:EXAMPLES],
         accuracy=_accuracy(measured),
         search=measured.search and searched(measured.search),

@@ -35,6 +35,7 @@ class Inspection:
             "calibration": f"{done.samples} {done.unit}",
             "time": shares(done.seconds),
             **({"recovery": done.recovery.summary} if done.recovery else {}),
+            **({"exceptions": "\n".join(done.exceptions_made)} if done.exceptions else {}),
             **stream,
             "parameters of the layers": f"{done.parameters:,} of {done.dense_parameters:,} "
             f"({done.parameters / done.dense_parameters:.1%})",

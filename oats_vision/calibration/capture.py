@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.origin import NotFiniteError, origin_of
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
@@ -52,12 +54,14 @@ class BlockCalls:
     calls[b][i]: of batch b for block i; one entry serves all blocks when the model passes each the same.
     masks[b]: true for tokens that are no padding, (batch, tokens); None if there is none.
     inputs[b]: what the model was called with, of the first batches only.
+    names[b]: of the samples in batch b, if they have any: files, or rows of a table.
     """
 
     device: torch.device
     calls: list[list[Call]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     inputs: list[Inputs] = field(default_factory=list)
+    names: list[list[str]] = field(default_factory=list)
 
     def call(self, index: int, batch: int) -> Call:
         """How block `index` is called in batch `batch`."""
@@ -91,25 +95,34 @@ def capture_block_calls(
 
     Raises:
         ModelError: something happens to the hidden states between two blocks, or blocks do not run once and in order.
+        NotFiniteError: activations are not finite; of the first batch those of all blocks are looked at.
         DataError: no batch, or one that the model cannot take.
     """
     first = floating(model)
     found = BlockCalls(first.device)
     shortcut: list[Form] | None = None  # in what form each block returned the hidden states of the first batch
 
+    def run(inputs: Inputs, number: int) -> Any:
+        return call_model(model, inputs, number, first.device, first.dtype)
+
     def record(inputs: Inputs, number: int, forms: list[Form] | None) -> _Record:
-        with _recording(blocks, forms) as done, suppress(_LastBlockReached):
-            call_model(model, inputs, number, first.device, first.dtype)
+        with _recording(blocks, forms, inputs.padding_mask) as done, suppress(_LastBlockReached):
+            run(inputs, number)
         done.check(blocks)
         return done
 
-    number, samples = -1, 0
+    number, samples, read = -1, 0, 0
     for number, inputs in enumerate(read_batches(data, Reader.of(model, unit))):
-        mask = inputs.padding_mask
+        mask, read = inputs.padding_mask, read + len(inputs.tensor)
+        names = list(getattr(data, "names", ()))[read - len(inputs.tensor) : read]
         if mask is not None and not mask.any():
             continue  # nothing to learn from, and attention over nothing may not be finite
         with no_cache(model):
             done = record(inputs, number, shortcut)
+            if done.broken:
+                origin = origin_of(model, partial(run, inputs, number), len(inputs.tensor), mask)
+                begins = origin.of_sample(names) if origin else ""
+                raise NotFiniteError(done.broken, number, first.dtype, leaves=True, origin=begins)
             forms = [form for form in done.forms if form is not None]
             if not found.calls and len(forms) == len(blocks):
                 handed_on = record(inputs, number, forms)
@@ -118,9 +131,9 @@ def capture_block_calls(
         if found.calls and _equal(calls, found.calls[-1]):
             calls = found.calls[-1]  # one rotary table for all batches
         assert done.hidden is not None
-        check_finite_states(done.hidden, mask, f"the inputs of {blocks[0][0]}", number)
         found.calls.append(calls)
         found.masks.append(mask)
+        found.names.append(names)
         if samples < INPUTS_KEPT:
             found.inputs.append(inputs)
         hidden.append(done.hidden)
@@ -171,21 +184,27 @@ class _Record:
     order: list[int] = field(default_factory=list)
     last: Tensor | None = None  # the last block's output, as it was
     changed_after: str = ""
+    mask: Tensor | None = None  # true for tokens that are no padding
+    broken: str = ""  # what is the first that is not finite
 
     def enter(self, index: int, blocks: list[tuple[str, nn.Module]], call: Call, hidden: Tensor) -> None:
         """Note that a block is called."""
         if self.hidden is None:
             self.hidden = hidden.detach().clone()
+            if not finite_states(self.hidden, self.mask):
+                self.broken = f"the inputs of {blocks[index][0]}"
         elif self.last is None or not _same_states(hidden, self.last):
             self.changed_after = self.changed_after or blocks[self.order[-1]][0]
         self.last = None
         self.order.append(index)
         self.calls.append(call)
 
-    def leave(self, output: Any) -> None:
-        """Note what a block returns."""
+    def leave(self, name: str, output: Any, computed: bool) -> None:
+        """Note what a block returns, and see that it is finite if the block has computed it."""
         self.forms.append(_form(output))
         self.last = first_output(output).detach().clone()  # a copy: the model may change it in place
+        if computed and not self.broken and not finite_states(self.last, self.mask):
+            self.broken = f"the outputs of {name}"
 
     def check(self, blocks: list[tuple[str, nn.Module]]) -> None:
         """Raises ModelError unless each block ran once, in order, on the output of the one before."""
@@ -202,13 +221,14 @@ class _Record:
 
 
 @contextmanager
-def _recording(blocks: list[tuple[str, nn.Module]], forms: list[Form] | None) -> Iterator[_Record]:
+def _recording(blocks: list[tuple[str, nn.Module]], forms: list[Form] | None, mask: Tensor | None) -> Iterator[_Record]:
     """Record what the blocks are given during a forward pass of the model.
 
     Args:
         forms: if given, blocks compute nothing: each returns its input, in its form.
+        mask: true for tokens that are no padding.
     """
-    record = _Record()
+    record = _Record(mask=mask)
     with ExitStack() as undo:
         for index, (_, block) in enumerate(blocks):
             undo.enter_context(_forward_replaced(block, index, record, blocks, forms))
@@ -225,7 +245,7 @@ def _forward_replaced(
         call, hidden = split_call(block, forward, args, kwargs)
         record.enter(index, blocks, call, hidden)
         output = forward(*args, **kwargs) if forms is None else forms[index](hidden)
-        record.leave(output)
+        record.leave(blocks[index][0], output, forms is None)
         if forms is not None and len(record.order) == len(blocks):
             raise _LastBlockReached
         return output
@@ -305,13 +325,16 @@ def call_model(model: nn.Module, inputs: Inputs, number: int, device: torch.devi
 
 
 def check_finite_states(hidden: Tensor, mask: Tensor | None, what: str, batch: int) -> None:
-    """Raises ModelError if hidden states (batch, tokens, width) are not finite, but for those of padding."""
+    """Raises NotFiniteError if hidden states (batch, tokens, width) are not finite, but for those of padding."""
+    if not finite_states(hidden, mask):
+        raise NotFiniteError(what, batch, hidden.dtype, leaves=True)
+
+
+def finite_states(hidden: Tensor, mask: Tensor | None) -> bool:
+    """Whether hidden states (batch, tokens, width) are finite, but for those of padding."""
     if mask is not None and hidden.shape[:2] == mask.shape:
         hidden = hidden[mask.to(hidden.device)]
-    if not all_finite(hidden):
-        raise ModelError(
-            f"{what} are not finite in calibration batch {batch}: the model overflows {hidden.dtype}, or is broken"
-        )
+    return all_finite(hidden)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

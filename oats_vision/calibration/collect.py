@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
+from oats_vision.calibration.explained import explained
+from oats_vision.calibration.origin import NotFiniteError
 from oats_vision.calibration.statistics import Statistic
 from oats_vision.errors import DataError, ModelError
 from oats_vision.models.structure import in_experts
@@ -38,7 +40,7 @@ def collect_statistics(
 
     Raises:
         DataError: batches are padded, and a linear sees a part of the tokens only.
-        ModelError: a linear's inputs are not finite.
+        NotFiniteError: a linear's inputs are not finite.
     """
     statistics: dict[str, Statistic] = {}
     tokens: dict[str, int] = {}
@@ -58,14 +60,15 @@ def collect_statistics(
             tokens[name] += len(x)
 
         handles.append(linear.register_forward_pre_hook(update))
-    try:
-        for b in range(len(hidden)):
-            mask = calls.masks[b]
-            calls.run(block, index, b, hidden[b])
-            tell((b + 1) / len(hidden))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with explained(block, block_name, calls, index, hidden):
+        try:
+            for b in range(len(hidden)):
+                mask = calls.masks[b]
+                calls.run(block, index, b, hidden[b])
+                tell((b + 1) / len(hidden))
+        finally:
+            for handle in handles:
+                handle.remove()
     return statistics, tokens
 
 
@@ -77,7 +80,7 @@ def counted(x: Tensor, mask: Tensor | None, name: str, batch: int) -> Tensor:
 
     Raises:
         DataError: batches are padded, and the linear sees a part of the tokens only.
-        ModelError: the inputs are not finite.
+        NotFiniteError: the inputs are not finite.
     """
     if mask is not None:
         count = x.shape[:-1].numel()
@@ -85,10 +88,7 @@ def counted(x: Tensor, mask: Tensor | None, name: str, batch: int) -> Tensor:
             raise DataError(f"{name} sees {count} of {mask.numel()} tokens: give batches without padding")
         x = x[mask.to(x.device).view(x.shape[:-1])]
     if not all_finite(x):
-        raise ModelError(
-            f"{name}: its inputs are not finite in calibration batch {batch}: the model overflows {x.dtype}, or is "
-            "broken"
-        )
+        raise NotFiniteError(f"the inputs of {name}", batch, x.dtype)
     return x.flatten(0, -2)
 
 

@@ -58,6 +58,13 @@ class _Layer(_Fields):
     tokens: Count
 
 
+class _Exception(_Closed):
+    name: Name
+    reason: str
+    dense: bool
+    parameters: Count
+
+
 class _Slicing(_Closed):
     width: Size
     sliced_width: Size
@@ -119,6 +126,7 @@ class _Content(_Fields):
     layers: list[_Layer]
     slicing: _Slicing | None
     recovery: _Recovery | None = None
+    exceptions: list[_Exception] = []
     generation_config: dict[str, Any] | None = None
     weights_sha256: Sha256
 

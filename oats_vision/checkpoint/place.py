@@ -22,12 +22,13 @@ from oats_vision.checkpoint.weights import WEIGHTS
 from oats_vision.errors import CheckpointError
 from oats_vision.files import umask
 from oats_vision.models.loading.directory import TOKENIZER
+from oats_vision.under_way import LAYERS, RUN_LOG, lock_of
 
 log = logging.getLogger(__name__)
 
 REPORT, PAGE, MERGED = "report.json", "report.html", "merged"
 # what runs of ours write, by paths in the directory
-_OURS = (CONFIG, WEIGHTS, REPORT, PAGE)
+_OURS = (CONFIG, WEIGHTS, REPORT, PAGE, RUN_LOG, LAYERS)
 _UNFINISHED = (f".{MERGED}.writing-", f".{REPORT}.", f".{PAGE}.")  # beginnings of what killed runs leave
 # in TOKENIZER and MERGED
 _OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab")
@@ -44,7 +45,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     place = _resolved(path)
     _check_parent(place)
-    file = place.with_name(f".{place.name}.lock")
+    file = lock_of(place)
     try:
         handle = _lock(file)
     except BlockingIOError:

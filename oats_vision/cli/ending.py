@@ -96,8 +96,8 @@ def _options() -> frozenset[str] | None:
 
 def _in_flags(record: logging.LogRecord) -> bool:
     """Let a message name flags too."""
-    if record.name.startswith("oats_vision"):
-        record.msg, record.args = with_flags(record.getMessage(), _options()), ()
+    if record.name.startswith("oats_vision") and "`" in (message := record.getMessage()):
+        record.msg, record.args = with_flags(message, _options()), ()
     return True
 
 

@@ -45,7 +45,15 @@ SETTINGS = {
     },
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N", "drop_of": "WHAT"},
-    OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
+    OUTPUT: {
+        "out": "FOLDER",
+        "overwrite": "",
+        "storage_dtype": "DTYPE",
+        "merge": "",
+        "report": "",
+        "tensorboard": "FOLDER",
+        "dry_run": "",
+    },
     MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
     EXPERTS: {
         "refit": "",
@@ -58,6 +66,7 @@ SETTINGS = {
         "fused_qkv": "NAME",
         "error_tolerance": "X",
         "latency_tokens": "N",
+        "on_bad_layer": "WHAT",
     },
     RARE: {"streaming": "", "trust_remote_code": ""},
 }

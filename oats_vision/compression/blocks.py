@@ -1,5 +1,6 @@
 """One block of a model: what its linears see, what they are decomposed into, and what comes out of it."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +16,27 @@ from oats_vision.calibration.sensitivity import OutputGradients, output_correlat
 from oats_vision.calibration.statistics import Gram, Statistic
 from oats_vision.compression import methods
 from oats_vision.compression.budgets import PartBudget, candidates, fastest
+from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError, no_better_than_zeros, oddity
 from oats_vision.compression.methods import LinearMethod
-from oats_vision.compression.record import CompressionReport, LayerReport
+from oats_vision.compression.record import CompressionReport, LayerException, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.stream import linear_of
-from oats_vision.errors import DataError
+from oats_vision.core.oats import Factors
+from oats_vision.errors import ConfigError
 from oats_vision.models.families import Residual, Structure
-from oats_vision.models.values import check_storable, round_to
+from oats_vision.models.values import all_finite, check_storable, round_to
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock
 
+log = logging.getLogger(__name__)
+
+LayerDone = Callable[[str, LayerReport | LayerException], object]  # with the block's name
 # of the memory for activations, where there are two streams: the share of each, and that of the gradients
 STREAM, GRADIENTS = 0.4, 0.2
+
+
+def nobody(block: str, layer: LayerReport | LayerException) -> None:
+    """Is told of layers where no one wants to know."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,8 @@ class Job:
     storage: precision that weights are rounded to. hidden: what the next block is given, one tensor a batch. calls:
     what blocks are called with besides. report: each layer is added to it. dense: what the next block is given in the
     dense model, where targets are propagated. residual: how blocks use their residual stream, if the family says so.
-    gradients: of the dense model's output, where errors are weighed by it.
+    gradients: of the dense model's output, where errors are weighed by it. layer_done: called with what became of each
+    linear.
     """
 
     settings: CompressionSettings
@@ -48,6 +59,7 @@ class Job:
     dense: ActivationStore | None
     residual: Residual | None
     gradients: OutputGradients | None
+    layer_done: LayerDone = nobody
 
     @classmethod
     def of(
@@ -61,6 +73,7 @@ class Job:
         calls: BlockCalls,
         clock: Clock,
         report: CompressionReport,
+        layer_done: LayerDone = nobody,
     ) -> "Job":
         """A job at its first block, whose inputs are those of the dense model.
 
@@ -76,7 +89,7 @@ class Job:
             for b in range(len(hidden)):
                 dense.append(hidden[b])
         residual = structure.family.residual
-        return cls(settings, storage, hidden, calls, clock, report, dense, residual, gradients)
+        return cls(settings, storage, hidden, calls, clock, report, dense, residual, gradients, layer_done)
 
     def output_moments(self, index: int, name: str, block: nn.Module, linears: Collection[str]) -> dict[str, Gram]:
         """What the model's output asks of the outputs of a dense block's linears; nothing where it is not asked."""
@@ -138,8 +151,7 @@ def compress_at_once(
     for linear_name, share in zip(parts, before, strict=True):
         clock.at("decomposing", index, share, linear_name, job.last_error)
         given = Given(statistics[linear_name], tokens[linear_name], outputs=asked.get(linear_name))
-        report.layers.append(compress_linear(job, block, name, linear_name, parts[linear_name], given))
-        begun()
+        compress_linear(job, block, name, linear_name, parts[linear_name], given, begun)
     clock.at("decomposing", index, 1.0, error=job.last_error)
 
 
@@ -164,8 +176,9 @@ def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
     hidden, calls = job.hidden, job.calls
     job.clock.at("applying", index, 0.0)
     for b in range(len(hidden)):
-        hidden[b] = calls.run(block, index, b, hidden[b])
-        check_finite_states(hidden[b], calls.masks[b], f"the outputs of {name}", b)
+        output = calls.run(block, index, b, hidden[b])
+        check_finite_states(output, calls.masks[b], f"the outputs of {name}", b)
+        hidden[b] = output
         job.clock.at("applying", index, (b + 1) / len(hidden))
 
 
@@ -173,50 +186,100 @@ def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
 class Given:
     """What a linear is decomposed by.
 
-    statistic: of its inputs, and tokens: that it has seen. weight: (out_features, in_features), what is aimed at in
-    place of its own. outputs: of the gradients at its outputs.
+    statistic: of its inputs, and tokens: that it has seen. target: from its weight the one that is aimed at in place of
+    it, (out_features, in_features), if there is one. outputs: of the gradients at its outputs.
     """
 
     statistic: Statistic
     tokens: int
-    weight: Tensor | None = None
+    target: Callable[[Tensor], Tensor | None] = lambda weight: None
     outputs: Gram | None = None
 
 
 def compress_linear(
-    job: Job, block: nn.Module, block_name: str, name: str, parts: list[PartBudget], given: Given
-) -> LayerReport:
-    """Decompose one linear of the block and put the compressed layer in its place."""
+    job: Job,
+    block: nn.Module,
+    block_name: str,
+    name: str,
+    parts: list[PartBudget],
+    given: Given,
+    begun: Callable[[], object],
+) -> None:
+    """Decompose one linear of the block and put the compressed layer in its place, or leave it dense.
+
+    Args:
+        begun: called once it is replaced.
+
+    Raises:
+        UnusableLayerError: it cannot be decomposed.
+        ConfigError: what it is decomposed into cannot be stored.
+    """
+    full, linear = f"{block_name}.{name}", linear_of(block, name)
+    weight, why = linear.weight, ""
+    try:
+        layer, done, why = decomposed(job, full, linear, parts, given)
+    except (UnusableLayerError, ConfigError) as unusable:
+        if job.settings.on_bad_layer == "stop":
+            raise
+        why = unusable.reason if isinstance(unusable, UnusableLayerError) else str(unusable)
+    if why:
+        exception = LayerException(full, why, dense=True, parameters=weight.numel())
+        log.warning("%s stays dense: %s", full, why)
+        job.report.exceptions.append(exception)
+        job.layer_done(block_name, exception)
+        return
+    if odd := oddity(weight, given.statistic, given.tokens):
+        job.report.exceptions.append(LayerException(full, odd))
+        if given.tokens:  # of experts without tokens there is one warning for all
+            log.warning("%s: %s", full, odd)
+    block.set_submodule(name, layer.to(weight.dtype))
+    job.report.layers.append(done)
+    begun()
+    job.layer_done(block_name, done)
+
+
+def decomposed(
+    job: Job, full: str, linear: nn.Linear, parts: list[PartBudget], given: Given
+) -> tuple[SparseLowRankLinear, LayerReport, str]:
+    """What a linear is decomposed into, what is known of it, and why it is better left dense; empty if it is not.
+
+    Raises:
+        UnusableLayerError: what is known of its inputs or outputs is not finite, or what follows from it.
+        ConfigError: what it is decomposed into cannot be stored.
+    """
     start, settings = time.perf_counter(), job.settings
-    linear = linear_of(block, name)
-    full = f"{block_name}.{name}"
     rows = [part.out_features for part in parts]
-    weights = (linear.weight if given.weight is None else given.weight).split(rows)
-    asked = [
-        output_correlations(given.outputs, slice(end - n, end)) for n, end in zip(rows, accumulate(rows), strict=True)
-    ]
     choices = [parts]
     if settings.rank_ratio == "auto":
         choices = candidates(parts, linear.in_features, settings.allocation)
-    layers, factors_of = [], []
-    for choice in choices:
-        try:
+    factors_of: list[list[tuple[str, Factors]]] = []
+    try:
+        target = given.target(linear.weight)
+        weights = (linear.weight if target is None else target).split(rows)
+        asked = [
+            output_correlations(given.outputs, slice(end - n, end))
+            for n, end in zip(rows, accumulate(rows), strict=True)
+        ]
+        for choice in choices:
             factors = [
                 (part.name, job.method.decompose_for_output(W, given.statistic, part.budget, settings, outputs))
                 for W, part, outputs in zip(weights, choice, asked, strict=True)
             ]
-        except ValueError as unusable:
-            raise DataError(f"{full}: {unusable}") from None
-        factors_of.append(factors)
-        layers.append(SparseLowRankLinear.from_factors(factors, linear.bias, job.storage))
+            factors_of.append(factors)
+    except UNUSABLE as problem:
+        raise UnusableLayerError(full, str(problem)) from None
+    layers = [SparseLowRankLinear.from_factors(factors, linear.bias, job.storage) for factors in factors_of]
     best = 0
     if len(layers) > 1:
         errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
         best = fastest(layers, errors, settings.error_tolerance, job.tokens_at_once(given.tokens), linear.weight.dtype)
     layer, factors = layers[best], factors_of[best]
-    check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), job.storage)
-    block.set_submodule(name, layer.to(linear.weight.dtype))
-    return LayerReport(
+    matrices = [(f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)]
+    if bad := next((part for part, factor in matrices if not all_finite(factor)), ""):
+        raise UnusableLayerError(bad, "what it is decomposed into is not finite")
+    check_storable(matrices, job.storage)
+    why = no_better_than_zeros(zip(weights, [f for _, f in factors], asked, strict=True), given.statistic)
+    done = LayerReport(
         name=full,
         spec=layer.spec,
         errors={part: f.error for part, f in factors},
@@ -225,3 +288,4 @@ def compress_linear(
         seconds=time.perf_counter() - start,
         tokens=given.tokens,
     )
+    return layer, done, why

@@ -1,5 +1,6 @@
 """What each linear's decomposition costs the model's output, by how much of the linear is kept."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -60,6 +61,9 @@ def error_curve(
     Args:
         weight: (out_features, in_features). sensitivity: s, (out_features,).
         own: what the method knows of the inputs. gram: G, (in_features, in_features).
+
+    Raises:
+        ValueError: it cannot be decomposed.
     """
     step = max(len(weight) // ROWS, 1)
     share, weight, sensitivity = len(weight[::step]) / len(weight), weight[::step], sensitivity[::step]
@@ -74,5 +78,8 @@ def error_curve(
             continue
         E = W - method.decompose_roughly(weight, own, budget, settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
-        points.append((budget.parameters(m, n) / share, float(size * (errors @ sensitivity)) / share))
+        cost = float(size * (errors @ sensitivity)) / share
+        if not math.isfinite(cost):
+            raise ValueError("what it is decomposed into is not finite")
+        points.append((budget.parameters(m, n) / share, cost))
     return points

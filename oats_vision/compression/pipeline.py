@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
+from oats_vision.calibration.explained import explained
 from oats_vision.compression import methods
-from oats_vision.compression.blocks import STREAM, Job
+from oats_vision.compression.blocks import STREAM, Job, LayerDone, nobody
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport
@@ -21,7 +22,7 @@ from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.sharing import share_out
 from oats_vision.data.batches import expected_samples
-from oats_vision.errors import ConfigError
+from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
 from oats_vision.models.loading.load import record_weights
@@ -45,6 +46,7 @@ def compress(
     activation_memory: float = 8.0,
     progress: Callable[[Step], None] = lambda step: None,
     before: Callable[[nn.Module], None] = lambda model: None,
+    layer_done: LayerDone = nobody,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -58,6 +60,7 @@ def compress(
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: called with each step.
         before: called with the dense model once it is seen to be fit, and before anything of it is changed.
+        layer_done: called with a block's name and what became of one of its linears, as soon as that is known.
 
     Returns:
         The settings, and each layer's budget and error.
@@ -66,7 +69,7 @@ def compress(
         ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
         ModelError: no family fits the model, it does not run block by block, has linears that are more than
             nn.Linear, or values that are not finite.
-        DataError: no calibration batch, or one that the model cannot take.
+        DataError: no calibration batch, or one that the model cannot take; or a layer cannot be decomposed.
     """
     if not activation_memory > 0:
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
@@ -110,12 +113,15 @@ def compress(
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                job = Job.of(model, structure, plan.parts, settings, storage, hidden, calls, clock, report)
+                job = Job.of(model, structure, plan.parts, settings, storage, hidden, calls, clock, report, layer_done)
                 parts = share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing)
                 for i, (name, block) in enumerate(plan.blocks):
                     last = i + 1 == len(plan.blocks)
-                    compress_block(job, i, name, block, parts[name], undo.pop_all, last)
+                    with explained(block, name, calls, i, hidden, job.dense):
+                        compress_block(job, i, name, block, parts[name], undo.pop_all, last)
                     log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
+                if not report.layers:
+                    raise ModelError(f"no layer could be compressed: {' '.join(report.exceptions_made[:3])}")
     clock.finish()
     report.seconds = clock.seconds
     known = record_of(model)

@@ -49,6 +49,19 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LayerException:
+    """A linear that was treated otherwise than asked for, or is odd, and why.
+
+    dense: whether it stays dense. parameters: of its weight, if it does.
+    """
+
+    name: str
+    reason: str
+    dense: bool = False
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
 class BlockRecovery:
     """How far a block's outputs were from the dense ones on held-out data, before and after it was trained.
 
@@ -120,6 +133,7 @@ class CompressionReport:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, and the total
     slicing: Slicing | None = None  # of method slicegpt, which has no compressed layers
     recovery: RecoveryReport | None = None
+    exceptions: list[LayerException] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
@@ -136,6 +150,20 @@ class CompressionReport:
         return sum(layer.spec.dense_parameters for layer in self.layers)
 
     @property
+    def rate(self) -> float:
+        """Share of the parameters removed, of all layers that were to be compressed; some may have stayed dense."""
+        dense = sum(exception.parameters for exception in self.exceptions)
+        return 1 - (self.parameters + dense) / max(self.dense_parameters + dense, 1)
+
+    @property
+    def exceptions_made(self) -> list[str]:
+        """Which layers were treated otherwise than asked for, or are odd, in sentences."""
+        lines = [f"{one.name}{' stays dense' * one.dense}: {one.reason}." for one in self.exceptions]
+        if any(one.dense for one in self.exceptions):
+            lines.append(f"The rate is {self.rate:.3f} and not the {self.settings.rate:.3g} asked for.")
+        return lines
+
+    @property
     def error_name(self) -> str:
         """What the layers' `error` is, in words."""
         known = any(layer.output_errors for layer in self.layers)
@@ -146,11 +174,17 @@ class CompressionReport:
         fields = {name: value for name, value in asdict(self).items() if name != "family"}
         if self.recovery is None:
             del fields["recovery"]  # as in files of releases that had none
+        if not self.exceptions:
+            del fields["exceptions"]
         return {"adapter": self.family, **fields, "settings": self.settings.model_dump(), "layers": layers}
 
     def within(self, path: str) -> "CompressionReport":
         """The report of a model that has this one's at `path`."""
-        within = replace(self, layers=[replace(layer, name=f"{path}.{layer.name}") for layer in self.layers])
+        within = replace(
+            self,
+            layers=[replace(layer, name=f"{path}.{layer.name}") for layer in self.layers],
+            exceptions=[replace(one, name=f"{path}.{one.name}") for one in self.exceptions],
+        )
         if self.recovery:
             blocks = [replace(block, name=f"{path}.{block.name}") for block in self.recovery.blocks]
             within.recovery = replace(self.recovery, blocks=blocks)
@@ -168,6 +202,7 @@ class CompressionReport:
             seconds=dict(fields["seconds"]),
             slicing=Slicing.from_dict(fields["slicing"]) if fields["slicing"] else None,
             recovery=RecoveryReport.from_dict(fields["recovery"]) if fields.get("recovery") else None,
+            exceptions=[LayerException(**one) for one in fields.get("exceptions", [])],
         )
 
 

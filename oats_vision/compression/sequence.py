@@ -7,6 +7,7 @@ inputs of the same linear are computed beside them; from both, the linear's targ
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from oats_vision.compression.blocks import (
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.stream import Writer, linear_of, writers
 from oats_vision.core.target import propagated_target
-from oats_vision.errors import DataError
 from oats_vision.models.structure import in_experts
 from oats_vision.models.values import round_to
 
@@ -104,13 +104,9 @@ def _compress_in_sequence(
             tokens[linear] = moments.tokens
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
             clock.at("decomposing", index, share, linear, job.last_error)
-            try:
-                target = moments.target(linear_of(block, linear).weight, DAMPING[report.unit])
-            except ValueError as unusable:
-                raise DataError(f"{name}.{linear}: {unusable}") from None
+            target = partial(moments.target, damping=DAMPING[report.unit])
             given = Given(moments.statistic, moments.tokens, target, asked.get(linear))
-            report.layers.append(compress_linear(job, block, name, linear, parts[linear], given))
-            begun()
+            compress_linear(job, block, name, linear, parts[linear], given, begun)
         if tokens:
             warn_of_few(name, tokens)
         clock.at("decomposing", index, 1.0, error=job.last_error)

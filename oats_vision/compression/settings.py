@@ -14,6 +14,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Solver = Literal["fast", "exact"]
 Quality = Literal["best", "fast", "plain"]
 Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
+OnBadLayer = Literal["stop", "dense"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
 # by what is used of these, and how budgets are shared out
@@ -54,6 +55,9 @@ class _Shared(BaseModel):
     scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")
     fused_qkv: Literal["split", "joint"] = Field("split", description="decompose a fused qkv as three matrices or one")
     storage_dtype: Dtype | None = Field(None, description="precision of the stored weights [default: the model's own]")
+    on_bad_layer: OnBadLayer = Field(
+        "stop", description="a layer that cannot be decomposed or stored: stop, or leave it dense"
+    )
     skip: tuple[str, ...] = Field(
         (), description="linears or blocks to leave dense, such as '*.mlp.fc2'; may be repeated"
     )

@@ -24,12 +24,12 @@ from oats_vision.compression.allocation import Point, allocate, refined
 from oats_vision.compression.block_rates import alpha_rates, hill_exponent, outlier_ratio, owl_rates
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, error_curve
+from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.stream import linear_of
 from oats_vision.core.budget import Allocation, Budget
-from oats_vision.errors import DataError
 from oats_vision.models.families import Structure
 from oats_vision.nn.outputs import first_output
 
@@ -62,7 +62,7 @@ def share_out(
 
     Raises:
         ModelError: the model's values or gradients are not finite.
-        DataError: its inputs are such that a linear cannot be decomposed.
+        UnusableLayerError: its inputs are such that a linear cannot be decomposed.
     """
     if settings.budget == "uniform":
         return plan.parts
@@ -185,8 +185,10 @@ def _measured(
                 curves += [
                     error_curve(*each, seen.own, gram, method, settings) for each in zip(weights, s, strict=True)
                 ]
-            except ValueError as unusable:
-                raise DataError(f"{full}: {unusable}") from None
+            except UNUSABLE as unusable:
+                if settings.on_bad_layer == "stop":
+                    raise UnusableLayerError(full, str(unusable)) from None
+                curves += [[(part.budget.parameters(*W.shape), 0.0)] for part, W in zip(parts, weights, strict=True)]
         tell(first + (1 - first) * (done + 1) / len(plan.blocks))
     return allocate([refined(curve) for curve in curves], _total(model, plan.parts))
 

@@ -229,7 +229,12 @@ def _check(inputs: Inputs, number: int, reader: Reader) -> None:
             f"{what} must hold floating numbers, got {tensor.dtype}: apply the model's transform to the pictures"
         )
     elif not tensor.isfinite().all():
-        raise DataError(f"{what} has {int((~tensor.isfinite()).sum())} values that are NaN or infinite")
+        bad = ~tensor.isfinite()
+        sample = int(bad.flatten(1).any(1).int().argmax())
+        raise DataError(
+            f"{what} has {int(bad.sum())} values that are NaN or infinite, the first of them in sample {sample}: "
+            "leave it out, or see what its preprocessing makes of it"
+        )
 
 
 def _tensor(value: Any) -> Any:

@@ -75,6 +75,7 @@ class Result:
             "cost": self.cost.model_dump() if self.cost else None,
             **({"one_shot": {"cost": self.one_shot.model_dump()}} if self.one_shot else {}),
             **({"recovery": asdict(self.report.recovery)} if self.report.recovery else {}),
+            **({"exceptions": [asdict(one) for one in self.report.exceptions]} if self.report.exceptions else {}),
             "speed": [timing.to_dict() for timing in self.speed],
             "advice": self.advice,
             "seconds": dict(self.report.seconds),
@@ -123,7 +124,7 @@ class Result:
     def notes(self) -> list[str]:
         """What is said below the table."""
         recovered = self.report.recovery.summary if self.report.recovery else ""
-        return list(filter(None, [self.footnote, recovered, *self.advice]))
+        return list(filter(None, [self.footnote, recovered, *self.report.exceptions_made, *self.advice]))
 
     def __str__(self) -> str:
         return "\n".join([as_text(run_table(self.report.settings.summary, self.rows())), *self.notes])
@@ -157,6 +158,7 @@ def compress(
     fused_qkv: Literal["split", "joint"] = "split",
     error_tolerance: float = 0.05,
     latency_tokens: int | None = None,
+    on_bad_layer: Literal["stop", "dense"] = "stop",
     recover: int = 0,
     family: type[Family] | Family | None = None,
     activation_memory: float = 8.0,
@@ -195,6 +197,8 @@ def compress(
         fused_qkv: decompose a fused qkv as three matrices or as one.
         error_tolerance: `rank_ratio="auto"` may raise a layer's error by this share over the lowest of all ratios.
         latency_tokens: tokens that `rank_ratio="auto"` times a layer with.
+        on_bad_layer: what is done with a layer that cannot be decomposed or stored: `stop`, or leave it `dense` and go
+            on. One that comes out no better than zeros is left dense either way.
         recover: then train what was kept, without labels, for so many steps a block towards the dense model's outputs,
             and for as many of all blocks together; the weights that are best on an eighth of the calibration data are
             kept, and nothing that does not gain there. Copies of both models take memory meanwhile. 0: not.
@@ -210,7 +214,7 @@ def compress(
         ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
         ModelError: no family fits the model, it does not run block by block, has linears that are more than
             nn.Linear, or values that are not finite.
-        DataError: no calibration batch, or one that the model cannot take.
+        DataError: no calibration batch, or one that the model cannot take; or a layer cannot be decomposed.
     """
     given = locals()
     settings = resolve(**{name: given[name] for name in CompressionOptions.model_fields})

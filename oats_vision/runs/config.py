@@ -40,6 +40,7 @@ class RunConfig(DataOptions, CompressionOptions):
     overwrite: bool = Field(False, description="replace the checkpoint in `out`")
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
     report: bool = Field(True, description="write OUT/report.html")
+    tensorboard: Path | None = Field(None, description="also write each layer's figures for TensorBoard")
     dry_run: bool = Field(False, description="say what would be done, and stop")
     recover: int = Field(
         0,
@@ -79,6 +80,8 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError("max_drop and `target_mb` are both given: each decides the rate, leave one of them out")
         if self.rate is not None:
             raise ValueError(f"rate is given, and {wanted} finds the rate: leave one of them out")
+        if self.tensorboard:
+            raise ValueError(f"tensorboard is for a run whose rate is given, and {wanted} finds the rate: leave it out")
         if self.recover:
             raise ValueError(
                 f"recover and {wanted} are both given: search first, then recover at the rate that it finds"

@@ -5,15 +5,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from oats_vision import checkpoint
-from oats_vision.analysis.html_report import draw_page
-from oats_vision.checkpoint.place import PAGE
+from oats_vision.compression.blocks import nobody
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.record import record
 from oats_vision.compression.recover import recover
@@ -28,8 +27,6 @@ from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.reference import Reference
-from oats_vision.evaluation.results import Evaluation
-from oats_vision.evaluation.searched import Searched
 from oats_vision.evaluation.tasks import Task, task_of
 from oats_vision.machine import choose_device, dtype_of, machine, peak_memory, warn_if_slow
 from oats_vision.models.loading.load import load_model, save_plain, source_of
@@ -39,66 +36,14 @@ from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
 from oats_vision.progress import Estimate
-from oats_vision.runs.compress import Result, describe, measure, with_one_shot
+from oats_vision.runs.compress import Result, describe, measure
 from oats_vision.runs.config import RunConfig
+from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.forecast import Forecast, forecast
+from oats_vision.runs.summary import log_summary
+from oats_vision.runs.watch import Watch, watching
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class FinishedRun:
-    """What a run made and measured; `to_dict` is the checkpoint's report.json.
-
-    task: what the model reads. evaluation: on labelled pictures or on text, if there were any; one_shot: before a
-    recovery. files: bytes of each in the checkpoint's directory. peak_memory: bytes. searched: how the rate was found,
-    if it was searched for.
-    """
-
-    config: RunConfig
-    settings: CompressionSettings
-    result: Result
-    files: dict[str, int]
-    skipped: int
-    task: Task
-    protocol: Protocol[Any]
-    evaluation: Evaluation | None = None
-    one_shot: Evaluation | None = None
-    searched: Searched | None = None
-    seconds: float = 0.0
-    peak_memory: int = 0
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        figures = self.result.to_dict()
-        if self.one_shot:
-            figures.setdefault("one_shot", {})[self.task.measured_by] = self.one_shot.to_dict()
-        return {
-            "run": self.config.model_dump(mode="json"),
-            **figures,
-            "settings": self.settings.model_dump(),
-            "skipped_pictures": self.skipped,
-            "bytes": figures["bytes"] | {"files": self.files},
-            **({self.protocol.name: self.evaluation.to_dict()} if self.evaluation else {}),
-            **({"search": self.searched.model_dump(mode="json")} if self.searched else {}),
-            "seconds": {**figures["seconds"], "command": self.seconds},
-            "peak_memory": self.peak_memory,
-            "machine": self.machine,
-            "out": str(self.config.out),
-        }
-
-    def score_rows(self) -> list[list[str]]:
-        """The evaluation as the table shows it, and what it was before a recovery."""
-        after, before = (one.rows() if one else [] for one in (self.evaluation, self.one_shot))
-        return with_one_shot(after, before)
-
-    def write(self, display: Display) -> None:
-        """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
-        out, examples = self.config.out, self.result.examples if self.config.report else []
-        content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
-        checkpoint.write_json(out / checkpoint.REPORT, content)
-        if self.config.report:
-            draw_page(out, out / PAGE, display)
 
 
 @dataclass
@@ -194,25 +139,30 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
         raise ConfigError(f"{config.searched_for} is for `oats_vision.runs.search.search`")
     with checkpoint.locked(config.out):
         checkpoint.check_target(config.out, config.overwrite)
-        return _run(config, display)
+        with watching(config.out, config.tensorboard) as watch:
+            finished = _run(config, display, watch)
+            log_summary(finished)
+            return finished
 
 
-def _run(config: RunConfig, display: Display) -> FinishedRun:
+def _run(config: RunConfig, display: Display, watch: Watch) -> FinishedRun:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
     model, prepared = prepare(config, display)
+    watch.begin(config.model, dtype_of(str(prepared.settings.storage_dtype)), prepared.device)
     batches = prepared.open(config.seed)
     display.lines("plan", prepared.forecast(model, batches).lines())
     calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
-    finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display)
+    finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display, watch)
+    watch.move(config.out)
     with after_the_checkpoint(finished.config, prepared.task):
         del model
         measure_stored(finished, prepared, calibration, before, display)
         finished.seconds = time.perf_counter() - start
         finished.write(display)
         if config.recover:
-            recover_and_write(finished, prepared, calibration, display)
+            recover_and_write(finished, prepared, calibration, display, watch)
             measure_stored(finished, prepared, calibration, before, display)
             finished.seconds = time.perf_counter() - start
             finished.write(display)
@@ -303,11 +253,17 @@ def compress_and_write(
     prepared: PreparedRun,
     calibration: CalibrationSet,
     display: Display,
+    watch: Watch | None = None,
 ) -> FinishedRun:
     """Compress the model, in place, as the settings say, and write it to `config.out`."""
     with display.compression() as progress:
         report = compress(
-            model, calibration.batches, settings, activation_memory=config.activation_memory, progress=progress
+            model,
+            calibration.batches,
+            settings,
+            activation_memory=config.activation_memory,
+            progress=watch.telling(progress) if watch else progress,
+            layer_done=watch.layer_done if watch else nobody,
         )
     with display.status(f"writing {config.out}"):
         checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
@@ -332,17 +288,16 @@ def written(
 
 
 def recover_and_write(
-    finished: FinishedRun, prepared: PreparedRun, calibration: CalibrationSet, display: Display
+    finished: FinishedRun, prepared: PreparedRun, calibration: CalibrationSet, display: Display, watch: Watch
 ) -> None:
     """Train what the compression kept, and write the model in the place of the one-shot one."""
     config, one_shot = finished.config, finished.result
     state = config.out.with_name(f"{config.out.name}.recovery")
     with display.status(f"loading {config.model}"):
         dense, _ = load_dense(config, prepared.device)
-    display.console.print(
+    display.say(
         f"{config.out} holds the one-shot model. If its recovery is stopped, the same command with `overwrite` goes on "
-        f"from {state}",
-        soft_wrap=True,
+        f"from {state}"
     )
     with display.compression() as progress:
         recover(
@@ -353,10 +308,11 @@ def recover_and_write(
             seed=config.seed,
             activation_memory=config.activation_memory,
             state=state,
-            progress=progress,
+            progress=watch.telling(progress),
         )
     del dense
-    with display.status(f"writing {config.out}"):
+    watch.recovered(record(one_shot.model).report.recovery)
+    with display.status(f"writing {config.out}"), watch.aside():
         checkpoint.write(one_shot.model, config.out, True, prepared.tokenizer)
     shutil.rmtree(state)
     finished.result = describe(one_shot.model, record(one_shot.model).report, prepared.parameters)

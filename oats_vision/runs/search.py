@@ -30,13 +30,13 @@ from oats_vision.runs.bracket import HIGHEST, LOWEST, Bracket, Trial, next_step
 from oats_vision.runs.compress import describe
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.file_size import candidates, highest_possible, size_of, with_rate
+from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.forecast import Forecast
 from oats_vision.runs.grid import cell_name
 from oats_vision.runs.kept import kept
 from oats_vision.runs.losses import KINDS, Judged
 from oats_vision.runs.run import (
     CalibrationSet,
-    FinishedRun,
     PreparedRun,
     after_the_checkpoint,
     compress_and_write,

@@ -28,7 +28,7 @@ def show_trial(display: Display, one: Tried, verdict: str) -> None:
 
 
 def show_line(display: Display, line: str) -> None:
-    display.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    display.say(line)
 
 
 def plan_lines(lines: dict[str, str], config: RunConfig) -> dict[str, str]:

@@ -50,7 +50,7 @@ def test_demo_at_rate_half_is_within_a_point_of_dense_and_small(tmp_path):
     assert result["bytes"]["layer_ratio"] <= 0.60
     assert result["bytes"]["files"]["model.safetensors"] < 1.01 * result["bytes"]["total"]
     out = tmp_path / "oats_compressed"
-    files = ["config.json", "model.safetensors", "report.html", "report.json"]
+    files = ["config.json", "layers.jsonl", "model.safetensors", "report.html", "report.json", "run.log"]
     assert sorted(file.name for file in out.iterdir()) == files
     assert json.loads((out / "report.json").read_text())["top1"] == result["top1"]
 

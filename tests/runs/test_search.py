@@ -23,9 +23,9 @@ from oats_vision.evaluation.results import Difference, Ratio
 from oats_vision.runs import file_size
 from oats_vision.runs import search as module
 from oats_vision.runs.config import RunConfig
+from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.kept import halves, kept
 from oats_vision.runs.losses import fewest, floor, of_change
-from oats_vision.runs.run import FinishedRun
 from oats_vision.runs.run import run as run_once
 from oats_vision.runs.search import folder_of, search
 
