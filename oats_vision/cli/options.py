@@ -45,7 +45,15 @@ SETTINGS = {
     },
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N", "drop_of": "WHAT"},
-    OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
+    OUTPUT: {
+        "out": "FOLDER",
+        "overwrite": "",
+        "restart": "",
+        "storage_dtype": "DTYPE",
+        "merge": "",
+        "report": "",
+        "dry_run": "",
+    },
     MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
     EXPERTS: {
         "refit": "",
