@@ -49,8 +49,8 @@ class Noted:
 
     @property
     def digest(self) -> str:
-        """Of all batches, in whatever order they were read."""
-        return hashlib.sha256(" ".join(sorted(self.digests)).encode()).hexdigest()
+        """Of all batches, in their order, by which sums are rounded."""
+        return hashlib.sha256(" ".join(self.digests).encode()).hexdigest()
 
 
 def begin(
@@ -71,7 +71,7 @@ def begin(
         "dtype": str(first.dtype).removeprefix("torch."),
         WEIGHTS: weights,
         DATA: data.digest,
-        "oats_vision": version("oats_vision"),
+        "version of oats_vision": version("oats_vision"),
     }
     journal.begin(facts, blocks, machine(first.device))
 

@@ -322,7 +322,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(model_directory, tmp_path, number)
     stopped = subprocess.Popen(
         [sys.executable, "-m", "oats_vision", *map(str, arguments)], stderr=subprocess.PIPE, text=True
     )
-    while not list(out.glob("cells/[!.]*.json")) or not list((out / ".cell").glob("*.partial/0000*")):
+    while not (out / "sweep.csv").exists() or not list((out / ".cell").glob("*.partial/0000*")):  # in the second cell
         assert stopped.poll() is None
         time.sleep(0.02)
     stopped.send_signal(number)
