@@ -1,6 +1,7 @@
 """The errors that a user can cause and fix; the CLI prints their one line and stops."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -23,6 +24,28 @@ class DataError(OatsVisionError):
 
 class CheckpointError(OatsVisionError):
     """A checkpoint cannot be written or is not a valid checkpoint."""
+
+
+@contextmanager
+def saying(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Let what stops a run say how to go on, unless it says so already; wrong settings would not help it on.
+
+    Args:
+        how_to_go_on: in words that follow a colon; empty if nothing is kept.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as stopped:
+        if not notes(stopped) and (words := how_to_go_on()):
+            stopped.__notes__ = [words]  # type: ignore[attr-defined]  # as `add_note` of Python 3.11 does
+        raise
+
+
+def notes(error: BaseException) -> list[str]:
+    """What is said of an error besides its message."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,10 +1,13 @@
-"""Files that are never left half-written."""
+"""Files that are never left half-written, and are on the disk before anything is built on them."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -20,9 +23,35 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~umask())
+        sync(temporary)
         temporary.replace(file)
+        sync(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: they cannot be written there.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:  # of folders, on some network file systems
+            raise
+    finally:
+        os.close(handle)
+
+
+def why(problem: Exception) -> str:
+    """Why something could not be written, and what to do about it, as far as the system or a library says so."""
+    # safetensors and tokenizers raise errors of their own, with the system's words in them
+    if getattr(problem, "errno", None) in NO_SPACE or any(os.strerror(code) in str(problem) for code in NO_SPACE):
+        return "the disk is full: free some space"
+    return str(getattr(problem, "strerror", None) or problem)
 
 
 def umask() -> int:

@@ -130,6 +130,18 @@ class Clock:
             estimate = Estimate(self.seconds["total"] + left, reading, blocks, self.unit, others)
         self.progress(Step(self._done, block + 1, blocks, stage, self._error, detail, left, estimate))
 
+    def of_block(self, block: int) -> dict[str, float]:
+        """Where the time of a block went so far, by its number from 0 and by stage."""
+        self._charge()
+        return {stage: seconds for stage, seconds in self._taken[block].items()}
+
+    def went_on(self, block: int, seconds: Mapping[str, float]) -> None:
+        """A block was finished before the run was stopped, and took so long then; calls of `at` add to that."""
+        self.at("applying", block, 0.0)
+        for stage in STAGES:
+            if stage in seconds:
+                self._taken[block][stage] = self._taken[block].get(stage, 0.0) + seconds[stage]
+
     def finish(self) -> None:
         """All is done."""
         self._charge()

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from oats_vision.errors import CheckpointError
-from oats_vision.files import replacing
+from oats_vision.files import replacing, why
 
 
 def render(template: str, **values: Any) -> str:
@@ -32,4 +32,4 @@ def write_page(text: str, file: Path) -> None:
         with replacing(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as problem:
-        raise CheckpointError(f"{file} cannot be written: {problem}") from None
+        raise CheckpointError(f"{file} cannot be written: {why(problem)}") from None

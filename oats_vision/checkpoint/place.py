@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from oats_vision.checkpoint.config import CONFIG, FORMAT
 from oats_vision.checkpoint.weights import WEIGHTS
 from oats_vision.errors import CheckpointError
-from oats_vision.files import umask
+from oats_vision.files import sync, umask, why
 from oats_vision.models.loading.directory import TOKENIZER
 from oats_vision.under_way import LAYERS, RUN_LOG, lock_of
 
@@ -38,7 +38,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a path against other runs; the lock dies with its process. What killed runs left beside it is removed.
+    """Hold a path against other runs; the lock dies with its process. What killed runs left beside it is tidied up.
 
     Raises:
         CheckpointError: another run holds it, or its parent is missing or not writable.
@@ -51,10 +51,9 @@ def locked(path: Path) -> Iterator[None]:
     except BlockingIOError:
         raise CheckpointError(f"{path} is being written by another run: give another `path`") from None
     except OSError as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+        raise CheckpointError(f"{path} cannot be written: {why(problem)}") from problem
     try:
-        for left in place.parent.glob(f".{_escaped(place.name)}.writing-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _tidy(place)
         yield
     finally:
         file.unlink(missing_ok=True)
@@ -77,6 +76,15 @@ def _lock(file: Path) -> int:
             if os.fstat(handle).st_ino == file.stat().st_ino:
                 return handle
         os.close(handle)  # whoever held it before has removed the file meanwhile
+
+
+def _tidy(place: Path) -> None:
+    """Remove what a killed run was writing beside a path; a checkpoint that it had moved aside is put back."""
+    aside = _aside(place)
+    if aside.is_dir() and not place.exists():
+        aside.rename(place)
+    for left in (aside, *place.parent.glob(f".{_escaped(place.name)}.writing-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -118,17 +126,18 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         target = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.writing-"))
     except OSError as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+        raise CheckpointError(f"{path} cannot be written: {why(problem)}") from problem
     try:
         yield target
         for file in filter(Path.is_file, target.rglob("*")):
             file.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
+            sync(file)
         target.chmod(0o777 & ~umask())
+        for folder in (target, *filter(Path.is_dir, target.rglob("*"))):
+            sync(folder)
         _put(target, place, path, overwrite)
     except (OSError, SafetensorError) as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+        raise CheckpointError(f"{path} cannot be written: {why(problem)}") from problem
     finally:
         shutil.rmtree(target, ignore_errors=True)
 
@@ -142,7 +151,7 @@ def put(directory: Path, path: Path, overwrite: bool) -> None:
     try:
         _put(directory, _resolved(path), path, overwrite)
     except OSError as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+        raise CheckpointError(f"{path} cannot be written: {why(problem)}") from problem
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -152,17 +161,18 @@ def _put(directory: Path, place: Path, path: Path, overwrite: bool) -> None:
         _exchange(directory, place)
     else:
         directory.rename(place)
+    sync(place.parent)
 
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories in one step, so that there is a whole one at every moment.
 
     Where the system cannot (network file systems), the old one is moved aside first; if that is as far as it comes,
-    it lies beside as `.NAME.old`.
+    it lies beside as `.NAME.old`, and the next run puts it back.
     """
     if _swap(new, old):
         return
-    aside = old.with_name(f".{old.name}.old")
+    aside = _aside(old)
     old.rename(aside)
     try:
         new.rename(old)
@@ -170,6 +180,10 @@ def _exchange(new: Path, old: Path) -> None:
         aside.rename(old)
         raise
     aside.rename(new)  # to be removed with the temporary directory
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.old")
 
 
 def _swap(one: Path, other: Path) -> bool:

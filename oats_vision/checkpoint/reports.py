@@ -8,7 +8,7 @@ from typing import Any
 
 from oats_vision.checkpoint.place import REPORT
 from oats_vision.errors import CheckpointError
-from oats_vision.files import replacing
+from oats_vision.files import replacing, why
 
 # settings of an evaluation that do not change what it measures
 HOW_READ = {"batch_size", "cache", "no_cache", "streaming", "workers"}
@@ -22,7 +22,7 @@ def write_json(file: Path, content: Any) -> None:
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as problem:
-        raise CheckpointError(f"{file} cannot be written: {problem}") from problem
+        raise CheckpointError(f"{file} cannot be written: {why(problem)}") from problem
 
 
 def add_evaluation(path: Path, result: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,18 @@ def save(model: nn.Module, path: str | Path, *, overwrite: bool = False, tokeniz
         write(model, Path(path), overwrite, tokenizer)
 
 
-def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any = None) -> None:
-    """`save` for who holds the lock of the path."""
+def write(
+    model: nn.Module,
+    path: Path,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    announce: Callable[[str], object] = lambda sha256: None,
+) -> None:
+    """`save` for who holds the lock of the path.
+
+    Args:
+        announce: called with the digest of the weights' file before the checkpoint takes its place.
+    """
     model = _unwrapped(model)
     try:
         report = record(model).report
@@ -74,6 +84,7 @@ def write(model: nn.Module, path: Path, overwrite: bool = False, tokenizer: Any 
         (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(target / TOKENIZER)
+        announce(config["weights_sha256"])
 
 
 def content(

@@ -43,7 +43,8 @@ def compress(
 ) -> None:
     """Compress a model, measure what it cost, and write the checkpoint.
 
-    Without arguments it runs on the demo: a small ViT and Fashion-MNIST pictures that ship with the package.
+    Without arguments it runs on the demo: a small ViT and Fashion-MNIST pictures that ship with the package. A run that
+    was stopped goes on when the same command is started again.
     """
     logs.set_up(verbose, log_file)
     chosen = load_run_config(config, settings)

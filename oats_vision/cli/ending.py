@@ -13,11 +13,11 @@ import typer
 from oats_vision import logs
 from oats_vision.cli.common import messages
 from oats_vision.cli.flags import options_of, with_flags
-from oats_vision.errors import OatsVisionError, did_you_mean
+from oats_vision.errors import OatsVisionError, did_you_mean, notes
+from oats_vision.files import NO_SPACE
 
 log = logging.getLogger(__name__)
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
 BUG = 70  # exit status of an error that is ours, EX_SOFTWARE of sysexits.h; 2 is that of a wrong flag
@@ -48,15 +48,15 @@ def status(command: Callable[[], object]) -> Any:
     except OatsVisionError as error:
         log.debug("traceback", exc_info=True)
         # what is not ours may need more words
-        return _failed(str(error), with_details=error.__cause__ is not None)
+        return _failed(_noted(str(error), error), with_details=error.__cause__ is not None)
     except Exception as error:
         log.debug("traceback", exc_info=True)
         message = _of_the_machine(error)
         if message:
-            return _failed(message, with_details=True)
+            return _failed(_noted(message, error), with_details=True)
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         report = "please report it with the output of `oats-vision doctor` and the log"
-        return _failed(f"this is a bug in oats_vision ({what}): {report}", with_details=True, status=BUG)
+        return _failed(_noted(f"this is a bug in oats_vision ({what}): {report}", error), with_details=True, status=BUG)
 
 
 def _of_the_machine(error: Exception) -> str | None:
@@ -64,11 +64,16 @@ def _of_the_machine(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
         reason = " ".join(str(error).split())[:200]
         return f"out of memory: use a smaller --batch-size or another --device {reason}"
-    if isinstance(error, OSError) and error.errno in _NO_SPACE + _NO_PERMISSION:
+    if isinstance(error, OSError) and error.errno in NO_SPACE + _NO_PERMISSION:
         what = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
         space = "free some space, or set TMPDIR and --out to another disk"
-        return f"{what}: {space if error.errno in _NO_SPACE else 'give a place that can be written'}"
+        return f"{what}: {space if error.errno in NO_SPACE else 'give a place that can be written'}"
     return None
+
+
+def _noted(message: str, error: Exception) -> str:
+    """The message, and how to go on if that was noted."""
+    return ". ".join([message, *(f"{note[:1].upper()}{note[1:]}" for note in notes(error)[:1])])
 
 
 def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int:

@@ -6,10 +6,16 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from oats_vision.errors import notes
+
 
 def guarded(command: Callable[[], object]) -> None:
-    """Call a command; SIGINT, SIGTERM and SIGHUP end it in one line, with the status that shells give them."""
+    """Call a command; SIGINT, SIGTERM and SIGHUP end it in one line, with the status that shells give them.
+
+    The line says how to go on, if what was stopped has noted that.
+    """
     received: list[int] = []
+    said: list[str] = []
     process = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -26,9 +32,10 @@ def guarded(command: Callable[[], object]) -> None:
             signal.signal(number, stop)
     try:
         command()
-    except BaseException:  # what is cut short may fail in any way
+    except BaseException as stopped:  # what is cut short may fail in any way
         if not received:
             raise
+        said += notes(stopped)
     if received:
-        sys.stderr.write(f"stopped by {signal.Signals(received[0]).name}\n")
+        sys.stderr.write(": ".join([f"stopped by {signal.Signals(received[0]).name}", *said[:1]]) + "\n")
         sys.exit(128 + received[0])

@@ -48,6 +48,7 @@ SETTINGS = {
     OUTPUT: {
         "out": "FOLDER",
         "overwrite": "",
+        "restart": "",
         "storage_dtype": "DTYPE",
         "merge": "",
         "report": "",

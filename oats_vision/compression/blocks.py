@@ -73,15 +73,17 @@ class Job:
         calls: BlockCalls,
         clock: Clock,
         report: CompressionReport,
+        finished: bool = False,
         layer_done: LayerDone = nobody,
     ) -> "Job":
         """A job at its first block, whose inputs are those of the dense model.
 
         Args:
             linears: to compress, by their names in the block, by the block's name.
+            finished: whether all blocks were, before the run was stopped: no gradient is asked for then.
         """
         gradients = dense = None
-        if settings.sensitivity:
+        if settings.sensitivity and not finished:
             memory = GRADIENTS / STREAM * hidden.memory_limit
             gradients = OutputGradients(model, structure, linears, calls, memory=memory, tell=clock.gradients)
         if settings.targets:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.calibration.explained import explained
-from oats_vision.compression import methods
+from oats_vision.compression import methods, resume
 from oats_vision.compression.blocks import STREAM, Job, LayerDone, nobody
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionRecord, CompressionReport
 from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.compression.sharing import share_out
-from oats_vision.data.batches import expected_samples
+from oats_vision.compression.sharing import Parts, share_out
+from oats_vision.data.batches import Reader, expected_samples
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
@@ -47,6 +48,7 @@ def compress(
     progress: Callable[[Step], None] = lambda step: None,
     before: Callable[[nn.Module], None] = lambda model: None,
     layer_done: LayerDone = nobody,
+    journal: Journal | None = None,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -61,15 +63,19 @@ def compress(
         progress: called with each step.
         before: called with the dense model once it is seen to be fit, and before anything of it is changed.
         layer_done: called with a block's name and what became of one of its linears, as soon as that is known.
+        journal: keeps each block as soon as it is finished, and those that it has already are not compressed again.
+            Slicing keeps nothing, and begins again.
 
     Returns:
         The settings, and each layer's budget and error.
 
     Raises:
-        ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
+        ConfigError: a setting is out of range, leaves a layer without rank or non-zeros, or differs from those of the
+            run that is in the journal.
         ModelError: no family fits the model, it does not run block by block, has linears that are more than
             nn.Linear, or values that are not finite.
         DataError: no calibration batch, or one that the model cannot take; or a layer cannot be decomposed.
+        CheckpointError: the journal cannot be written.
     """
     if not activation_memory > 0:
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
@@ -91,6 +97,9 @@ def compress(
         start += time.perf_counter() - tick  # which is no part of the compression
         clock, expected = Clock(plan.work, structure.family.unit, progress, start=start), expected_samples(calibration)
         share = STREAM if settings.targets else 1.0
+        journal = None if plan.slicing else journal
+        weights = resume.dense_digest(model) if journal else ""
+        data = resume.Noted(calibration, Reader.of(model, structure.family.unit)) if journal else calibration
         with ActivationStore(share * activation_memory * 1e9) as hidden:
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
@@ -99,13 +108,15 @@ def compress(
                 calls = capture_block_calls(
                     model,
                     plan.blocks,
-                    calibration,
+                    data,
                     hidden,
                     structure.family.unit,
                     lambda samples: clock.read(samples, expected),
                 )
             plan.linears.clear()  # so that the memory of those that are replaced is free
             report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
+            if journal:
+                resume.begin(journal, model, settings, data, len(plan.blocks), weights)
             if plan.slicing:
                 method = methods.find(settings.method)
                 assert isinstance(method, BlockMethod)
@@ -113,13 +124,15 @@ def compress(
                 check_storable(model.state_dict().items(), storage, buffers)
                 round_to(model.state_dict().values(), storage)
             else:
-                job = Job.of(model, structure, plan.parts, settings, storage, hidden, calls, clock, report, layer_done)
-                parts = share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing)
-                for i, (name, block) in enumerate(plan.blocks):
-                    last = i + 1 == len(plan.blocks)
-                    with explained(block, name, calls, i, hidden, job.dense):
-                        compress_block(job, i, name, block, parts[name], undo.pop_all, last)
-                    log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
+                whole = journal is not None and journal.done == len(plan.blocks)
+                job = Job.of(
+                    model, structure, plan.parts, settings, storage, hidden, calls, clock, report, whole, layer_done
+                )
+                parts = resume.shared_out(
+                    journal,
+                    lambda: share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing),
+                )
+                _compress_blocks(job, plan.blocks, parts, journal, undo.pop_all)
                 if not report.layers:
                     raise ModelError(f"no layer could be compressed: {' '.join(report.exceptions_made[:3])}")
     clock.finish()
@@ -127,6 +140,29 @@ def compress(
     known = record_of(model)
     set_record(model, CompressionRecord(known.source, known.structure, report=report))
     return report
+
+
+def _compress_blocks(
+    job: Job,
+    blocks: Sequence[tuple[str, nn.Module]],
+    parts: Parts,
+    journal: Journal | None,
+    begun: Callable[[], object],
+) -> None:
+    """Compress the blocks one by one, but for those that are finished already, which are put back."""
+    finished, layers = journal.done if journal else 0, job.report.layers
+    for i, (name, block) in enumerate(blocks):
+        last = i + 1 == len(blocks)
+        kept = journal.block(i) if journal and i < finished else None
+        if kept:
+            resume.put_back(job, i, name, block, kept, begun, last or finished == len(blocks))
+            continue
+        before = len(layers), len(job.report.exceptions)
+        with explained(block, name, job.calls, i, job.hidden, job.dense):
+            compress_block(job, i, name, block, parts[name], begun, last)
+        if journal:
+            resume.keep(journal, job, i, block, layers[before[0] :], job.report.exceptions[before[1] :])
+        log.info("block %d/%d: %s so far", i + 1, len(blocks), shares(job.clock.seconds))
 
 
 def prepare(

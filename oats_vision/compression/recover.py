@@ -22,7 +22,7 @@ from oats_vision.calibration.capture import BlockCalls, capture_block_calls, che
 from oats_vision.compression.block_training import Streams, relative, train_block
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
-from oats_vision.compression.recovery_state import RecoveryState, digest_of
+from oats_vision.compression.recovery_journal import digest_of, keep, recovery_journal, trained
 from oats_vision.compression.together import WholeStreams, train_together
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
@@ -115,14 +115,18 @@ def recover(
         one_shot = [(p, p.detach().clone()) for _, block in blocks for p in block.parameters()]
         outputs = {b: _through(blocks, calls, b, hidden[b]) for b in streams.judged}  # of the one-shot model
         done = RecoveryReport(steps, seed, _samples(hidden, streams.learnt), _samples(hidden, streams.judged))
-        kept = RecoveryState.open(state, model, dense, {"steps": steps, "seed": seed}, data.digests)
+        journal = recovery_journal(
+            state, model, dense, {"steps": steps, "seed": seed}, data.digests, blocks=len(blocks) + 1
+        )
         for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):
             with torch.no_grad():
                 for b in range(len(wanted)):
                     wanted[b] = dense_calls.run(twin, i, b, wanted[b])
                     check_finite_states(wanted[b], calls.masks[b], f"the dense outputs of {name}", b)
-            if compressed_layers(block):
-                found = kept.block(i)
+            if not compressed_layers(block):
+                keep(journal, i, None)
+            else:
+                found = trained(journal, i)
                 if found is None:
                     found = train_block(
                         block,
@@ -133,7 +137,7 @@ def recover(
                         seed=seed,
                         tell=_teller(progress, i, len(blocks), 1, steps, start),
                     )
-                    kept.add(i, found)
+                    keep(journal, i, found)
                 _put(block, found.weights)
                 done.blocks.append(BlockRecovery(name, found.before, found.after, found.step, found.curve))
                 log.info("%s: held-out error %.4f -> %.4f (step %d)", name, found.before, found.after, found.step)
@@ -151,7 +155,7 @@ def recover(
                 for parameter, value in one_shot:
                     parameter.copy_(value)
                 done.kept, done.after = False, done.before
-        whole, together = nn.ModuleList(block for _, block in blocks), kept.block(len(blocks))
+        whole, together = nn.ModuleList(block for _, block in blocks), trained(journal, len(blocks))
         if together is None:
             together = train_together(
                 whole,
@@ -161,7 +165,7 @@ def recover(
                 seed=seed,
                 tell=_teller(progress, len(blocks), len(blocks), len(blocks), steps, start),
             )
-            kept.add(len(blocks), together)
+            keep(journal, len(blocks), together)
         _put(whole, together.weights)
         done.together = BlockRecovery("all blocks", together.before, together.after, together.step, together.curve)
         done.after = together.after

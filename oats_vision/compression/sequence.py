@@ -73,7 +73,7 @@ def _compress_in_sequence(
     clock.at("statistics", index, 0.0)
     round_to(block.state_dict().values(), job.storage)
     shares = shares_before(block, parts, report.layers)
-    dense_block = _sharing_weights(block)
+    dense_block = sharing_weights(block)
     asked = job.output_moments(index, name, dense_block, parts)
     known = writers(
         dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
@@ -198,6 +198,6 @@ def gather(
     return found
 
 
-def _sharing_weights(block: nn.Module) -> nn.Module:
+def sharing_weights(block: nn.Module) -> nn.Module:
     """A copy of a block with the same tensors, in which linears can be called as they are now."""
     return deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})

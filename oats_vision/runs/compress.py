@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from oats_vision import checkpoint
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.compression import methods, pipeline
 from oats_vision.compression import recover as recovery
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionOptions, resolve
 from oats_vision.display import Display
@@ -162,6 +163,7 @@ def compress(
     recover: int = 0,
     family: type[Family] | Family | None = None,
     activation_memory: float = 8.0,
+    resume: str | Path | None = None,
     progress: bool | Callable[[Step], None] = False,
 ) -> Result:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
@@ -204,6 +206,8 @@ def compress(
             kept, and nothing that does not gain there. Copies of both models take memory meanwhile. 0: not.
         family: that the model is of, a class or an instance; found by itself if not given.
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
+        resume: folder, made if it is not there, that keeps each block as soon as it is finished: where a run was
+            stopped, the same call goes on from there. Delete it once the model is saved.
         progress: True for a bar (in notebooks too), or a function that is called with each step.
 
     Returns:
@@ -211,10 +215,12 @@ def compress(
         the speed. It prints as a table.
 
     Raises:
-        ConfigError: a setting is out of range, or leaves a layer without rank or non-zeros.
+        ConfigError: a setting is out of range, leaves a layer without rank or non-zeros, or differs from those of the
+            run that `resume` holds.
         ModelError: no family fits the model, it does not run block by block, has linears that are more than
             nn.Linear, or values that are not finite.
         DataError: no calibration batch, or one that the model cannot take; or a layer cannot be decomposed.
+        CheckpointError: `resume` is in use by another run, or cannot be written.
     """
     given = locals()
     settings = resolve(**{name: given[name] for name in CompressionOptions.model_fields})
@@ -240,25 +246,37 @@ def compress(
         if others is not None:
             references.append(task_of(dense).reference(dense, others))
 
-    with nullcontext(progress) if callable(progress) else display.compression() as step:
-        report = pipeline.compress(
-            model,
-            calibration,
-            settings,
-            family=family,
-            activation_memory=activation_memory,
-            progress=step,
-            before=ask,
-        )
-    one_shot: Cost | None = None
-    if recover:
-        for reference in references:
-            with pipeline.plain_arithmetic(model):
-                one_shot, _ = reference.compare(model)
+    with ExitStack() as held:
+        journal = None
+        if resume is not None:
+            held.enter_context(checkpoint.locked(Path(resume)))
+            journal = Journal(Path(resume))
         with nullcontext(progress) if callable(progress) else display.compression() as step:
-            report.recovery = recovery.recover(
-                model, twins.pop(), calibration, steps=recover, activation_memory=activation_memory, progress=step
+            report = pipeline.compress(
+                model,
+                calibration,
+                settings,
+                family=family,
+                activation_memory=activation_memory,
+                progress=step,
+                before=ask,
+                journal=journal,
             )
+        one_shot: Cost | None = None
+        if recover:
+            for reference in references:
+                with pipeline.plain_arithmetic(model):
+                    one_shot, _ = reference.compare(model)
+            with nullcontext(progress) if callable(progress) else display.compression() as step:
+                report.recovery = recovery.recover(
+                    model,
+                    twins.pop(),
+                    calibration,
+                    steps=recover,
+                    activation_memory=activation_memory,
+                    state=journal.recovery if journal else None,
+                    progress=step,
+                )
     result = describe(model, report, parameters)
     result.one_shot = one_shot
     for reference in references:

@@ -38,6 +38,7 @@ class RunConfig(DataOptions, CompressionOptions):
     activation_memory: float = Field(8.0, gt=0, description="memory for activations; the rest goes to disk")
     out: Path = Field(Path("oats_compressed"), description="folder to write")
     overwrite: bool = Field(False, description="replace the checkpoint in `out`")
+    restart: bool = Field(False, description="start over where a stopped run would go on")
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
     report: bool = Field(True, description="write OUT/report.html")
     tensorboard: Path | None = Field(None, description="also write each layer's figures for TensorBoard")

@@ -18,7 +18,8 @@ from oats_vision.runs.config import RunConfig, with_flags
 OUT = Path("oats_sweep")
 AXES = ("method", "rate", "rank_ratio", "pattern")
 OF_QUALITY = ("quality", "refit", "joint", "sensitivity")  # settings of methods that have a quality
-FOR_ONE_RUN = ("overwrite", "merge", "recover", "max_drop", "drop_of", "target_mb")  # settings that mean nothing here
+# settings that mean nothing here
+FOR_ONE_RUN = ("overwrite", "restart", "merge", "recover", "max_drop", "drop_of", "target_mb")
 
 
 class Extent(BaseModel):

@@ -1,11 +1,11 @@
 """One whole run of `oats-vision compress`: load, calibrate, compress, write, and measure what it cost."""
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from oats_vision import checkpoint
 from oats_vision.compression.blocks import nobody
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.record import record
 from oats_vision.compression.recover import recover
@@ -22,7 +23,7 @@ from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError
+from oats_vision.errors import CheckpointError, ConfigError, saying
 from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
@@ -138,37 +139,90 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
     if config.searched_for:
         raise ConfigError(f"{config.searched_for} is for `oats_vision.runs.search.search`")
     with checkpoint.locked(config.out):
-        checkpoint.check_target(config.out, config.overwrite)
-        with watching(config.out, config.tensorboard) as watch:
-            finished = _run(config, display, watch)
+        journal = journal_of(config.out)
+        if config.restart:
+            journal.restart()
+        checkpoint.check_target(config.out, config.overwrite or has_written(journal, config.out))
+        with watching(config.out, config.tensorboard, resumed=journal.done > 0) as watch:
+            finished = _run(config, journal, display, watch)
             log_summary(finished)
-            return finished
+        journal.remove()
+    return finished
 
 
-def _run(config: RunConfig, display: Display, watch: Watch) -> FinishedRun:
+def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch) -> FinishedRun:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
     model, prepared = prepare(config, display)
     watch.begin(config.model, dtype_of(str(prepared.settings.storage_dtype)), prepared.device)
+    see_same(journal, prepared.config, prepared.settings, display)
     batches = prepared.open(config.seed)
     display.lines("plan", prepared.forecast(model, batches).lines())
     calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
-    finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display, watch)
+    finished = compress_and_write(
+        model, prepared.config, prepared.settings, prepared, calibration, journal, display, watch
+    )
     watch.move(config.out)
-    with after_the_checkpoint(finished.config, prepared.task):
+    with saying(lambda: journal.how_to_go_on), after_the_checkpoint(finished.config, prepared.task):
         del model
         measure_stored(finished, prepared, calibration, before, display)
         finished.seconds = time.perf_counter() - start
         finished.write(display)
         if config.recover:
-            recover_and_write(finished, prepared, calibration, display, watch)
+            recover_and_write(finished, prepared, calibration, journal, display, watch)
             measure_stored(finished, prepared, calibration, before, display)
             finished.seconds = time.perf_counter() - start
             finished.write(display)
         if config.merge:
             write_merged(finished, prepared)
     return finished
+
+
+def journal_of(out: Path) -> Journal:
+    """What is kept of a run until its output is complete.
+
+    Raises:
+        CheckpointError: something else is in its place, or it is damaged.
+    """
+    place = out.resolve()
+    return Journal(place.with_name(f"{place.name}.partial"), again="use `restart`")
+
+
+def has_written(journal: Journal, out: Path) -> bool:
+    """Whether the checkpoint in a folder is one that the run of the journal has written there."""
+    written = journal.noted("written") or []
+    return bool(written) and checkpoint.is_checkpoint(out) and checkpoint.read_config(out).weights_sha256 in written
+
+
+# fields of RunConfig by which calibration data are chosen and the model is made
+_DECIDING = (
+    "model",
+    "pretrained",
+    "image_size",
+    "data",
+    "split",
+    "streaming",
+    "samples",
+    "sequence_length",
+    "seed",
+    "batch_size",
+    "dtype",
+)
+
+
+def see_same(journal: Journal, config: RunConfig, settings: CompressionSettings, display: Display) -> None:
+    """See that a run that was stopped is this one, before the data are read, and say that it goes on.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    given = config.model_dump(mode="json", include={"quality", *_DECIDING})
+    journal.see(settings.model_dump(mode="json") | given)
+    if journal.done:
+        display.console.print(
+            f"going on after block {journal.done} of {journal.blocks}, from {journal.folder}", soft_wrap=True
+        )
 
 
 def write_merged(finished: FinishedRun, prepared: PreparedRun) -> None:
@@ -252,23 +306,41 @@ def compress_and_write(
     settings: CompressionSettings,
     prepared: PreparedRun,
     calibration: CalibrationSet,
+    journal: Journal,
     display: Display,
     watch: Watch | None = None,
 ) -> FinishedRun:
-    """Compress the model, in place, as the settings say, and write it to `config.out`."""
-    with display.compression() as progress:
-        report = compress(
-            model,
-            calibration.batches,
-            settings,
-            activation_memory=config.activation_memory,
-            progress=watch.telling(progress) if watch else progress,
-            layer_done=watch.layer_done if watch else nobody,
-        )
-    with display.status(f"writing {config.out}"):
-        checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
+    """Compress the model, in place, as the settings say, and write it to `config.out`.
+
+    Args:
+        journal: keeps what is done; it is to be removed once the run needs it no more.
+    """
+    with saying(lambda: journal.how_to_go_on):
+        with display.compression() as progress:
+            report = compress(
+                model,
+                calibration.batches,
+                settings,
+                activation_memory=config.activation_memory,
+                progress=watch.telling(progress) if watch else progress,
+                layer_done=watch.layer_done if watch else nobody,
+                journal=journal,
+            )
+        write_noted(model, config, prepared, journal, display)
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
     return written(describe(model, report, prepared.parameters), config, settings, prepared, skipped)
+
+
+def write_noted(model: nn.Module, config: RunConfig, prepared: PreparedRun, journal: Journal, display: Display) -> None:
+    """Write the model to `config.out`, and note before that it is this run's."""
+    overwrite = config.overwrite or has_written(journal, config.out)
+
+    def note(sha256: str) -> None:
+        if journal.blocks:  # else the same command begins again, and would take it for its own
+            journal.note(written=[*(journal.noted("written") or []), sha256])
+
+    with display.status(f"writing {config.out}"):
+        checkpoint.write(model, config.out, overwrite, prepared.tokenizer, note)
 
 
 def written(
@@ -288,16 +360,20 @@ def written(
 
 
 def recover_and_write(
-    finished: FinishedRun, prepared: PreparedRun, calibration: CalibrationSet, display: Display, watch: Watch
+    finished: FinishedRun,
+    prepared: PreparedRun,
+    calibration: CalibrationSet,
+    journal: Journal,
+    display: Display,
+    watch: Watch,
 ) -> None:
     """Train what the compression kept, and write the model in the place of the one-shot one."""
     config, one_shot = finished.config, finished.result
-    state = config.out.with_name(f"{config.out.name}.recovery")
     with display.status(f"loading {config.model}"):
         dense, _ = load_dense(config, prepared.device)
     display.say(
-        f"{config.out} holds the one-shot model. If its recovery is stopped, the same command with `overwrite` goes on "
-        f"from {state}"
+        f"{config.out} holds the one-shot model. If its recovery is stopped, the same command goes on from "
+        f"{journal.recovery}"
     )
     with display.compression() as progress:
         recover(
@@ -307,14 +383,13 @@ def recover_and_write(
             steps=config.recover,
             seed=config.seed,
             activation_memory=config.activation_memory,
-            state=state,
+            state=journal.recovery,
             progress=watch.telling(progress),
         )
     del dense
     watch.recovered(record(one_shot.model).report.recovery)
-    with display.status(f"writing {config.out}"), watch.aside():
-        checkpoint.write(one_shot.model, config.out, True, prepared.tokenizer)
-    shutil.rmtree(state)
+    with watch.aside():
+        write_noted(one_shot.model, config, prepared, journal, display)
     finished.result = describe(one_shot.model, record(one_shot.model).report, prepared.parameters)
     finished.result.one_shot, finished.one_shot = one_shot.cost, finished.evaluation
     finished.files = {file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()}

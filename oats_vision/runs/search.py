@@ -16,15 +16,16 @@ from typing import Any
 from torch import nn
 
 from oats_vision import checkpoint
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import record
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError
+from oats_vision.errors import ConfigError, saying
 from oats_vision.evaluation.searched import Searched, Tried
 from oats_vision.machine import dtype_of
-from oats_vision.progress import Estimate
+from oats_vision.progress import Estimate, count
 from oats_vision.runs import bracket, losses
 from oats_vision.runs.bracket import HIGHEST, LOWEST, Bracket, Trial, next_step
 from oats_vision.runs.compress import describe
@@ -40,8 +41,10 @@ from oats_vision.runs.run import (
     PreparedRun,
     after_the_checkpoint,
     compress_and_write,
+    journal_of,
     measure_stored,
     prepare,
+    see_same,
     try_out,
     write_merged,
     written,
@@ -68,13 +71,16 @@ def search(config: RunConfig, display: Display | None = None) -> FinishedRun:
     start, display = time.perf_counter(), display or Display()
     with checkpoint.locked(config.out), said_once():
         folder = folder_of(config.out)
+        if config.restart:
+            shutil.rmtree(folder, ignore_errors=True)
         state = read_state(folder, config, "search")
         trials = sorted(read_rows(folder, Tried), key=lambda one: one.number) if state else []
         if not _is_one_of(trials, config.out):  # it is the search's own where only the measurement is missing
             checkpoint.check_target(config.out, config.overwrite)
         found = _Search.begun(config, display, folder, state, trials)
-        best = found.for_a_drop() if config.max_drop else found.for_a_size()
-        finished = found.finish(best, start)
+        with saying(lambda: f"the same command goes on after {count(len(trials), 'trial')}" * bool(trials)):
+            best = found.for_a_drop() if config.max_drop else found.for_a_size()
+            finished = found.finish(best, start)
     shutil.rmtree(folder, ignore_errors=True)
     return finished
 
@@ -207,18 +213,27 @@ class _Search:
 
     def done(self, settings: CompressionSettings, number: int) -> Tried:
         """Make a trial, and write it down."""
-        tried = self.compressed(settings, number)
+        journal = journal_of(self.folder / _name(settings))
+        tried = self.compressed(settings, number, journal)
         write_row(self.folder, _name(settings), tried)
+        journal.remove()
         self.trials[number - 1 : number] = [tried]
         return tried
 
-    def compressed(self, settings: CompressionSettings, number: int) -> Tried:
+    def compressed(self, settings: CompressionSettings, number: int, journal: Journal) -> Tried:
         """Compress a copy of the model, write it to the folder, read it as its users will, and judge it."""
         start, directory = time.perf_counter(), self.folder / _name(settings)
         own = self.config.model_copy(update={"out": directory, "overwrite": True})
         own = self.prepared.task.completed(own)
+        see_same(journal, own, settings, self.display)
         finished = compress_and_write(
-            copy.deepcopy(self.model), own, settings, self.prepared, CalibrationSet(self.batches, None), self.display
+            copy.deepcopy(self.model),
+            own,
+            settings,
+            self.prepared,
+            CalibrationSet(self.batches, None),
+            journal,
+            self.display,
         )
         loss = self.judged.judge(self.load(directory)) if self.judged else None
         return Tried(

@@ -2,8 +2,8 @@
 
 import copy
 import logging
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +20,28 @@ from oats_vision.analysis.compare import comparison_page
 from oats_vision.analysis.compared import ComparedModel
 from oats_vision.analysis.page import write_page
 from oats_vision.analysis.tables import as_text
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.errors import ConfigError, DataError, ModelError, saying
 from oats_vision.evaluation.protocols import Measurement
-from oats_vision.progress import duration
+from oats_vision.progress import count, duration
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
-from oats_vision.runs.run import CalibrationSet, PreparedRun, compress_and_write, measure_stored, prepare
+from oats_vision.runs.run import (
+    CalibrationSet,
+    PreparedRun,
+    compress_and_write,
+    journal_of,
+    measure_stored,
+    prepare,
+    see_same,
+)
 from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
 from oats_vision.runs.sweep_rows import Failure, Row, in_order, row_name, write_csv
 from oats_vision.runs.sweep_table import SPREAD, mean_runs, sweep_table
+
+UNKEPT = ".cell"  # folder of the checkpoint that is measured, in the sweep's own
 
 
 class SeededCell(NamedTuple):
@@ -96,7 +107,8 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
             return Sweep(config, in_order(rows.values()), [], tuple(row_name(*cell) for cell in missing))
         failures: list[Failure] = []
         if missing:
-            with said_once():
+            kept = lambda: f"the same command goes on after {count(len(rows), 'cell')}" * bool(rows)  # noqa: E731
+            with said_once(), saying(kept):
                 failures = _do(config, state, missing, rows, display)
         done = Sweep(config, in_order(rows.values()), failures)
         if done.rows:
@@ -146,14 +158,17 @@ def _do(
         for settings, _ in cells:
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()
+            journal = journal_of(_directory(config, row_name(settings, seed)))
             try:
-                row = _cell(config, dense, calibration, settings, seed, display)
+                row = _cell(config, dense, calibration, settings, seed, journal, display)
             except _OF_ONE_CELL as problem:
                 failures.append(Failure(settings, seed, " ".join(str(problem).split()) or type(problem).__name__))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
             else:
                 write_row(config.out, row.name, row)
                 rows[row.name] = row
+            journal.remove()
+            shutil.rmtree(config.out / UNKEPT, ignore_errors=True)
             write_csv(config.out / CSV, in_order(rows.values()), failures)
             seconds.append(time.perf_counter() - start)
     return failures
@@ -165,19 +180,23 @@ def _cell(
     calibration: CalibrationSet,
     settings: CompressionSettings,
     seed: int,
+    journal: Journal,
     display: Display,
 ) -> Row:
     """Compress a copy of the model, and measure it as `compress` does."""
-    start, prepared = time.perf_counter(), dense.prepared
-    with _directory(config, row_name(settings, seed)) as directory:
-        own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
-        own_config = RunConfig(**prepared.config.model_dump() | settings.model_dump() | own)
-        stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
-        finished = compress_and_write(copy.deepcopy(dense.model), own_config, stored, prepared, calibration, display)
-        measure_stored(finished, prepared, calibration, dense.score, display)
-        finished.seconds = time.perf_counter() - start
-        finished.write(display)
-        figures = replace(ComparedModel.read(directory), name=cell_name(settings))
+    start, prepared, directory = time.perf_counter(), dense.prepared, _directory(config, row_name(settings, seed))
+    directory.parent.mkdir(exist_ok=True)
+    own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
+    own_config = RunConfig(**prepared.config.model_dump() | settings.model_dump() | own)
+    stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
+    see_same(journal, own_config, stored, display)
+    model = copy.deepcopy(dense.model)
+    finished = compress_and_write(model, own_config, stored, prepared, calibration, journal, display)
+    del model
+    measure_stored(finished, prepared, calibration, dense.score, display)
+    finished.seconds = time.perf_counter() - start
+    finished.write(display)
+    figures = replace(ComparedModel.read(directory), name=cell_name(settings))
     layers = finished.result.report.layers
     errors = [max(layer.errors.values()) for layer in layers]
     outputs = [max(layer.output_errors.values()) for layer in layers if layer.output_errors]
@@ -192,14 +211,9 @@ def _cell(
     )
 
 
-@contextmanager
-def _directory(config: SweepConfig, name: str) -> Iterator[Path]:
+def _directory(config: SweepConfig, name: str) -> Path:
     """Where a cell's checkpoint is written: in the sweep's folder, for good or until it is measured."""
-    if config.keep:
-        yield config.out / name
-        return
-    with tempfile.TemporaryDirectory(dir=config.out, prefix=".cell.writing-") as temporary:
-        yield Path(temporary) / name
+    return config.out / name if config.keep else config.out / UNKEPT / name
 
 
 def _is_done(config: SweepConfig, rows: dict[str, Row], cell: SeededCell) -> bool:

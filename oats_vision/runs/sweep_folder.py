@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from oats_vision import checkpoint
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.evaluation.tasks import TASKS, task_of_unit
+from oats_vision.files import why
 from oats_vision.machine import choose_device
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import AXES, FOR_ONE_RUN
@@ -26,7 +27,7 @@ Sort = Literal["sweep", "search"]
 ROW = TypeVar("ROW", bound=BaseModel)
 # settings that either may be continued with other values of: no figure depends on them
 _FREE = {"out", "workers", "activation_memory", "report", "dry_run"}
-FREE = {"sweep": {*_FREE, *AXES, *FOR_ONE_RUN}, "search": {*_FREE, "overwrite", "merge", "max_drop"}}
+FREE = {"sweep": {*_FREE, *AXES, *FOR_ONE_RUN}, "search": {*_FREE, "overwrite", "restart", "merge", "max_drop"}}
 
 
 def _shared(base: RunConfig, unit: Any, sort: Sort) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def write_state(
     try:
         out.mkdir(exist_ok=True)
     except OSError as problem:
-        raise CheckpointError(f"{out} cannot be written: {problem}") from None
+        raise CheckpointError(f"{out} cannot be written: {why(problem)}") from None
     checkpoint.write_json(out / f"{sort}.json", state)
     return state
 

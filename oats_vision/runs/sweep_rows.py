@@ -1,7 +1,6 @@
 """What a sweep found: one row for each cell and seed, also as a CSV file."""
 
 import csv
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from oats_vision.analysis.compared import ComparedModel
 from oats_vision.compression import methods
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import CheckpointError
-from oats_vision.files import replacing
+from oats_vision.files import replacing, why
 from oats_vision.runs.grid import AXES, cell_name
 
 
@@ -85,10 +84,8 @@ def write_csv(file: Path, rows: Sequence[Row], failures: Sequence[Failure]) -> N
             writer = csv.DictWriter(stream, [*columns, "failed"], restval="")
             writer.writeheader()
             writer.writerows(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
     except OSError as problem:
-        raise CheckpointError(f"{file} cannot be written: {problem}") from None
+        raise CheckpointError(f"{file} cannot be written: {why(problem)}") from None
 
 
 def csv_row(row: Row) -> dict[str, Any]:

@@ -165,9 +165,11 @@ def watching(out: Path, tensorboard: Path | None = None, *, resumed: bool = Fals
     """
     board = Board(tensorboard) if tensorboard else None
     folder = folder_of(out)
-    if not resumed:
-        for name in (RUN_LOG, LAYERS):
+    for name in (RUN_LOG, LAYERS):
+        if not resumed:
             (folder / name).unlink(missing_ok=True)
+        elif (out / name).is_file() and not (folder / name).exists():  # it was stopped after the checkpoint was written
+            shutil.move(out / name, folder / name)
     with ExitStack() as end:
         if board:
             end.callback(board.close)

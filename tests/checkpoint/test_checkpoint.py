@@ -2,6 +2,7 @@ import copy
 import errno
 import json
 import resource
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -280,6 +281,20 @@ def test_one_writer_at_a_time_who_cleans_up_after_killed_ones(compressed, tmp_pa
             ov.save(compressed, tmp_path / "out")
     ov.save(compressed, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("put_in_place", [False, True])
+def test_a_checkpoint_that_was_moved_aside_by_a_killed_run_is_put_back(saved, put_in_place):
+    """Where the system cannot swap two directories in one step."""
+    aside = saved.with_name(".out.old")
+    before = (saved / "model.safetensors").read_bytes()
+    if put_in_place:
+        shutil.copytree(saved, aside)
+    else:
+        saved.rename(aside)
+    with locked(saved):
+        assert (saved / "model.safetensors").read_bytes() == before
+        assert not aside.exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from oats_vision.cli import ending
 from oats_vision.cli.commands import app
-from oats_vision.errors import did_you_mean, near
+from oats_vision.errors import did_you_mean, near, saying
 
 VISION = ["compress", "--model", "{model}", "--samples", "2", "--iterations", "1", "--out", "out"]
 TEXT = [
@@ -147,6 +147,17 @@ def test_other_errors_end_in_one_line_too(capsys, error, status, words):
     assert ending.status(command) == status
     said = capsys.readouterr().err
     assert said.startswith(f"error: {words}")
+    assert len(said.splitlines()) == 1
+
+
+def test_an_error_says_how_to_go_on(capsys):
+    def command() -> None:
+        with saying(lambda: "the same command goes on after block 1 of 3"):
+            raise OSError(28, "No space left on device", "/tmp/x")
+
+    assert ending.status(command) == 1
+    said = capsys.readouterr().err
+    assert "another disk. The same command goes on after block 1 of 3" in said
     assert len(said.splitlines()) == 1
 
 

@@ -74,6 +74,15 @@ def test_other_signals_end_a_command_too(tmp_path, number):
     assert not (tmp_path / "temporary").exists()
 
 
+def test_the_line_says_how_to_go_on(tmp_path):
+    code = "from oats_vision.errors import saying\n    with saying(lambda: 'the same command goes on'): time.sleep(60)"
+    process = start(code, tmp_path)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "stopped by SIGTERM: the same command goes on\n")
+
+
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
     process = start(
         "time.sleep(0.5); print('done')",

@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_bits_and_a_stopped_run_goes_on(twins, tmp_
     whole = recovered()
     with pytest.raises(Stopped):
         recovered(state=tmp_path / "state", progress=stop)
-    assert [file.name for file in sorted((tmp_path / "state").iterdir())] == ["0000.safetensors", "state.json"]
+    assert [file.name for file in sorted((tmp_path / "state").iterdir())] == ["0000.safetensors", "run.json"]
     trained: list[int] = []
     resumed = recovered(state=tmp_path / "state", progress=lambda step: trained.append(step.block))
     assert 1 not in trained  # the first block was read
@@ -170,13 +170,13 @@ def test_the_same_seed_gives_the_same_bits_and_a_stopped_run_goes_on(twins, tmp_
     assert not torch.equal(other["blocks.0.mlp.fc1.sparse.values"], whole["blocks.0.mlp.fc1.sparse.values"])
 
     model = copy.deepcopy(twins[0])
-    for options, message in (({"steps": 7}, r"differs in steps \(6 there, 7 now\)"), ({"seed": 3}, "differs in seed")):
+    for options, message in (({"steps": 7}, "`steps` was 6 and is 7"), ({"seed": 3}, "`seed` was 0 and is 3")):
         with pytest.raises(ConfigError, match=message):
             recover(model, dense, data, **{"steps": 6, "state": tmp_path / "state"} | options)
-    with pytest.raises(ConfigError, match="differs in data"):
+    with pytest.raises(ConfigError, match="SHA-256 of the calibration data differs"):
         recover(model, dense, batches(4, 9), steps=6, state=tmp_path / "state")
     model.blocks[0].norm1.weight.data *= 2
-    with pytest.raises(ConfigError, match="differs in model"):
+    with pytest.raises(ConfigError, match="SHA-256 of the compressed weights differs"):
         recover(model, dense, data, steps=6, state=tmp_path / "state")
     (tmp_path / "state" / "0000.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="is damaged"):

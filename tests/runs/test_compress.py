@@ -214,7 +214,7 @@ def test_a_run_with_recovery_reports_the_one_shot_model_apart(model_directory, f
     assert finished.result.report.recovery.summary in printed
     assert "one shot, before recovery" in page
     assert checkpoint.read_config(out).report.recovery == finished.result.report.recovery
-    assert not (tmp_path / "out.recovery").exists()
+    assert not (tmp_path / "out.partial").exists()
     with pytest.raises(ConfigError, match="recover"):
         sweep_config(model=str(model_directory), data=str(folder), recover=1)
     with pytest.raises(ValidationError, match="recover is for methods that keep"):
@@ -224,13 +224,13 @@ def test_a_run_with_recovery_reports_the_one_shot_model_apart(model_directory, f
 def test_a_recovery_that_was_stopped_goes_on(model_directory, folder, tmp_path, monkeypatch):
     options = {"model": str(model_directory), "data": str(folder), "eval": False, "report": False, **QUICK}
     whole = run(RunConfig(out=tmp_path / "whole", recover=4, batch_size=4, **options), Display())
-    config = RunConfig(out=tmp_path / "out", recover=4, batch_size=4, overwrite=True, **options)
+    config = RunConfig(out=tmp_path / "out", recover=4, batch_size=4, **options)
 
     class Stopped(SystemExit):
         pass
 
     def stop(*given, **named):
-        if (tmp_path / "out.recovery" / "0000.safetensors").exists():
+        if (tmp_path / "out.partial" / "recovery" / "0000.safetensors").exists():
             raise Stopped
         return train_block(*given, **named)
 
