@@ -45,7 +45,7 @@ class Watch:
         self._status: dict[str, Any] = {"started": time.time()}
         self._last = 0.0
         self._failed = False
-        self.linears = len(read_layers(folder / LAYERS))
+        self._numbers = {layer["name"]: number for number, layer in enumerate(read_layers(folder / LAYERS))}
         self._note()
 
     def begin(self, model: str, storage: torch.dtype, device: torch.device) -> None:
@@ -81,6 +81,7 @@ class Watch:
 
     def layer_done(self, block: str, layer: LayerReport | LayerException) -> None:
         """Add a line for a linear that is done, or stays dense."""
+        number = self._numbers.setdefault(layer.name, len(self._numbers))  # the same where it is done again
         line: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "block": block, "name": layer.name}
         line |= self._figures(layer) if isinstance(layer, LayerReport) else asdict(layer)
         line["peak_memory"] = peak_memory(self._device)
@@ -93,8 +94,7 @@ class Watch:
                 duration(layer.seconds),
             )
             if self.board:
-                self.board.layer(self.linears, line)
-        self.linears += 1
+                self.board.layer(number, line)
 
     def recovered(self, report: RecoveryReport | None) -> None:
         """A recovery is done."""

@@ -15,7 +15,9 @@ import torch
 from oats_vision import logs
 from oats_vision.compression import methods
 from oats_vision.compression.methods import LinearMethod, register
+from oats_vision.compression.record import LayerReport
 from oats_vision.core.oats import Factors
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 from oats_vision.progress import Step
 from oats_vision.runs.watch import watching
 from oats_vision.under_way import LAYERS, RUN_LOG, STATUS, folder_of, is_held, read_layers, under_way
@@ -206,6 +208,38 @@ def test_of_a_run_that_measures_its_checkpoint_the_files_are_read_there(tmp_path
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["layers.jsonl", "out", "run.log"]
     with pytest.raises(SystemExit), watching(out):
         sys.exit(143)
+
+
+def test_a_run_that_goes_on_adds_to_the_files_and_counts_on(tmp_path):
+    out, board = tmp_path / "out", tmp_path / "board"
+
+    def layer(name: str, error: float) -> LayerReport:
+        spec = LayerSpec(8, 4, False, (PartSpec("fc", 4, 1, 8),))
+        return LayerReport(name, spec, {"fc": error}, {}, {"fc": 3}, 0.1, 64)
+
+    def some(resumed: bool, *layers: LayerReport) -> None:
+        with watching(out, board, resumed=resumed) as watch:
+            for one in layers:
+                watch.layer_done("blocks.0", one)
+            sys.exit(137)
+
+    for resumed, layers in (
+        (False, [layer("a", 0.1), layer("b", 0.2)]),
+        (True, [layer("b", 0.3), layer("c", 0.4)]),
+    ):
+        with pytest.raises(SystemExit):
+            some(resumed, *layers)
+    lines = read_layers(folder_of(out) / LAYERS)
+    assert [(line["name"], line["error"], line["output_error"]) for line in lines] == [
+        ("a", 0.1, None),
+        ("b", 0.3, None),
+        ("c", 0.4, None),
+    ]
+    assert (folder_of(out) / RUN_LOG).read_text().count("stopped by SIGKILL") == 2
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board), size_guidance={"scalars": 0}).Reload().Scalars("layers/density")
+    assert {event.step for event in events} == {0, 1, 2}
 
 
 def test_of_two_lines_of_a_linear_the_later_counts_and_half_a_line_does_not(tmp_path):
