@@ -254,7 +254,9 @@ def test_a_failure_after_the_checkpoint_is_no_lost_run(model_directory, tmp_path
     monkeypatch.setattr(f"oats_vision.runs.run.{part}", full)
     out = tmp_path / "out"
     options = {"data": "demo", "samples": 8, "eval_samples": 8, "iterations": 1, "merge": True}
-    with pytest.raises(CheckpointError, match=r"is complete; what comes after it failed: .*(No space left|the disk is full)") as error:
+    with pytest.raises(
+        CheckpointError, match=r"is complete; what comes after it failed: .*(No space left|the disk is full)"
+    ) as error:
         run_here(RunConfig(model=str(model_directory), out=out, **options), Display())
     assert f"oats-vision eval top1 {out}" in str(error.value)
     ov.load(out)
