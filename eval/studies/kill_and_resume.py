@@ -34,7 +34,8 @@ import oats_vision as ov
 from oats_vision import checkpoint
 from oats_vision.display import Display
 from oats_vision.runs.config import RunConfig
-from oats_vision.runs.run import journal_of, run
+from oats_vision.runs.partial import journal_of
+from oats_vision.runs.run import run
 
 Row = dict[str, Any]
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from oats_vision.runs.compress import Result, describe, measure
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.forecast import Forecast, forecast
+from oats_vision.runs.partial import has_written, journal_of, see_same, write_noted
 from oats_vision.runs.summary import log_summary
 from oats_vision.runs.watch import Watch, watching
 
@@ -179,52 +179,6 @@ def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch) ->
     return finished
 
 
-def journal_of(out: Path) -> Journal:
-    """What is kept of a run until its output is complete.
-
-    Raises:
-        CheckpointError: something else is in its place, or it is damaged.
-    """
-    place = out.resolve()
-    return Journal(place.with_name(f"{place.name}.partial"), again="use `restart`")
-
-
-def has_written(journal: Journal, out: Path) -> bool:
-    """Whether the checkpoint in a folder is one that the run of the journal has written there."""
-    written = journal.noted("written") or []
-    return bool(written) and checkpoint.is_checkpoint(out) and checkpoint.read_config(out).weights_sha256 in written
-
-
-# fields of RunConfig by which calibration data are chosen and the model is made
-_DECIDING = (
-    "model",
-    "pretrained",
-    "image_size",
-    "data",
-    "split",
-    "streaming",
-    "samples",
-    "sequence_length",
-    "seed",
-    "batch_size",
-    "dtype",
-)
-
-
-def see_same(journal: Journal, config: RunConfig, settings: CompressionSettings, display: Display) -> None:
-    """See that a run that was stopped is this one, before the data are read, and say that it goes on.
-
-    Raises:
-        ConfigError: it is another one.
-    """
-    given = config.model_dump(mode="json", include={"quality", *_DECIDING})
-    journal.see(settings.model_dump(mode="json") | given)
-    if journal.done:
-        display.console.print(
-            f"going on after block {journal.done} of {journal.blocks}, from {journal.folder}", soft_wrap=True
-        )
-
-
 def write_merged(finished: FinishedRun, prepared: PreparedRun) -> None:
     """Write the model with dense weights S + U V beside the compressed ones."""
     with checkpoint.new_directory(finished.config.out / checkpoint.MERGED, overwrite=False) as merged:
@@ -326,21 +280,9 @@ def compress_and_write(
                 layer_done=watch.layer_done if watch else nobody,
                 journal=journal,
             )
-        write_noted(model, config, prepared, journal, display)
+        write_noted(model, config, prepared.tokenizer, journal, display)
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
     return written(describe(model, report, prepared.parameters), config, settings, prepared, skipped)
-
-
-def write_noted(model: nn.Module, config: RunConfig, prepared: PreparedRun, journal: Journal, display: Display) -> None:
-    """Write the model to `config.out`, and note before that it is this run's."""
-    overwrite = config.overwrite or has_written(journal, config.out)
-
-    def note(sha256: str) -> None:
-        if journal.blocks:  # else the same command begins again, and would take it for its own
-            journal.note(written=[*(journal.noted("written") or []), sha256])
-
-    with display.status(f"writing {config.out}"):
-        checkpoint.write(model, config.out, overwrite, prepared.tokenizer, note)
 
 
 def written(
@@ -389,7 +331,7 @@ def recover_and_write(
     del dense
     watch.recovered(record(one_shot.model).report.recovery)
     with watch.aside():
-        write_noted(one_shot.model, config, prepared, journal, display)
+        write_noted(one_shot.model, config, prepared.tokenizer, journal, display)
     finished.result = describe(one_shot.model, record(one_shot.model).report, prepared.parameters)
     finished.result.one_shot, finished.one_shot = one_shot.cost, finished.evaluation
     finished.files = {file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()}

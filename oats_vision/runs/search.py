@@ -36,15 +36,14 @@ from oats_vision.runs.forecast import Forecast
 from oats_vision.runs.grid import cell_name
 from oats_vision.runs.kept import kept
 from oats_vision.runs.losses import KINDS, Judged
+from oats_vision.runs.partial import journal_of, see_same
 from oats_vision.runs.run import (
     CalibrationSet,
     PreparedRun,
     after_the_checkpoint,
     compress_and_write,
-    journal_of,
     measure_stored,
     prepare,
-    see_same,
     try_out,
     write_merged,
     written,

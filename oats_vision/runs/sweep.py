@@ -28,15 +28,8 @@ from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import count, duration
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
-from oats_vision.runs.run import (
-    CalibrationSet,
-    PreparedRun,
-    compress_and_write,
-    journal_of,
-    measure_stored,
-    prepare,
-    see_same,
-)
+from oats_vision.runs.partial import journal_of, see_same
+from oats_vision.runs.run import CalibrationSet, PreparedRun, compress_and_write, measure_stored, prepare
 from oats_vision.runs.sweep_folder import CSV, PAGE, read_rows, read_state, write_row, write_state
 from oats_vision.runs.sweep_rows import Failure, Row, in_order, row_name, write_csv
 from oats_vision.runs.sweep_table import SPREAD, mean_runs, sweep_table
@@ -107,8 +100,7 @@ def sweep(config: SweepConfig, display: Display | None = None) -> Sweep:
             return Sweep(config, in_order(rows.values()), [], tuple(row_name(*cell) for cell in missing))
         failures: list[Failure] = []
         if missing:
-            kept = lambda: f"the same command goes on after {count(len(rows), 'cell')}" * bool(rows)  # noqa: E731
-            with said_once(), saying(kept):
+            with said_once(), saying(lambda: f"the same command goes on after {count(len(rows), 'cell')}" * bool(rows)):
                 failures = _do(config, state, missing, rows, display)
         done = Sweep(config, in_order(rows.values()), failures)
         if done.rows:
@@ -158,7 +150,7 @@ def _do(
         for settings, _ in cells:
             display.console.print(_announcement(config, settings, seed, seconds, len(missing)), soft_wrap=True)
             start = time.perf_counter()
-            journal = journal_of(_directory(config, row_name(settings, seed)))
+            journal = journal_of(_directory(config, row_name(settings, seed)), "delete that folder")
             try:
                 row = _cell(config, dense, calibration, settings, seed, journal, display)
             except _OF_ONE_CELL as problem:
