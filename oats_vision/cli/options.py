@@ -46,7 +46,14 @@ SETTINGS = {
     CALIBRATION: {"data": "DATA", "samples": "N", "sequence_length": "N", "split": "SPLIT", "seed": "N"},
     EVALUATION: {"eval": "", "eval_data": "DATA", "eval_split": "SPLIT", "eval_samples": "N", "drop_of": "WHAT"},
     OUTPUT: {"out": "FOLDER", "overwrite": "", "storage_dtype": "DTYPE", "merge": "", "report": "", "dry_run": ""},
-    MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
+    MACHINE: {
+        "device": "DEVICE",
+        "dtype": "DTYPE",
+        "batch_size": "N",
+        "workers": "N",
+        "activation_memory": "GB",
+        "low_memory": "",
+    },
     EXPERTS: {
         "refit": "",
         "joint": "",
@@ -69,7 +76,7 @@ SWEEP = {
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: {name: metavar for name, metavar in SETTINGS[EVALUATION].items() if name != "drop_of"},
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
-    MACHINE: SETTINGS[MACHINE],
+    MACHINE: {name: metavar for name, metavar in SETTINGS[MACHINE].items() if name != "low_memory"},
     EXPERTS: SETTINGS[EXPERTS],
     RARE: SETTINGS[RARE],
 }

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.compression import methods
+from oats_vision.compression.block_files import BlockFiles
 from oats_vision.compression.blocks import STREAM, Job
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
@@ -25,7 +27,7 @@ from oats_vision.errors import ConfigError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
 from oats_vision.models.loading.load import record_weights
-from oats_vision.models.record import record_of, set_record, structure_of
+from oats_vision.models.record import read_values, record_of, set_record, structure_of
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
 from oats_vision.nn.sliced import SlicedBlock
@@ -45,6 +47,7 @@ def compress(
     activation_memory: float = 8.0,
     progress: Callable[[Step], None] = lambda step: None,
     before: Callable[[nn.Module], None] = lambda model: None,
+    finished_blocks: Path | None = None,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -58,6 +61,7 @@ def compress(
         activation_memory: GB of activations to keep in memory; what is beyond lives in temporary files.
         progress: called with each step.
         before: called with the dense model once it is seen to be fit, and before anything of it is changed.
+        finished_blocks: folder for those of a model that is read block by block; a temporary one if not given.
 
     Returns:
         The settings, and each layer's budget and error.
@@ -78,10 +82,12 @@ def compress(
     with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
         _leave_inference_mode(model)
         structure, plan = prepare(model, family, settings, undo)
+        if plan.slicing and record_of(model).on_disk:
+            raise ConfigError(f"{settings.method} changes all blocks at once: load the model with `low_memory=False`")
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
         buffers = {name for name, _ in model.named_buffers()}
-        check_storable(model.state_dict().items(), storage, buffers)
+        check_storable(read_values(model, model.state_dict().items()), storage, buffers)
         report = CompressionReport(structure.family.name, settings, unit=structure.family.unit, slicing=plan.slicing)
         tick = time.perf_counter()
         before(model)
@@ -92,6 +98,7 @@ def compress(
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
             undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))
+            finished = BlockFiles.of(model, storage, finished_blocks, undo)
             with all_called(plan.linears):
                 calls = capture_block_calls(
                     model,
@@ -114,12 +121,13 @@ def compress(
                 parts = share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing)
                 for i, (name, block) in enumerate(plan.blocks):
                     last = i + 1 == len(plan.blocks)
-                    compress_block(job, i, name, block, parts[name], undo.pop_all, last)
+                    with finished.block(name, block):
+                        compress_block(job, i, name, block, parts[name], undo.pop_all, last)
                     log.info("block %d/%d: %s so far", i + 1, len(plan.blocks), shares(clock.seconds))
     clock.finish()
     report.seconds = clock.seconds
     known = record_of(model)
-    set_record(model, CompressionRecord(known.source, known.structure, report=report))
+    set_record(model, CompressionRecord(known.source, known.structure, known.on_disk, report=report))
     return report
 
 
@@ -194,4 +202,5 @@ def _unless_begun(model: nn.Module, undo: ExitStack) -> Iterator[None]:
 def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Tensor]:
     """The tensors of a model that matter before its second block: those in no other block than the first."""
     later = tuple(f"{name}." for name, _ in blocks[1:])
-    return [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
+    tensors = [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
+    return [tensor for tensor in tensors if not tensor.is_meta]  # those are rounded as they are read

@@ -31,9 +31,9 @@ from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Evaluation
 from oats_vision.evaluation.searched import Searched
 from oats_vision.evaluation.tasks import Task, task_of
-from oats_vision.machine import choose_device, dtype_of, machine, peak_memory, warn_if_slow
+from oats_vision.machine import available_memory, choose_device, dtype_of, machine, peak_memory, warn_if_slow
 from oats_vision.models.loading.load import load_model, save_plain, source_of
-from oats_vision.models.record import structure_of
+from oats_vision.models.record import record_of, structure_of
 from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
@@ -51,8 +51,8 @@ class FinishedRun:
     """What a run made and measured; `to_dict` is the checkpoint's report.json.
 
     task: what the model reads. evaluation: on labelled pictures or on text, if there were any; one_shot: before a
-    recovery. files: bytes of each in the checkpoint's directory. peak_memory: bytes. searched: how the rate was found,
-    if it was searched for.
+    recovery. files: bytes of each in the checkpoint's directory. peak_memory, planned_memory: bytes. searched: how the
+    rate was found, if it was searched for.
     """
 
     config: RunConfig
@@ -67,6 +67,7 @@ class FinishedRun:
     searched: Searched | None = None
     seconds: float = 0.0
     peak_memory: int = 0
+    planned_memory: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +84,7 @@ class FinishedRun:
             **({"search": self.searched.model_dump(mode="json")} if self.searched else {}),
             "seconds": {**figures["seconds"], "command": self.seconds},
             "peak_memory": self.peak_memory,
+            **({"planned_memory": self.planned_memory} if self.planned_memory else {}),
             "machine": self.machine,
             "out": str(self.config.out),
         }
@@ -200,12 +202,14 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
 def _run(config: RunConfig, display: Display) -> FinishedRun:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
-    model, prepared = prepare(config, display)
+    model, prepared = prepare(config, display, config.block_by_block)
     batches = prepared.open(config.seed)
-    display.lines("plan", prepared.forecast(model, batches).lines())
+    planned = prepared.forecast(model, batches)
+    display.lines("plan", planned.lines())
     calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
     finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display)
+    finished.planned_memory = planned.memory.peak
     with after_the_checkpoint(finished.config, prepared.task):
         del model
         measure_stored(finished, prepared, calibration, before, display)
@@ -242,7 +246,7 @@ def dry_run(
         OatsVisionError: something that was given is wrong.
     """
     checkpoint.check_target(config.out, config.overwrite)
-    model, prepared = prepare(config, display)
+    model, prepared = prepare(config, display, config.block_by_block)
     return try_out(model, prepared, prepared.settings, display, tell)
 
 
@@ -261,8 +265,11 @@ def try_out(
         return planned, trial(model, calibration, settings, samples=planned.samples, progress=progress)
 
 
-def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun]:
+def prepare(config: RunConfig, display: Display, low_memory: bool | None = False) -> tuple[nn.Module, PreparedRun]:
     """Load the dense model, and open the data that it is scored on.
+
+    Args:
+        low_memory: as `load_model` takes it.
 
     Raises:
         OatsVisionError: something that was given is wrong.
@@ -271,7 +278,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     warn_if_slow(config.dtype, device, "use `dtype=float32`")
     config.check_data()
     with display.status(f"loading {config.model}"):
-        model, transform = load_dense(config, device)
+        model, transform = load_dense(config, device, low_memory)
         check_finite(model)
         checkpoint.check_source(model)
     task = task_of(model)
@@ -284,7 +291,9 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     return model, PreparedRun(config, device, task, source_of(model), parameters, reader, task.protocol, asked, test)
 
 
-def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Transform | None]:
+def load_dense(
+    config: RunConfig, device: torch.device, low_memory: bool | None = False
+) -> tuple[nn.Module, Transform | None]:
     """The model to compress, and what makes its inputs."""
     return load_model(
         config.model,
@@ -293,6 +302,7 @@ def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Tran
         dtype=dtype_of(config.dtype),
         device=device,
         trust_remote_code=config.trust_remote_code,
+        low_memory=low_memory,
     )
 
 
@@ -305,12 +315,18 @@ def compress_and_write(
     display: Display,
 ) -> FinishedRun:
     """Compress the model, in place, as the settings say, and write it to `config.out`."""
-    with display.compression() as progress:
-        report = compress(
-            model, calibration.batches, settings, activation_memory=config.activation_memory, progress=progress
-        )
-    with display.status(f"writing {config.out}"):
-        checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
+    with checkpoint.beside(config.out) as finished_blocks:
+        with display.compression() as progress:
+            report = compress(
+                model,
+                calibration.batches,
+                settings,
+                activation_memory=config.activation_memory,
+                progress=progress,
+                finished_blocks=finished_blocks,
+            )
+        with display.status(f"writing {config.out}"):
+            checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
     return written(describe(model, report, prepared.parameters), config, settings, prepared, skipped)
 
@@ -377,9 +393,15 @@ def measure_stored(
         before: what the protocol found of the dense model, if there is data to score on.
     """
     config, result = finished.config, finished.result
+    was_on_disk = record_of(result.model).on_disk is not None
     del result.model  # before the other one takes memory
+    large = was_on_disk and (config.low_memory or result.sizes.total > available_memory(prepared.device) / 2)
     result.model = checkpoint.load(
-        config.out, device=prepared.device, dtype=dtype_of(config.dtype), trust_remote_code=config.trust_remote_code
+        config.out,
+        device=prepared.device,
+        dtype=dtype_of(config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        low_memory=large,
     )
     if calibration.reference is not None:
         measure(result, result.model, calibration.reference, display, config.batch_size)
