@@ -227,6 +227,8 @@ def _without_blocks(failed: str, load: Callable[..., Any], places: dict[str, str
     maps = [getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules()]
     index = next(found.dataset.index for found in maps if found is not None)
     remove_hook_from_submodules(model)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # accelerate puts the class's own on the module
     files = {name: Place(Path(of["safetensors_file"]), of["weight_name"]) for name, of in index.items()}
     on_disk = BlocksOnDisk.of(model, structure_of(model), files)
     on_disk.folder = folder
