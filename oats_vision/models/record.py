@@ -61,6 +61,13 @@ def read_values(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iter
         yield name, on_disk.read(name, tensor) if away and on_disk else tensor
 
 
+def bring(model: nn.Module, block: str) -> None:
+    """Give a block its weights, by its full name, if they are in a file: to look at them without calling it."""
+    on_disk = record_of(model).on_disk
+    if on_disk is not None:
+        on_disk.bring(block)
+
+
 def _is_changed(module: nn.Module) -> bool:
     known = vars(module).get("oats_vision")
     return isinstance(known, Record) and known.structure is not None
