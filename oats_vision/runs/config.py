@@ -69,7 +69,7 @@ class RunConfig(DataOptions, CompressionOptions):
         if self.recover and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
         if self.low_memory and (why := self._needs_whole_model):
-            raise ValueError(f"low_memory and {why} are both given, which needs the whole model: leave one of them out")
+            raise ValueError(f"low_memory is given, and {why} needs the whole model: leave one of them out")
         self._check_search()
         if self.eval_data and not self.eval:
             raise ValueError("eval_data is given, and nothing is to be evaluated (`eval=False`): leave one of them out")
@@ -105,8 +105,8 @@ class RunConfig(DataOptions, CompressionOptions):
     def _needs_whole_model(self) -> str:
         """What was asked for that needs the whole model in memory; empty if nothing does."""
         if not methods.find(self.method).keeps_shapes:
-            return f"method {self.method}"
-        wanted = {"recover": bool(self.recover), "merge": self.merge, self.searched_for: bool(self.searched_for)}
+            return f"`method` {self.method}"
+        wanted = {"`recover`": self.recover > 0, "`merge`": self.merge, self.searched_for: bool(self.searched_for)}
         return next((name for name, given in wanted.items() if given), "")
 
     @property

@@ -75,19 +75,18 @@ class Recovery:
 class BlockByBlock:
     """What it takes to read a model's weights when they are needed: bytes of them, and how often they are read.
 
-    disk: bytes of finished blocks, beside the checkpoint. free: of memory.
+    disk: bytes of finished blocks, beside the checkpoint. allowed: of memory, for all of the run.
     """
 
     weights: int
     times: int
     disk: int
-    free: int
+    allowed: int
 
     def __str__(self) -> str:
         return (
             f"read from their files block by block, {_gigabytes(self.weights)} about {count(self.times, 'time')}; "
-            f"finished blocks take {_gigabytes(self.disk)} on disk until the end. {_gigabytes(self.free)} of memory "
-            "are free"
+            f"finished blocks take {_gigabytes(self.disk)} on disk until the end"
         )
 
 
@@ -135,6 +134,9 @@ class Forecast:
         samples = f"all {self.unit}" if self.samples is None else f"{self.samples:,} {self.unit}"
         features = f", held-out features {_gigabytes(memory.held_out)}" if memory.held_out >= 5e7 else ""
         disk = f"; {_gigabytes(memory.disk)} of activations on disk" if memory.disk else ""
+        if self.block_by_block and memory.peak > self.block_by_block.allowed:
+            there = _gigabytes(self.block_by_block.allowed)
+            disk += f". That is more than the {there} that there are: allow activations less, or take smaller batches"
         return {
             "model": f"{self.name}{', ' * bool(self.name)}{self.family}: {count(self.blocks, 'block')}, "
             f"{dense / 1e6:.1f} M parameters, {about}{ours / 1e6:.1f} M afterwards",
@@ -236,7 +238,8 @@ def _block_by_block(
     # each batch through the whole model, and its gradients back; each held-out one; then the looks at all values, the
     # first calibration batch, the search for budgets, and the compression
     times = asked * (1 + runs) * batches + -(-held_out // batch_size) + 5 + (settings.budget != "uniform")
-    return BlockByBlock(on_disk.bytes, times, sizes.total, int(available_memory(on_disk.device)))
+    allowed = available_memory(on_disk.device) + memory_in_use(on_disk.device)
+    return BlockByBlock(on_disk.bytes, times, sizes.total, int(allowed))
 
 
 def _recovery(steps: int, plan: Plan, hidden: Tensor, samples: int, memory: Memory) -> Recovery:
