@@ -226,6 +226,8 @@ def compress(
         raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
+    if recover and record_of(model).on_disk:
+        raise ConfigError("recover needs the whole model: load it with `low_memory=False`")
     if recover and isinstance(calibration, Iterator):
         calibration = list(calibration)  # it is read again
     references: list[Reference] = []

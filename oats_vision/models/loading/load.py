@@ -56,7 +56,7 @@ def load_model(
     """
     name, device = os.fspath(name), torch.device(device)
     provider = provider_of(name)
-    room = 0.0 if low_memory else math.inf if low_memory is False else available_memory(device) / 2
+    room = 0.0 if low_memory else math.inf if low_memory is False else _free(device) / 2
     with nullcontext() if pretrained else same_random_weights():
         model, source = provider.load(name, Wanted(pretrained, image_size, trust_remote_code, room))
     structure_of(model)
@@ -69,6 +69,11 @@ def load_model(
     origin = {"name": provider.origin(name), "image_size": image_size}
     record_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
     return moved(cast_weights(model, dtype), device).eval(), transform
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that are free on a device, and on the CPU, through which weights come to it."""
+    return min(available_memory(device), available_memory(torch.device("cpu")))
 
 
 def load_tokenizer(name: str | Path) -> Any:
