@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration pictures")
     parser.add_argument("--iterations", type=int, default=80, help="of alternating thresholding, at most")
     parser.add_argument("--share", type=float, default=3.0, help="weights, as a multiple of the memory allowed")
-    parser.add_argument("--no-limit", action="store_true", help="measure only: control groups need root")
+    parser.add_argument("--no-limit", action="store_true", help="measure only: to limit a control group takes root")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,4 +1,4 @@
-"""The blocks of a model larger than memory, once they are compressed: each in a file of its own."""
+"""The blocks of a model larger than memory, once they are compressed: their layers are in a file of each block."""
 
 import tempfile
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.record import record_of
+from oats_vision.nn.sparse_low_rank import compressed_layers
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,24 @@ class BlockFiles:
 
     @contextmanager
     def block(self, name: str, block: nn.Module) -> Iterator[None]:
-        """Hold a block with its weights while it is compressed; then it is written, and its memory is free."""
+        """Hold a block with its weights while it is compressed; then its layers are written, and its memory is free."""
         if self.on_disk is None or self.folder is None:
             yield
             return
+        file = self.folder / f"{name}.safetensors"
         with self.on_disk.at_work(name):
             yield
-            file = self.folder / f"{name}.safetensors"
-            tensors = {
-                full: (tensor.to(self.storage) if tensor.is_floating_point() else tensor).cpu().contiguous()
-                for full, tensor in self.on_disk.state(name).items()
-            }
-            save_file(tensors, file)
-        self.on_disk.leave(name, file)
+            save_file(self._stored(block), file)
+        self.on_disk.leave(name, file, self.storage)
+
+    def _stored(self, block: nn.Module) -> dict[str, Tensor]:
+        """The compressed layers' tensors, by their names in the block."""
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, layer in compressed_layers(block).items()
+            for key, tensor in layer.state_dict().items()
+        }
+        return {
+            name: (tensor.to(self.storage) if tensor.is_floating_point() else tensor).cpu().contiguous()
+            for name, tensor in tensors.items()
+        }

@@ -124,24 +124,25 @@ class BlocksOnDisk:
         with self.at_work(name):
             return deepcopy(self.blocks[name])
 
-    def leave(self, name: str, file: Path) -> None:
-        """Leave a block that was changed in a file, which holds its tensors by their full names."""
-        for full in [place for place in self.places if place.startswith(f"{name}.")]:
-            del self.places[full]
-        self.places |= {full: Place(file, full) for full in self._names(name)}
-        self.rounded.pop(name, None)
-        self._drop(name)
+    def leave(self, name: str, file: Path, precision: torch.dtype) -> None:
+        """Leave a block that was changed.
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a block by their full names."""
-        return dict(zip(self._names(name), self.blocks[name].state_dict().values(), strict=True))
+        Args:
+            file: holds what is new in it, by the tensors' names in the block; the others stay where they were.
+            precision: that these are rounded to when they are read, as they were in the block.
+        """
+        names = {f"{name}.{local}" for local in self.blocks[name].state_dict()}
+        gone = [full for full in self.places if full.startswith(f"{name}.") and full not in names]
+        for full in gone:
+            del self.places[full]
+        with safe_open(file, framework="pt") as content:
+            self.places |= {f"{name}.{local}": Place(file, local) for local in content.keys()}  # noqa: SIM118
+        self.rounded[name] = precision
+        self._drop(name)
 
     def _rounded(self, block: str, tensor: Tensor) -> Tensor:
         precision = self.rounded.get(block)
         return tensor if precision is None or not tensor.is_floating_point() else tensor.to(precision).to(tensor.dtype)
-
-    def _names(self, name: str) -> list[str]:
-        return [f"{name}.{local}" for local in self.blocks[name].state_dict()]
 
     def _drop(self, name: str) -> None:
         """Take a block's weights from it, as far as they are in files."""
@@ -151,7 +152,8 @@ class BlocksOnDisk:
         block = self.blocks[name]
         tensors = block.state_dict(keep_vars=True)
         away = {id(tensor) for local, tensor in tensors.items() if f"{name}.{local}" in self.places}
-        block._apply(lambda tensor: tensor.to("meta") if id(tensor) in away else tensor)
+        with torch.inference_mode(False), torch.no_grad():  # whatever the caller has set
+            block._apply(lambda tensor: tensor.to("meta") if id(tensor) in away else tensor)
 
     def _watch(self, name: str) -> None:
         """Have a block's weights read when it is called."""
