@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from oats_vision.errors import ModelError
 from oats_vision.models.bounds import BUILDING
 from oats_vision.models.families import Structure
 
@@ -25,9 +26,18 @@ class Place:
     name: str
 
     def read(self) -> Tensor:
-        """The tensor, mapped from the file."""
-        with safe_open(self.file, framework="pt") as content:
-            tensor: Tensor = content.get_tensor(self.name)
+        """The tensor, mapped from the file.
+
+        Raises:
+            ModelError: the file is not there any more, or is another one.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as content:
+                tensor: Tensor = content.get_tensor(self.name)
+        except (OSError, SafetensorError) as problem:
+            raise ModelError(
+                f"{self.name} cannot be read from {self.file}, which must stay as it is: {problem}"
+            ) from None
         return tensor
 
 

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def test_a_copy_does_not_read_into_the_original(model_directory):
     on_disk.bring("blocks.0")
     assert not any(parameter.is_meta for parameter in block.parameters())
     assert record_of(copy.deepcopy(model)).on_disk is on_disk
+
+
+def test_a_file_that_is_gone_is_said(model_directory, tmp_path):
+    shutil.copytree(model_directory, tmp_path / "model")
+    model, _ = load_model(tmp_path / "model", low_memory=True)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"blocks\.0\..* cannot be read from .*model\.safetensors, which must stay"):
+        ov.compress(model, BATCHES["pictures"], quality="plain")
 
 
 def test_what_cannot_be_read_block_by_block_is_said(model_directory, tmp_path):
