@@ -3,14 +3,16 @@
     python eval/benchmarks/low_memory.py --depth 60 --quality fast
 
 A ViT-S with random weights and many blocks is written as a local directory, and compressed by the whole command
-(calibration on the demo's pictures, checkpoint, measurement) in processes of their own: in the ordinary way; block by
-block without a limit; block by block in a control group (version 1 or 2, swap off) whose limit is what the process has
-charged to it once all libraries are imported, and a third of the weights; and the ordinary way within the same limit,
-which must be killed. A group's charge counts page cache too, which the kernel takes back when it must; `peak` is the
-process's own (resident set, libraries included). The two checkpoints' weights must be equal to the byte.
+(calibration on pictures of noise, checkpoint, measurement) in processes of their own: block by block, in a control
+group (version 1 or 2) whose limit is what is charged to it after a run of the demo, which loads all libraries, and a
+third of the weights; in the ordinary way within the same limit, which must be killed; and in the ordinary way without a
+limit. A group's charge counts page cache too, which the kernel takes back when it must; `peak` is the process's own
+(resident set, libraries included). The two checkpoints' weights must be equal to the byte.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -47,6 +49,18 @@ def make_model(directory: Path, depth: int) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def make_pictures(directory: Path, count: int) -> None:
+    """Write pictures of noise, without labels: what is scored is how close the compressed model comes."""
+    import numpy as np
+    from PIL import Image
+
+    directory.mkdir()
+    numbers = np.random.default_rng(0)
+    for index in range(count):
+        pixels = numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / f"{index:04}.png")
+
+
 def enter_group() -> tuple[Path, str, str]:
     """Move this process to a control group of its own: its folder, and its files of usage and limit."""
     one = (GROUPS[0] / "memory.limit_in_bytes").exists()
@@ -73,7 +87,10 @@ def child(wanted: dict[str, Any]) -> None:
 
     display = Display(Console(stderr=True, quiet=True))
     with tempfile.TemporaryDirectory() as folder:  # the demo's run loads what any run needs
-        run(RunConfig(samples=16, quality=wanted["quality"], iterations=2, out=Path(folder) / "demo"), display)
+        demo = {"samples": 16, "quality": wanted["quality"], "iterations": 2, "eval_samples": 16}
+        run(RunConfig(out=Path(folder) / "demo", **demo), display)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the demo's run has freed is not to be counted as the libraries'
     bare = memory_in_use(torch.device("cpu"))
     found: dict[str, Any] = {"bare": bare}
     if group:
@@ -125,9 +142,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="oats_vision_low_memory_"))
     try:
         weights = make_model(folder / "dense", args.depth)
+        make_pictures(folder / "pictures", 2 * args.samples)
         options = {
             "model": str(folder / "dense"),
-            "data": "demo",
+            "data": str(folder / "pictures"),
+            "batch_size": 16,
             "samples": args.samples,
             "quality": args.quality,
             "iterations": args.iterations,
@@ -136,14 +155,11 @@ def main() -> None:
         room = int(weights / args.share)
         print(f"weights {weights / 1e6:.0f} MB, allowed above the libraries {room / 1e6:.0f} MB", flush=True)
         runs = {
+            "block by block": (True, 0 if args.no_limit else room),
+            **({} if args.no_limit else {"ordinary, limited": (False, room)}),
             "ordinary": (False, 0),
-            "block by block": (True, 0),
-            "block by block, limited": (True, room),
-            "ordinary, limited": (False, room),
         }
         for name, (low_memory, limit) in runs.items():
-            if limit and args.no_limit:
-                continue
             found = measure(options | {"low_memory": low_memory, "out": str(folder / name.replace(" ", "_"))}, limit)
             if found is None:
                 print(f"{name:24} killed", flush=True)

@@ -206,6 +206,8 @@ def _run(config: RunConfig, display: Display) -> FinishedRun:
     batches = prepared.open(config.seed)
     planned = prepared.forecast(model, batches)
     display.lines("plan", planned.lines())
+    if prepared.asked and record_of(model).on_disk:
+        log.warning("each labelled batch reads all weights again: larger batches, or no labelled data, save that")
     calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
     finished = compress_and_write(model, prepared.config, prepared.settings, prepared, calibration, display)

@@ -78,5 +78,4 @@ def test_a_model_three_times_as_large_as_its_memory_is_compressed_within_it():
     assert int(above["ordinary"]) > weights
     assert int(above["block by block"]) < allowed
     if limited:
-        assert "block by block, limited" in above
         assert re.search("^ordinary, limited +killed", output, re.MULTILINE)
