@@ -1,12 +1,15 @@
 """The device that a run uses, and what is said of the machine beside every timing."""
 
 import logging
+import math
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -57,6 +60,30 @@ def memory_in_use(device: torch.device) -> int:
     except (OSError, IndexError, ValueError):
         return peak_memory(device)
     return pages * resource.getpagesize()
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that are free: of the GPU; of the machine, or of what the process's control group may use."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = min(float(psutil.virtual_memory().available), _group_limit() - memory_in_use(device))
+    return max(free, 0.0)
+
+
+def _group_limit() -> float:
+    """Bytes that the process's control group may use (containers, SLURM), of version 1 or 2; infinite without one."""
+    limits = [math.inf]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            one = controllers == "memory"
+            root, file = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if one else ("/sys/fs/cgroup", "memory.max")
+            if not one and controllers:
+                continue
+            for place in (path, "/"):  # within a container its own group is the root
+                with suppress(OSError, ValueError):  # there is none, or it says "max"
+                    limits.append(float(int(Path(f"{root}{place}/{file}").read_text())))
+    return min(limits)
 
 
 def slow_dtype_warning(dtype: torch.dtype, device: torch.device, remedy: str = "use float32") -> str | None:

@@ -1,6 +1,7 @@
 import gc
 import mmap
 
+import psutil
 import pytest
 import torch
 
@@ -33,3 +34,17 @@ def test_memory_in_use_follows_what_is_allocated():
         after = memory_in_use(CPU)
     assert 0.9 * size < after - before < 2.5 * size  # with what was written
     assert after <= peak_memory(CPU) * 1.01
+
+
+def test_what_is_free_is_within_what_there_is():
+    free = machine.available_memory(CPU)
+    assert 0 < free <= psutil.virtual_memory().total
+
+
+def test_a_control_group_limits_what_is_free(monkeypatch):
+    limit = 3 << 30
+    monkeypatch.setattr(machine, "_group_limit", lambda: float(limit))
+    monkeypatch.setattr(machine, "memory_in_use", lambda device: 1 << 30)
+    assert machine.available_memory(CPU) <= 2 << 30
+    monkeypatch.setattr(machine, "memory_in_use", lambda device: 4 << 30)
+    assert machine.available_memory(CPU) == 0

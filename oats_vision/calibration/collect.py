@@ -51,7 +51,7 @@ def collect_statistics(
     for name in linears:
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        statistic = new_statistic(linear.in_features, linear.weight.device)
+        statistic = new_statistic(linear.in_features, calls.device)
         statistics[name], tokens[name] = statistic, 0
 
         def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:

@@ -60,7 +60,7 @@ def output_sensitivity(
         for linear in names:
             weight = model.get_submodule(f"{block_name}.{linear}").weight
             assert isinstance(weight, Tensor)
-            sums[f"{block_name}.{linear}"] = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+            sums[f"{block_name}.{linear}"] = torch.zeros(len(weight), dtype=torch.float64, device=calls.device)
     runs, samples = len(calls.inputs) * projections * len(blocks), 0
     for batch, inputs in enumerate(calls.inputs):
         dense = run_dense(model, structure, blocks, inputs, batch)

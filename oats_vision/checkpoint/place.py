@@ -116,6 +116,22 @@ def is_checkpoint(path: Path) -> bool:
 
 
 @contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path`, for what is not to be kept; the next run removes it if this one is killed.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    place = _resolved(path)
+    try:
+        folder = tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.writing-")
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
 def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place at the end, or is gone after an error.
 

@@ -16,7 +16,8 @@ from oats_vision.errors import CheckpointError
 from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
 from oats_vision.models.families.registry import family_named
 from oats_vision.models.library import library
-from oats_vision.models.loading.load import rebuild
+from oats_vision.models.loading.load import moved, rebuild
+from oats_vision.models.on_disk import BlocksOnDisk, Place
 from oats_vision.models.record import set_record, structure_of
 from oats_vision.models.transforms import Transform, build_transform
 
@@ -28,6 +29,7 @@ def load(
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
     trust_remote_code: bool = False,
+    low_memory: bool = False,
 ) -> nn.Module:
     """Load a compressed model from what `save` wrote, in eval mode; `load_model` is for dense models, by name.
 
@@ -39,6 +41,8 @@ def load(
             that is smaller, and compute in the dtype of their inputs.
         model: a module of the original class, if the model was one of your own; changed in place.
         trust_remote_code: allow code from a hub to run (models from torch.hub).
+        low_memory: check the weights and leave those of blocks in the file; those of a block are read when it is
+            called. The file must stay as it is.
 
     Raises:
         CheckpointError: not a checkpoint, truncated, corrupted, or of a later format.
@@ -55,8 +59,10 @@ def load(
     def convert(name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
+        tensor = torch.empty_like(tensor, device="meta") if name in places else tensor
         return tensor.to(layers_dtype if name.startswith(compressed) else dtype)
 
+    places: dict[str, Place] = {}  # of tensors that are not kept
     with WeightsFile(path) as file:
         file.check_layers(specs, storage)
         limits = _limits(file, config)
@@ -69,6 +75,9 @@ def load(
             make_room(model, structure, report, layers_dtype)
         _check_tensors(path, model, file, config)
         buffers = {name for name, _ in model.named_buffers()}
+        if low_memory:
+            inside = tuple(f"{name}." for name, _ in structure.named_blocks(model))
+            places |= {name: Place(file.path.resolve(), name) for name in file.tensors if name.startswith(inside)}
         tensors = file.read(config.weights_sha256, convert, lambda name: name not in buffers)
     for name, spec in specs.items():
         check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
@@ -79,8 +88,9 @@ def load(
             model.tie_weights()  # type: ignore[operator]  # of transformers: one parameter, also on another device
     _check_computed(path, model, tensors)
     _set_generation(path, model, config.generation)
-    set_record(model, CompressionRecord(source, structure, report=report))
-    return model.requires_grad_(False).to(device=device).eval()
+    on_disk = BlocksOnDisk.of(model, structure, places) if low_memory else None
+    set_record(model, CompressionRecord(source, structure, on_disk, report=report))
+    return moved(model.requires_grad_(False), torch.device(device)).eval()
 
 
 def load_transform(path: str | Path) -> Transform | None:
@@ -137,7 +147,7 @@ def _check_tensors(path: Path, model: nn.Module, file: WeightsFile, config: Conf
 def _check_computed(path: Path, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError if what is computed, and not stored, has no values or some that no model survives."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
+        if tensor.is_meta and name not in stored:
             raise CheckpointError(f"{path} is damaged: {name} has no values, and is too large to be made")
         if name not in stored and tensor.is_floating_point() and tensor.numel() and not tensor.max() < math.inf:
             raise CheckpointError(f"{path} is damaged: what config.json says makes {name} infinite or NaN")

@@ -1,6 +1,5 @@
 """Write a compressed model: config.json and model.safetensors, all of it or nothing (see docs/format.md)."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -8,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest
 from oats_vision.checkpoint.place import check_target, locked, new_directory
 from oats_vision.checkpoint.shapes import difference, make_room
+from oats_vision.checkpoint.stream import write_tensors
 from oats_vision.checkpoint.weights import WEIGHTS
 from oats_vision.compression.record import CompressionReport, record
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.models.loading.directory import TOKENIZER
 from oats_vision.models.loading.load import rebuild, source_of
 from oats_vision.models.loading.registry import provider_for
-from oats_vision.models.record import structure_of
+from oats_vision.models.record import read_values, record_of, structure_of
 from oats_vision.models.transforms import plain
 from oats_vision.models.values import broken
 from oats_vision.nn.sliced import SlicedBlock
@@ -69,17 +68,17 @@ def write(
     tied = _tied(state)
     config = content(model, report, dtype, storage, tied)
     buffers = {name for name, _ in model.named_buffers()}
-    tensors = {
-        name: (tensor.to(storage) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in state.items()
-        if name not in tied
-    }
-    for name, tensor in tensors.items():
+    shapes = {name: _stored(tensor.to("meta"), storage) for name, tensor in state.items() if name not in tied}
+
+    def read(name: str) -> Tensor:
+        ((_, value),) = read_values(model, [(name, state[name])])
+        tensor = _stored(value.detach(), storage).cpu().contiguous()
         if bad := broken(tensor, name, is_parameter=name not in buffers):
             raise CheckpointError(f"the model cannot be stored in {config['storage_dtype']}: {bad}")
+        return tensor
+
     with new_directory(path, overwrite) as target:
-        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        config["weights_sha256"] = _sha256(target / WEIGHTS)
+        config["weights_sha256"] = write_tensors(target / WEIGHTS, shapes, read)
         config[DIGEST] = config_digest(config)
         (target / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
         if tokenizer is not None:
@@ -140,31 +139,31 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
+def _stored(tensor: Tensor, storage: torch.dtype) -> Tensor:
+    return tensor.to(storage) if tensor.is_floating_point() else tensor
+
+
 def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError if a tensor's values are not in memory."""
-    away = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    """Raises CheckpointError if a tensor's values are neither in memory nor in a file that is known."""
+    on_disk = record_of(model).on_disk
+    known = on_disk.places if on_disk else {}
+    away = next((name for name, tensor in state.items() if tensor.is_meta and name not in known), None)
     if away is not None:
         raise CheckpointError(
             f"{away} is on the meta device and has no values (offloaded by accelerate?): "
-            "load the whole model into memory, without device_map, and compress it there"
+            "load the whole model into memory, without device_map, and compress it there, or load it by "
+            "load_model(..., low_memory=True)"
         )
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors that are another one's memory, and that one's name (an embedding that is also the head)."""
     first: dict[tuple[int, torch.Size], str] = {}
-    owners = {name: first.setdefault((t.data_ptr(), t.shape), name) for name, t in state.items() if t.numel()}
+    there = ((name, tensor) for name, tensor in state.items() if tensor.numel() and not tensor.is_meta)
+    owners = {name: first.setdefault((t.data_ptr(), t.shape), name) for name, t in there}
     return {name: owner for name, owner in owners.items() if owner != name}
 
 
 def is_sliced(model: nn.Module) -> bool:
     """Whether a model was compressed by slicegpt."""
     return any(isinstance(module, SlicedBlock) for module in model.modules())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()

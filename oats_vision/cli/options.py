@@ -55,7 +55,14 @@ SETTINGS = {
         "tensorboard": "FOLDER",
         "dry_run": "",
     },
-    MACHINE: {"device": "DEVICE", "dtype": "DTYPE", "batch_size": "N", "workers": "N", "activation_memory": "GB"},
+    MACHINE: {
+        "device": "DEVICE",
+        "dtype": "DTYPE",
+        "batch_size": "N",
+        "workers": "N",
+        "activation_memory": "GB",
+        "low_memory": "",
+    },
     EXPERTS: {
         "refit": "",
         "joint": "",
@@ -79,7 +86,7 @@ SWEEP = {
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: {name: metavar for name, metavar in SETTINGS[EVALUATION].items() if name != "drop_of"},
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},
-    MACHINE: SETTINGS[MACHINE],
+    MACHINE: {name: metavar for name, metavar in SETTINGS[MACHINE].items() if name != "low_memory"},
     EXPERTS: SETTINGS[EXPERTS],
     RARE: SETTINGS[RARE],
 }

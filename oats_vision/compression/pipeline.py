@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.calibration.explained import explained
 from oats_vision.compression import methods, resume
+from oats_vision.compression.block_files import BlockFiles
 from oats_vision.compression.blocks import STREAM, Job, LayerDone, nobody
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.methods import BlockMethod
@@ -27,7 +29,7 @@ from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
 from oats_vision.models.loading.load import record_weights
-from oats_vision.models.record import record_of, set_record, structure_of
+from oats_vision.models.record import read_values, record_of, set_record, structure_of
 from oats_vision.models.structure import all_called, check_device, floating
 from oats_vision.models.values import check_finite, check_storable, restore, round_to
 from oats_vision.nn.sliced import SlicedBlock
@@ -49,6 +51,7 @@ def compress(
     before: Callable[[nn.Module], None] = lambda model: None,
     layer_done: LayerDone = nobody,
     journal: Journal | None = None,
+    finished_blocks: Path | None = None,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -65,6 +68,7 @@ def compress(
         layer_done: called with a block's name and what became of one of its linears, as soon as that is known.
         journal: keeps each block as soon as it is finished, and those that it has already are not compressed again.
             Slicing keeps nothing, and begins again.
+        finished_blocks: folder for those of a model that is read block by block; a temporary one if not given.
 
     Returns:
         The settings, and each layer's budget and error.
@@ -87,10 +91,12 @@ def compress(
     with plain_arithmetic(model), ExitStack() as undo, _unless_begun(model, undo):
         _leave_inference_mode(model)
         structure, plan = prepare(model, family, settings, undo)
+        if plan.slicing and record_of(model).on_disk:
+            raise ConfigError(f"{settings.method} changes all blocks at once: load the model with `low_memory=False`")
         dtype = floating(model).dtype
         storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else dtype
         buffers = {name for name, _ in model.named_buffers()}
-        check_storable(model.state_dict().items(), storage, buffers)
+        check_storable(read_values(model, model.state_dict().items()), storage, buffers)
         report = CompressionReport(structure.family.name, settings, unit=structure.family.unit, slicing=plan.slicing)
         tick = time.perf_counter()
         before(model)
@@ -104,6 +110,7 @@ def compress(
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
             undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))
+            finished = BlockFiles.of(model, storage, finished_blocks, undo)
             with all_called(plan.linears):
                 calls = capture_block_calls(
                     model,
@@ -132,13 +139,13 @@ def compress(
                     journal,
                     lambda: share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing),
                 )
-                _compress_blocks(job, plan.blocks, parts, journal, undo.pop_all)
+                _compress_blocks(job, plan.blocks, parts, journal, finished, undo.pop_all)
                 if not report.layers:
                     raise ModelError(f"no layer could be compressed: {' '.join(report.exceptions_made[:3])}")
     clock.finish()
     report.seconds = clock.seconds
     known = record_of(model)
-    set_record(model, CompressionRecord(known.source, known.structure, report=report))
+    set_record(model, CompressionRecord(known.source, known.structure, known.on_disk, report=report))
     return report
 
 
@@ -147,21 +154,23 @@ def _compress_blocks(
     blocks: Sequence[tuple[str, nn.Module]],
     parts: Parts,
     journal: Journal | None,
+    files: BlockFiles,
     begun: Callable[[], object],
 ) -> None:
     """Compress the blocks one by one, but for those that are finished already, which are put back."""
-    finished, layers = journal.done if journal else 0, job.report.layers
+    finished, report = journal.done if journal else 0, job.report
     for i, (name, block) in enumerate(blocks):
         last = i + 1 == len(blocks)
         kept = journal.block(i) if journal and i < finished else None
-        if kept:
-            resume.put_back(job, i, name, block, kept, begun, last or finished == len(blocks))
-            continue
-        before = len(layers), len(job.report.exceptions)
-        with explained(block, name, job.calls, i, job.hidden, job.dense):
-            compress_block(job, i, name, block, parts[name], begun, last)
-        if journal:
-            resume.keep(journal, job, i, block, layers[before[0] :], job.report.exceptions[before[1] :])
+        before = len(report.layers), len(report.exceptions)
+        with files.block(name, block):
+            if kept:
+                resume.put_back(job, i, name, block, kept, begun, last or finished == len(blocks))
+                continue
+            with explained(block, name, job.calls, i, job.hidden, job.dense):
+                compress_block(job, i, name, block, parts[name], begun, last)
+            if journal:
+                resume.keep(journal, job, i, block, report.layers[before[0] :], report.exceptions[before[1] :])
         log.info("block %d/%d: %s so far", i + 1, len(blocks), shares(job.clock.seconds))
 
 
@@ -236,4 +245,5 @@ def _unless_begun(model: nn.Module, undo: ExitStack) -> Iterator[None]:
 def _before_work(model: nn.Module, blocks: list[tuple[str, nn.Module]]) -> list[Tensor]:
     """The tensors of a model that matter before its second block: those in no other block than the first."""
     later = tuple(f"{name}." for name, _ in blocks[1:])
-    return [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
+    tensors = [tensor for name, tensor in model.state_dict().items() if not later or not name.startswith(later)]
+    return [tensor for tensor in tensors if not tensor.is_meta]  # those are rounded as they are read

@@ -31,6 +31,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.stream import linear_of
 from oats_vision.core.budget import Allocation, Budget
 from oats_vision.models.families import Structure
+from oats_vision.models.record import bring
 from oats_vision.nn.outputs import first_output
 
 log = logging.getLogger(__name__)
@@ -203,14 +204,15 @@ def _by_block(
 ) -> list[float]:
     """The parameters that each part keeps where each block has a rate of its own."""
     names = [name for name, _ in plan.blocks if plan.parts[name]]
-    weights = {name: [_weight(model, f"{name}.{linear}") for linear in plan.parts[name]] for name in names}
     if settings.budget == "alphapruning":
         alphas = []
         for done, name in enumerate(names):
-            exponents = [hill_exponent(weight) for weight in weights[name]]
+            bring(model, name)
+            exponents = [hill_exponent(_weight(model, f"{name}.{linear}")) for linear in plan.parts[name]]
             alphas.append(sum(exponents) / len(exponents))
             tell((done + 1) / len(names))
-        rates = alpha_rates(alphas, [sum(weight.numel() for weight in weights[name]) for name in names], settings.rate)
+        sizes = [sum(_weight(model, f"{name}.{linear}").numel() for linear in plan.parts[name]) for name in names]
+        rates = alpha_rates(alphas, sizes, settings.rate)
     else:
         ratios = []
         for done, (name, block, statistics) in enumerate(_dense_pass(plan, hidden, calls, SecondMoment)):

@@ -26,6 +26,7 @@ from oats_vision.data.batches import Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError
 from oats_vision.models.families import Family
 from oats_vision.models.families.find import refuse_wrappers
+from oats_vision.models.record import read_values, record_of
 from oats_vision.models.structure import check_device, floating
 from oats_vision.models.values import check_finite, check_storable
 from oats_vision.progress import Clock, Estimate, Step, Unit
@@ -91,13 +92,14 @@ def trial(
     check_device(model)
     refuse_wrappers(model)
     storage = getattr(torch, settings.storage_dtype) if settings.storage_dtype else floating(model).dtype
-    check_storable(model.state_dict().items(), storage, {name for name, _ in model.named_buffers()})
+    check_storable(read_values(model, model.state_dict().items()), storage, {name for name, _ in model.named_buffers()})
     with plain_arithmetic(model), ExitStack() as undo, ActivationStore(math.inf) as hidden:
         structure, plan = prepare(model, family, settings, undo)
         unit = structure.family.unit
         index = next(i for i, work in enumerate(plan.work) if work)  # others may be left dense
         name, original = plan.blocks[index]
-        block = deepcopy(original)
+        on_disk = record_of(model).on_disk
+        block = on_disk.copy_of(name) if on_disk else deepcopy(original)
         batches = islice(read_batches(calibration, Reader.of(model, unit)), 2)
         data = (inputs.values if inputs.by_name else inputs.tensor for inputs in batches)
         clock, marks = Clock(plan.work, unit, progress), [(0, time.perf_counter())]

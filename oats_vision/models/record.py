@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from oats_vision.errors import ModelError
 from oats_vision.models.families.base import Family, Structure
 from oats_vision.models.families.find import find_structure, outermost, structure_as
+from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.source import ModelSource
 
 Self = TypeVar("Self", bound="Record")
@@ -21,10 +23,12 @@ class Record:
 
     source: how the model can be rebuilt and where its dense weights are, as `load_model` noted it.
     structure: what its family found in it, from when its blocks are changed on.
+    on_disk: its blocks, if their weights are read when they are called.
     """
 
     source: ModelSource | None = None
     structure: Structure | None = None
+    on_disk: BlocksOnDisk | None = None
 
     def within(self: Self, path: str, model: nn.Module) -> Self:
         """The record of a model of the user's own that has this one's at `path`."""
@@ -47,6 +51,21 @@ def record_of(model: nn.Module) -> Record:
             f"{type(model).__name__} wraps several compressed models ({', '.join(inside)}): give one of them"
         )
     return record_of(model.get_submodule(inside[0])).within(inside[0], model) if inside else Record()
+
+
+def read_values(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a model by their full names; one whose values are in a file is read, and not kept."""
+    on_disk = record_of(model).on_disk
+    for name, tensor in tensors:
+        away = tensor.is_meta and on_disk is not None and name in on_disk.places
+        yield name, on_disk.read(name, tensor) if away and on_disk else tensor
+
+
+def bring(model: nn.Module, block: str) -> None:
+    """Give a block its weights, by its full name, if they are in a file: to look at them without calling it."""
+    on_disk = record_of(model).on_disk
+    if on_disk is not None:
+        on_disk.bring(block)
 
 
 def _is_changed(module: nn.Module) -> bool:

@@ -25,8 +25,8 @@ def floating(model: nn.Module) -> nn.Parameter:
 
 
 def check_device(model: nn.Module) -> None:
-    """Raises ModelError if the model's parameters are not on one device."""
-    devices = {str(parameter.device) for parameter in model.parameters()}
+    """Raises ModelError if the model's parameters are not on one device; those that are read later are on none."""
+    devices = {str(parameter.device) for parameter in model.parameters() if not parameter.is_meta}
     if len(devices) > 1:
         raise ModelError(f"the model's parameters are on {', '.join(sorted(devices))}: move it to one device")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.errors import ConfigError, ModelError
+from oats_vision.models.record import read_values
 
 LARGEST = 1e18  # the square of a larger value overflows float32, and every norm takes squares
 Rounded = list[tuple[Tensor, Tensor]]  # a tensor of the model, and its values before
@@ -41,13 +42,14 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         ModelError: one holds NaN, infinity or a value beyond all use (see `broken`), or no values at all.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in read_values(model, [*model.named_parameters(), *model.named_buffers()]):
         if tensor.is_meta:
             raise ModelError(
                 f"{name} has no values: it is on the meta device, or offloaded by accelerate. Load the model whole, "
-                "onto one device"
+                "onto one device, or by load_model(..., low_memory=True)"
             )
-        if wrong := broken(tensor, name, is_parameter=isinstance(tensor, nn.Parameter)):
+        if wrong := broken(tensor, name, is_parameter=name in parameters):
             count = int((~tensor.isfinite()).sum())
             share = f" ({count} of {tensor.numel():,})" if count else ""
             raise ModelError(f"{wrong}{share}: the weights are broken")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from oats_vision.models.record import read_values
+
 
 @contextmanager
 def same_random_weights() -> Iterator[None]:
@@ -19,7 +21,7 @@ def same_random_weights() -> Iterator[None]:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of a model's state dict in the order of its names: name, shape and values, floating ones as float32."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in read_values(model, sorted(model.state_dict().items())):
         values = (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous()
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().data)

@@ -28,6 +28,7 @@ from oats_vision.evaluation.speed import Timing, dense_twin
 from oats_vision.evaluation.stored import read_report
 from oats_vision.evaluation.tasks import task_of
 from oats_vision.models.families import Family
+from oats_vision.models.record import record_of
 from oats_vision.progress import Step
 from oats_vision.runs.advice import BUSY, SLOW, UNTIMED, advice_on_cost, advice_on_layers, advice_on_speed
 
@@ -235,6 +236,8 @@ def compress(
         raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
+    if recover and record_of(model).on_disk:
+        raise ConfigError("recover needs the whole model: load it with `low_memory=False`")
     if recover and isinstance(calibration, Iterator):
         calibration = list(calibration)  # it is read again
     references: list[Reference] = []
@@ -313,6 +316,9 @@ def measure(
     """
     with display.counting("compressed model, held-out", reference.reader.unit, reference.count) as tell:
         result.cost, result.examples = reference.compare(model, tell)
+    if record_of(model).on_disk:
+        result.untimed = "its weights are read block by block, since they do not fit in memory"
+        return
     try:
         result.speed = speed(model, reference, display, batch_size)
     except (RuntimeError, MemoryError, ModelError) as problem:  # the dense twin takes memory again

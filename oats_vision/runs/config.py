@@ -37,6 +37,11 @@ class RunConfig(DataOptions, CompressionOptions):
     dtype: Dtype = Field("float32", description="precision of the arithmetic")
     activation_memory: float = Field(8.0, gt=0, description="memory for activations; the rest goes to disk")
     out: Path = Field(Path("oats_compressed"), description="folder to write")
+    low_memory: bool | None = Field(
+        None,
+        description="leave weights in their files and read them block by block [default: if they need over half of the "
+        "free memory]",
+    )
     overwrite: bool = Field(False, description="replace the checkpoint in `out`")
     restart: bool = Field(False, description="start over where a stopped run would go on")
     merge: bool = Field(False, description="also write dense weights S + U V, to OUT/merged")
@@ -65,6 +70,8 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
         if self.recover and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
+        if self.low_memory and (why := self._needs_whole_model):
+            raise ValueError(f"low_memory is given, and {why} needs the whole model: leave one of them out")
         self._check_search()
         if self.eval_data and not self.eval:
             raise ValueError("eval_data is given, and nothing is to be evaluated (`eval=False`): leave one of them out")
@@ -97,6 +104,19 @@ class RunConfig(DataOptions, CompressionOptions):
                 f"{wanted.strip('`')} finds the rate, which pattern {self._settings.pattern} and rank ratio "
                 f"{self._settings.rank_ratio:g} fix at {self._settings.rate:g}: leave one of these out"
             )
+
+    @property
+    def _needs_whole_model(self) -> str:
+        """What was asked for that needs the whole model in memory; empty if nothing does."""
+        if not methods.find(self.method).keeps_shapes:
+            return f"`method` {self.method}"
+        wanted = {"`recover`": self.recover > 0, "`merge`": self.merge, self.searched_for: bool(self.searched_for)}
+        return next((name for name, given in wanted.items() if given), "")
+
+    @property
+    def block_by_block(self) -> bool | None:
+        """Whether to read weights when they are needed; None: if they are too large."""
+        return False if self._needs_whole_model else self.low_memory
 
     @property
     def compression(self) -> dict[str, Any]:

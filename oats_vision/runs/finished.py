@@ -21,8 +21,8 @@ class FinishedRun:
     """What a run made and measured; `to_dict` is the checkpoint's report.json.
 
     task: what the model reads. evaluation: on labelled pictures or on text, if there were any; one_shot: before a
-    recovery. files: bytes of each in the checkpoint's directory. peak_memory: bytes. searched: how the rate was found,
-    if it was searched for.
+    recovery. files: bytes of each in the checkpoint's directory. peak_memory, planned_memory: bytes. searched: how the
+    rate was found, if it was searched for.
     """
 
     config: RunConfig
@@ -37,6 +37,7 @@ class FinishedRun:
     searched: Searched | None = None
     seconds: float = 0.0
     peak_memory: int = 0
+    planned_memory: int = 0
     machine: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class FinishedRun:
             **({"search": self.searched.model_dump(mode="json")} if self.searched else {}),
             "seconds": {**figures["seconds"], "command": self.seconds},
             "peak_memory": self.peak_memory,
+            **({"planned_memory": self.planned_memory} if self.planned_memory else {}),
             "machine": self.machine,
             "out": str(self.config.out),
         }

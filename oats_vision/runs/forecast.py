@@ -18,8 +18,9 @@ from oats_vision.compression.recover import BATCH
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.slicing import empty_sliced_blocks
 from oats_vision.evaluation.reference import MEMORY
-from oats_vision.machine import memory_in_use, peak_memory
+from oats_vision.machine import available_memory, memory_in_use, peak_memory
 from oats_vision.models.families import Structure
+from oats_vision.models.record import record_of
 from oats_vision.models.structure import floating, in_experts
 from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec, SparseLowRankLinear
 from oats_vision.progress import Unit, count
@@ -71,6 +72,25 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class BlockByBlock:
+    """What it takes to read a model's weights when they are needed: bytes of them, and how often they are read.
+
+    disk: bytes of finished blocks, beside the checkpoint. allowed: of memory, for all of the run.
+    """
+
+    weights: int
+    times: int
+    disk: int
+    allowed: int
+
+    def __str__(self) -> str:
+        return (
+            f"read from their files block by block, {_gigabytes(self.weights)} about {count(self.times, 'time')}; "
+            f"finished blocks take {_gigabytes(self.disk)} on disk until the end"
+        )
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What is known of a compression before it begins.
 
@@ -99,6 +119,7 @@ class Forecast:
     width: int
     memory: Memory
     recovery: Recovery | None = None
+    block_by_block: BlockByBlock | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "settings": self.settings.model_dump(), "peak_memory": self.memory.peak}
@@ -113,6 +134,9 @@ class Forecast:
         samples = f"all {self.unit}" if self.samples is None else f"{self.samples:,} {self.unit}"
         features = f", held-out features {_gigabytes(memory.held_out)}" if memory.held_out >= 5e7 else ""
         disk = f"; {_gigabytes(memory.disk)} of activations on disk" if memory.disk else ""
+        if self.block_by_block and memory.peak > self.block_by_block.allowed:
+            there = _gigabytes(self.block_by_block.allowed)
+            disk += f". That is more than the {there} that there are: allow activations less, or take smaller batches"
         return {
             "model": f"{self.name}{', ' * bool(self.name)}{self.family}: {count(self.blocks, 'block')}, "
             f"{dense / 1e6:.1f} M parameters, {about}{ours / 1e6:.1f} M afterwards",
@@ -123,6 +147,7 @@ class Forecast:
             "memory": f"about {_gigabytes(memory.peak)} at the peak: libraries {_gigabytes(memory.libraries)}, model "
             f"{_gigabytes(memory.model)}, activations {_gigabytes(memory.activations)}, work on a block "
             f"{_gigabytes(memory.block)}{features}{disk}",
+            **({"weights": str(self.block_by_block)} if self.block_by_block else {}),
             **({"recovery": str(self.recovery)} if self.recovery else {}),
             "time": "known after the first block" + ", without the recovery" * bool(self.recovery),
         }
@@ -174,6 +199,7 @@ def forecast(
     features = 4 * held_out * hidden[0].numel() if structure.family.unit == "pictures" else 0
     memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory, features)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = measure(shell.state_dict(keep_vars=True).values(), report, storage)
     return Forecast(
         name=name,
         family=structure.family.serves.partition(":")[0],
@@ -184,7 +210,7 @@ def forecast(
         outside=tuple(sorted(n for n in everything if not n.startswith(inside))),
         settings=settings,
         storage=str(storage).removeprefix("torch."),
-        sizes=measure(shell.state_dict(keep_vars=True).values(), report, storage),
+        sizes=sizes,
         exact=settings.rank_ratio != "auto" and settings.budget == "uniform",
         unit=structure.family.unit,
         data=data,
@@ -195,7 +221,25 @@ def forecast(
         width=hidden.shape[-1],
         memory=memory,
         recovery=_recovery(recover, plan, hidden, samples or 0, memory) if recover else None,
+        block_by_block=_block_by_block(model, settings, samples or 0, held_out, batch_size, sizes),
     )
+
+
+def _block_by_block(
+    model: nn.Module, settings: CompressionSettings, samples: int, held_out: int, batch_size: int, sizes: Sizes
+) -> BlockByBlock | None:
+    """Of a model that is read so."""
+    on_disk = record_of(model).on_disk
+    if on_disk is None:
+        return None
+    asked = settings.sensitivity or settings.budget == "measured"
+    runs = 2 if settings.budget == "measured" and not settings.sensitivity else 1  # projections of the output
+    batches = -(-min(samples or INPUTS_KEPT, INPUTS_KEPT) // batch_size)
+    # each batch through the whole model, and its gradients back; each held-out one; then the looks at all values, the
+    # first calibration batch, the search for budgets, and the compression
+    times = asked * (1 + runs) * batches + -(-held_out // batch_size) + 5 + (settings.budget != "uniform")
+    allowed = available_memory(on_disk.device) + memory_in_use(on_disk.device)
+    return BlockByBlock(on_disk.bytes, times, sizes.total, int(allowed))
 
 
 def _recovery(steps: int, plan: Plan, hidden: Tensor, samples: int, memory: Memory) -> Recovery:
@@ -321,11 +365,14 @@ def _memory(
     else:
         waiting = 0
     gradients = min(samples, INPUTS_KEPT) * one * len(plan.blocks) if settings.sensitivity else 0
-    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    on_disk = record_of(model).on_disk
+    if on_disk:
+        on_disk.rest()
+    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
     used = sum(weights.values())
     return Memory(
         libraries=max(memory_in_use(device) - used, 0) + (STARTED if device.type == "cpu" else 0),
-        model=used,
+        model=used + (on_disk.largest if on_disk else 0),
         activations=kept + waiting + min(gradients, int(GRADIENTS * activation_memory * 1e9)),
         disk=activations - kept + max(gradients - int(GRADIENTS * activation_memory * 1e9), 0),
         block=max(3 * inputs, inputs + forward + logits, statistics + max(forward, solver)),

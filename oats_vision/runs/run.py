@@ -28,9 +28,9 @@ from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
 from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.tasks import Task, task_of
-from oats_vision.machine import choose_device, dtype_of, machine, peak_memory, warn_if_slow
+from oats_vision.machine import available_memory, choose_device, dtype_of, machine, peak_memory, warn_if_slow
 from oats_vision.models.loading.load import load_model, save_plain, source_of
-from oats_vision.models.record import structure_of
+from oats_vision.models.record import record_of, structure_of
 from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
@@ -153,16 +153,20 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
 def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch) -> FinishedRun:
     """The run, once its output is seen to be free and is held."""
     start = time.perf_counter()
-    model, prepared = prepare(config, display)
+    model, prepared = prepare(config, display, config.block_by_block)
     watch.begin(config.model, dtype_of(str(prepared.settings.storage_dtype)), prepared.device)
     see_same(journal, prepared.config, prepared.settings, display)
     batches = prepared.open(config.seed)
-    display.lines("plan", prepared.forecast(model, batches).lines())
+    planned = prepared.forecast(model, batches)
+    display.lines("plan", planned.lines())
+    if prepared.asked and record_of(model).on_disk:
+        log.warning("each labelled batch reads all weights again: larger batches, or no labelled data, save that")
     calibration = prepared.calibration_set(model, batches, display)
     before = prepared.score(model, "dense", display)
     finished = compress_and_write(
         model, prepared.config, prepared.settings, prepared, calibration, journal, display, watch
     )
+    finished.planned_memory = planned.memory.peak
     watch.move(config.out)
     with saying(lambda: journal.how_to_go_on), after_the_checkpoint(finished.config, prepared.task):
         del model
@@ -200,7 +204,7 @@ def dry_run(
         OatsVisionError: something that was given is wrong.
     """
     checkpoint.check_target(config.out, config.overwrite)
-    model, prepared = prepare(config, display)
+    model, prepared = prepare(config, display, config.block_by_block)
     return try_out(model, prepared, prepared.settings, display, tell)
 
 
@@ -219,8 +223,11 @@ def try_out(
         return planned, trial(model, calibration, settings, samples=planned.samples, progress=progress)
 
 
-def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun]:
+def prepare(config: RunConfig, display: Display, low_memory: bool | None = False) -> tuple[nn.Module, PreparedRun]:
     """Load the dense model, and open the data that it is scored on.
+
+    Args:
+        low_memory: as `load_model` takes it.
 
     Raises:
         OatsVisionError: something that was given is wrong.
@@ -229,7 +236,7 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     warn_if_slow(config.dtype, device, "use `dtype=float32`")
     config.check_data()
     with display.status(f"loading {config.model}"):
-        model, transform = load_dense(config, device)
+        model, transform = load_dense(config, device, low_memory)
         check_finite(model)
         checkpoint.check_source(model)
     task = task_of(model)
@@ -242,7 +249,9 @@ def prepare(config: RunConfig, display: Display) -> tuple[nn.Module, PreparedRun
     return model, PreparedRun(config, device, task, source_of(model), parameters, reader, task.protocol, asked, test)
 
 
-def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Transform | None]:
+def load_dense(
+    config: RunConfig, device: torch.device, low_memory: bool | None = False
+) -> tuple[nn.Module, Transform | None]:
     """The model to compress, and what makes its inputs."""
     return load_model(
         config.model,
@@ -251,6 +260,7 @@ def load_dense(config: RunConfig, device: torch.device) -> tuple[nn.Module, Tran
         dtype=dtype_of(config.dtype),
         device=device,
         trust_remote_code=config.trust_remote_code,
+        low_memory=low_memory,
     )
 
 
@@ -269,7 +279,7 @@ def compress_and_write(
     Args:
         journal: keeps what is done; it is to be removed once the run needs it no more.
     """
-    with saying(lambda: journal.how_to_go_on):
+    with saying(lambda: journal.how_to_go_on), checkpoint.beside(config.out) as finished_blocks:
         with display.compression() as progress:
             report = compress(
                 model,
@@ -279,6 +289,7 @@ def compress_and_write(
                 progress=watch.telling(progress) if watch else progress,
                 layer_done=watch.layer_done if watch else nobody,
                 journal=journal,
+                finished_blocks=finished_blocks,
             )
         write_noted(model, config, prepared.tokenizer, journal, display)
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
@@ -350,9 +361,15 @@ def measure_stored(
         before: what the protocol found of the dense model, if there is data to score on.
     """
     config, result = finished.config, finished.result
+    was_on_disk = record_of(result.model).on_disk is not None
     del result.model  # before the other one takes memory
+    large = was_on_disk and (config.low_memory or result.sizes.total > available_memory(prepared.device) / 2)
     result.model = checkpoint.load(
-        config.out, device=prepared.device, dtype=dtype_of(config.dtype), trust_remote_code=config.trust_remote_code
+        config.out,
+        device=prepared.device,
+        dtype=dtype_of(config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        low_memory=large,
     )
     if calibration.reference is not None:
         measure(result, result.model, calibration.reference, display, config.batch_size)

@@ -52,13 +52,14 @@ def _what_was_done(finished: FinishedRun) -> list[str]:
         quality = f"{done.error_name.capitalize()}: mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f}."
     elif done.slicing:
         quality = f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
+    planned = f" (planned: {finished.planned_memory / 1e9:.2f} GB)" if finished.planned_memory else ""
     places = [f"{config.out} ({tables.megabytes(finished.files['model.safetensors'])})"]
     places += [f"the page {config.out / PAGE}"] * config.report
     places += [f"the dense merge {config.out / MERGED}"] * config.merge
     return [
         f"{f'{len(errors)} layers' if errors else 'All blocks'} compressed with {done.samples} {done.unit} in "
         f"{shares(done.seconds)}; {duration(finished.seconds)} in all. "
-        f"Peak memory {finished.peak_memory / 1e9:.2f} GB.",
+        f"Peak memory {finished.peak_memory / 1e9:.2f} GB{planned}.",
         quality,
         done.recovery.summary if done.recovery else "",
         f"Written: {', '.join(places)}.",

@@ -1,5 +1,6 @@
 import copy
 import errno
+import hashlib
 import json
 import resource
 import shutil
@@ -15,7 +16,6 @@ from oats_vision.checkpoint import locked, measure
 from oats_vision.checkpoint import place as checkpoint_place
 from oats_vision.checkpoint.config import config_digest
 from oats_vision.checkpoint.weights import check_bitmask
-from oats_vision.checkpoint.write import _sha256
 from oats_vision.errors import CheckpointError, ModelError
 from oats_vision.models.loading.load import record_source, source_of
 from oats_vision.models.source import ModelSource
@@ -48,7 +48,7 @@ def _rewrite(saved: Path, change) -> None:
     tensors = load_file(saved / "model.safetensors")
     change(tensors)
     save_file(tensors, saved / "model.safetensors")
-    _edit(saved, weights_sha256=_sha256(saved / "model.safetensors"))
+    _edit(saved, weights_sha256=hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest())
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,19 @@ def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
     for words in ("sparse step", "orthonormal basis", "GFLOP/s"):
         assert words in output
     assert "MB" in _script("loading.py", checkpoint)
+
+
+@pytest.mark.slow
+def test_a_model_three_times_as_large_as_its_memory_is_compressed_within_it():
+    groups = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    files = ["memory.limit_in_bytes", "cgroup.subtree_control"]
+    limited = any(os.access(group / file, os.W_OK) for group, file in zip(groups, files, strict=True))
+    options = ["--depth", 24, "--quality", "plain", "--iterations", 1, "--samples", 16]
+    output = _script("low_memory.py", *options, *([] if limited else ["--no-limit"]))
+    assert "weights are equal to the byte" in output
+    weights, allowed = (int(number) for number in re.findall(r"(\d+) MB", output.splitlines()[0]))
+    above = dict(re.findall(r"^(.*?) +[\d.]+ s, .* (\d+) MB above", output, re.MULTILINE))
+    assert int(above["ordinary"]) > weights
+    assert int(above["block by block"]) < allowed
+    if limited:
+        assert re.search("^ordinary, limited +killed", output, re.MULTILINE)

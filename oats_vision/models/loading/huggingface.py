@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +138,11 @@ def load_repository(name: str, wanted: Wanted) -> Loaded:
         config = config.vision_config
     if wanted.pretrained:
         options = trust | {"dtype": torch.float32, "output_loading_info": True}
-        model, loaded = library(failed, kind.from_pretrained, name, **options)
+        blocks = _left_on_disk(failed, kind, config, wanted)
+        if blocks:
+            model, loaded = _without_blocks(failed, partial(kind.from_pretrained, name, **options), blocks)
+        else:
+            model, loaded = library(failed, kind.from_pretrained, name, **options)
         if loaded["missing_keys"]:
             missing = sorted(loaded["missing_keys"])
             log.warning("%d tensors are not in the weights of %s and are random: %s", len(missing), name, missing[0])
@@ -180,6 +189,65 @@ def tokenizer_at(name: str, place: str = "", **options: Any) -> Any:
     where = (place,) if place else ()
     load = partial(transformers.AutoTokenizer.from_pretrained, trust_remote_code=False)
     return library(f"{name} has no tokenizer that can be loaded", load, *where, **options)
+
+
+def _left_on_disk(failed: str, kind: Any, config: Any, wanted: Wanted) -> dict[str, str]:
+    """Where each of a model's parts is to be, blocks on the disk, if there is no room for all; else nothing."""
+    import transformers
+
+    from oats_vision.models.on_disk import blocks_are_as_stored, without_weights
+    from oats_vision.models.record import structure_of
+
+    if wanted.room == math.inf:
+        return {}
+    build = kind if kind is not transformers.AutoModel else partial(kind.from_config, trust_remote_code=False)
+    model = library(failed, without_weights, partial(build, deepcopy(config)))
+    structure = structure_of(model)
+    if 4 * sum(parameter.numel() for parameter in model.parameters()) <= wanted.room:
+        return {}
+    if not blocks_are_as_stored(model, structure):
+        return {}
+    others = [name for name in model.state_dict() if not name.startswith(f"{structure.blocks}.")]
+    return {structure.blocks: "disk", **dict.fromkeys(others, "cpu")}
+
+
+def _without_blocks(failed: str, load: Callable[..., Any], places: dict[str, str]) -> tuple[Any, dict[str, Any]]:
+    """A model whose blocks are read when they are called, from its files where these hold them as they are.
+
+    transformers finds out what is where; what must be converted it writes to a folder.
+    """
+    from accelerate.hooks import remove_hook_from_submodules
+
+    from oats_vision.models.on_disk import BlocksOnDisk, Place
+    from oats_vision.models.record import Record, set_record, structure_of
+
+    folder = tempfile.TemporaryDirectory(prefix="oats_vision_weights_")
+    with _quiet():
+        model, loaded = library(failed, load, device_map=places, offload_folder=folder.name)
+    maps = [getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules()]
+    index = next(found.dataset.index for found in maps if found is not None)
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # accelerate puts the class's own on the module
+    files = {name: Place(Path(of["safetensors_file"]), of["weight_name"]) for name, of in index.items()}
+    on_disk = BlocksOnDisk.of(model, structure_of(model), files)
+    on_disk.folder = folder
+    set_record(model, Record(on_disk=on_disk))
+    return model, loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without accelerate's remarks on weights that are on the disk, which were asked for."""
+    remarks = logging.getLogger("accelerate.big_modeling")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        remarks.setLevel(level)
 
 
 def _build(kind: Any, args: dict[str, Any]) -> nn.Module:

@@ -1,6 +1,7 @@
 """Load dense models, record where they come from, and build them again."""
 
 import logging
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from oats_vision.errors import CheckpointError, ModelError
+from oats_vision.machine import available_memory
 from oats_vision.models.bounds import BUILDING, Limits, bounded
 from oats_vision.models.library import library
 from oats_vision.models.loading import provider_for, provider_of, providers
@@ -34,6 +36,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    low_memory: bool | None = False,
 ) -> tuple[nn.Module, Transform | None]:
     """Load a dense model by its name, in eval mode, and its own preprocessing; `load` is for compressed models.
 
@@ -44,19 +47,33 @@ def load_model(
         image_size: input size in pixels, if not the model's own (timm models).
         dtype: of the model's weights and arithmetic; buffers that are computed and not stored keep theirs.
         trust_remote_code: allow code from a hub to run.
+        low_memory: leave the weights of its blocks in their files, which must be safetensors, and read those of a block
+            when it is called. None: where they would take more than half of the memory that is free.
 
     Raises:
-        ModelError: unknown name, a model that cannot be loaded, or one of no supported family.
+        ModelError: unknown name, a model that cannot be loaded, or one of no supported family; or one that cannot be
+            read block by block.
     """
-    name = os.fspath(name)
+    name, device = os.fspath(name), torch.device(device)
     provider = provider_of(name)
+    room = 0.0 if low_memory else math.inf if low_memory is False else _free(device) / 2
     with nullcontext() if pretrained else same_random_weights():
-        model, source = provider.load(name, Wanted(pretrained, image_size, trust_remote_code))
+        model, source = provider.load(name, Wanted(pretrained, image_size, trust_remote_code, room))
     structure_of(model)
+    if low_memory and not record_of(model).on_disk:
+        raise ModelError(
+            f"model {name!r} cannot be read block by block: only trained weights in safetensors files can, of timm or "
+            "transformers, and not those of experts or GPT-2; give `low_memory=False`"
+        )
     transform, source = _known_transform(name, source)
     origin = {"name": provider.origin(name), "image_size": image_size}
     record_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
-    return cast_weights(model, dtype).to(device=device).eval(), transform
+    return moved(cast_weights(model, dtype), device).eval(), transform
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that are free on a device, and on the CPU, through which weights come to it."""
+    return min(available_memory(device), available_memory(torch.device("cpu")))
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -74,12 +91,24 @@ def record_source(model: nn.Module, source: ModelSource) -> None:
     set_record(model, replace(record_of(model), source=source))
 
 
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model on a device, but for the weights that are read later."""
+    on_disk = record_of(model).on_disk
+    if on_disk is None:
+        return model.to(device=device)
+    on_disk.device = device
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    return model
+
+
 def record_weights(model: nn.Module) -> None:
     """Note which weights a loaded model has now: it may have been trained since.
 
     In 16 bits they cannot be told from the loaded ones, which were rounded: what was noted stays.
     """
     source = record_of(model).source
+    if record_of(model).on_disk:
+        return  # their files were not written to
     whole = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
     if source and source.dense_sha256 and whole:
         record_source(model, replace(source, dense_sha256=weights_digest(model)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,16 @@ Loaded = tuple["nn.Module", ModelSource]
 
 @dataclass(frozen=True)
 class Wanted:
-    """How a model is to be loaded: arguments of `load_model`."""
+    """How a model is to be loaded: arguments of `load_model`.
+
+    room: bytes that weights in float32 may take; those of blocks that take more are left in their files, where these
+    are safetensors.
+    """
 
     pretrained: bool = True
     image_size: int | None = None
     trust_remote_code: bool = False
+    room: float = math.inf
 
     def check_no_size(self, name: str) -> None:
         """Raises ModelError if an image size was given, for models that have their own."""

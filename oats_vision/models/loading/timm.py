@@ -40,6 +40,7 @@ _CFG = (
     "classifier",
 )
 WITHOUT_THE_HUB = "give a local directory as `model`, or try a run with random weights: `pretrained=False`"
+WRAPPED = "timm_model."  # before the names of transformers' wrapper of timm's models
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 
 
@@ -73,8 +74,11 @@ class Timm(Provider):
             )
         else:
             with network.hub(failed, WITHOUT_THE_HUB, ModelError):
-                _fetch(name)
-                model = library(failed, timm.create_model, name, pretrained=True, **args)
+                file = _fetch(name)
+                if file is not None and _left_in_file(file, wanted):
+                    model = _without_blocks(failed, partial(timm.create_model, name, pretrained=False, **args), file)
+                else:
+                    model = library(failed, timm.create_model, name, pretrained=True, **args)
         return model, _source(model, args, wanted.image_size, "float32")
 
     def described(self, source: ModelSource, model: nn.Module) -> ModelSource:
@@ -135,18 +139,79 @@ def load_directory(path: Path, config: dict[str, Any], wanted: Wanted) -> Loaded
     if wanted.image_size is not None:
         args["img_size"] = wanted.image_size
     check_architecture(name, args)
-    model: Any = library(failed, timm.create_model, name, pretrained=False, pretrained_cfg=cfg, **args)
+    build: Any = partial(timm.create_model, name, pretrained=False, pretrained_cfg=cfg, **args)
     weights = next((path / file for file in WEIGHTS if (path / file).is_file()), None)
-    if wanted.pretrained:
-        if weights is None:
-            raise ModelError(f"{failed}: it has none of {', '.join(WEIGHTS)}")
-        cfg = {**model.pretrained_cfg, "state_dict": library(failed, _state_dict, weights)}
-        rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        # with three channels, whatever the model has: its own weights are not to be adapted to another number
-        sizes = {"num_classes": model.num_classes, "in_chans": 3}
-        library(failed, timm.models.load_pretrained, model, cfg, filter_fn=rename, **sizes)
+    if weights is None and wanted.pretrained:
+        raise ModelError(f"{failed}: it has none of {', '.join(WEIGHTS)}")
+    if weights is not None and _left_in_file(weights, wanted):
+        model = _without_blocks(failed, build, weights)
+    else:
+        model = library(failed, build)
+        if wanted.pretrained and weights is not None:
+            _load_weights(failed, model, library(failed, _state_dict, weights))
     dtype = _dtype_of(weights) if weights is not None and weights.suffix == ".safetensors" else "float32"
     return model, _source(model, args, wanted.image_size, dtype)
+
+
+def _load_weights(failed: str, model: Any, state: dict[str, Tensor]) -> None:
+    """Load a state dict by timm, which renames and adapts what other libraries saved."""
+    import timm
+
+    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    # with three channels, whatever the model has: its own weights are not to be adapted to another number
+    sizes = {"num_classes": model.num_classes, "in_chans": 3}
+    cfg = {**model.pretrained_cfg, "state_dict": {name.removeprefix(WRAPPED): t for name, t in state.items()}}
+    library(failed, timm.models.load_pretrained, model, cfg, filter_fn=rename, **sizes)
+
+
+def _left_in_file(file: Path, wanted: Wanted) -> bool:
+    """Whether blocks are to be read from the file, as there is no room for all weights in float32."""
+    from safetensors import safe_open
+
+    if not wanted.pretrained or file.suffix != ".safetensors" or wanted.room == math.inf:
+        return False
+    with safe_open(file, framework="pt") as content:
+        count: int = sum(math.prod(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118
+    return 4 * count > wanted.room
+
+
+def _without_blocks(failed: str, build: Callable[[], Any], file: Path) -> nn.Module:
+    """A model whose blocks are read from the file when they are called.
+
+    timm is given the file's tensors mapped, not read: of blocks, those that it passes on as they are stay there.
+    """
+    import torch
+    from torch import nn
+
+    from oats_vision.models.on_disk import BlocksOnDisk, Place, without_weights
+    from oats_vision.models.record import Record, set_record, structure_of
+
+    model: Any = library(failed, without_weights, build)
+    stored = library(failed, _state_dict, file)
+    keys = {_identity(tensor): name for name, tensor in stored.items()}
+    places: dict[str, Place] = {}
+
+    def take(state: Mapping[str, Tensor], strict: bool = True) -> Any:
+        places.update({name: Place(file, keys[i]) for name, t in state.items() if (i := _identity(t)) in keys})
+        return nn.Module.load_state_dict(model, state, strict=strict, assign=True)
+
+    model.load_state_dict = take
+    try:
+        _load_weights(failed, model, stored)
+    finally:
+        del model.load_state_dict
+    on_disk = BlocksOnDisk.of(model, structure_of(model), places)
+    model._apply(lambda t: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True))
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in on_disk.places]
+    if missing:
+        raise ModelError(f"{failed}: {file} has no {missing[0]}")
+    set_record(model, Record(on_disk=on_disk))
+    return model  # type: ignore[no-any-return]
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells one tensor of a mapped file from the others, and from what was made of it."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def check_architecture(name: str, args: Mapping[str, Any]) -> None:
@@ -193,31 +258,35 @@ def _plain_argument(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isfinite(value))
 
 
-def _fetch(name: str) -> None:
-    """Have the weights in the cache before the model is built, which takes long if it is large."""
+def _fetch(name: str) -> Path | None:
+    """Have the weights in the cache before the model is built, which takes long if it is large.
+
+    Returns:
+        Their file there; None if they are not on the hub.
+    """
     import timm
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
-        return
+        return None
     repository, _, revision = cfg.hf_hub_id.partition("@")
     lost: Exception | None = None
     for file in [cfg.hf_hub_filename] if cfg.hf_hub_filename else [WEIGHTS[0], WEIGHTS[-1]]:
         try:
-            hf_hub_download(repository, file, revision=revision or None)
-            return
+            return Path(hf_hub_download(repository, file, revision=revision or None))
         except LocalEntryNotFoundError as problem:  # another may be in the cache
             lost = lost or problem
         except EntryNotFoundError:
             pass
     if lost:
         raise lost
+    return None
 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
-    """A dense model's weights as float32, by timm's names; a pickled file is read without running what it says."""
+    """A dense model's weights, by the names in its file; a pickled one is read without running what it says."""
     import torch
     from safetensors.torch import load_file
 
@@ -226,7 +295,7 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     else:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-    return {name.removeprefix("timm_model."): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def _source(model: Any, args: Mapping[str, Any], image_size: int | None, dtype: str) -> ModelSource:

@@ -1,0 +1,69 @@
+"""The blocks of a model larger than memory, once they are compressed: their layers are in a file of each block."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from oats_vision.models.on_disk import BlocksOnDisk
+from oats_vision.models.record import record_of
+from oats_vision.nn.sparse_low_rank import compressed_layers
+
+
+@dataclass(frozen=True)
+class BlockFiles:
+    """Where blocks are written once they are compressed; nowhere, of a model that fits in memory.
+
+    on_disk: the model's blocks. storage: precision that they are rounded to. folder: of the files.
+    """
+
+    on_disk: BlocksOnDisk | None
+    storage: torch.dtype
+    folder: Path | None
+
+    @classmethod
+    def of(cls, model: nn.Module, storage: torch.dtype, folder: Path | None, undo: ExitStack) -> "BlockFiles":
+        """For a model whose blocks are not touched yet.
+
+        Args:
+            undo: is given what takes the model back to that.
+        """
+        on_disk = record_of(model).on_disk
+        if on_disk is None:
+            return cls(None, storage, None)
+        if folder is None:
+            on_disk.finished = tempfile.TemporaryDirectory(prefix="oats_vision_blocks_")
+            folder = Path(on_disk.finished.name)
+        first = next(iter(on_disk.blocks))
+        on_disk.round(first, storage)  # what is not compressed yet must be calibrated as it will be stored
+        undo.callback(on_disk.rounded.pop, first, None)
+        return cls(on_disk, storage, folder)
+
+    @contextmanager
+    def block(self, name: str, block: nn.Module) -> Iterator[None]:
+        """Hold a block with its weights while it is compressed; then its layers are written, and its memory is free."""
+        if self.on_disk is None or self.folder is None:
+            yield
+            return
+        file = self.folder / f"{name}.safetensors"
+        with self.on_disk.at_work(name):
+            yield
+            save_file(self._stored(block), file)
+        self.on_disk.leave(name, file, self.storage)
+
+    def _stored(self, block: nn.Module) -> dict[str, Tensor]:
+        """The compressed layers' tensors, by their names in the block."""
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, layer in compressed_layers(block).items()
+            for key, tensor in layer.state_dict().items()
+        }
+        return {
+            name: (tensor.to(self.storage) if tensor.is_floating_point() else tensor).cpu().contiguous()
+            for name, tensor in tensors.items()
+        }
