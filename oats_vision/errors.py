@@ -25,6 +25,10 @@ class CheckpointError(OatsVisionError):
     """A checkpoint cannot be written or is not a valid checkpoint."""
 
 
+class RankError(OatsVisionError):
+    """Another of the processes that share a run has failed, or is gone."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question after a misspelt word, such as " Did you mean 'row'?"; empty if nothing known is close to it.
 

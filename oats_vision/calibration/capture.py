@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.data.batches import Inputs, Reader, read_mine
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite
@@ -52,12 +53,30 @@ class BlockCalls:
     calls[b][i]: of batch b for block i; one entry serves all blocks when the model passes each the same.
     masks[b]: true for tokens that are no padding, (batch, tokens); None if there is none.
     inputs[b]: what the model was called with, of the first batches only.
+
+    With several ranks these are the batches of one of them. samples: in all batches of all ranks. before[b]: samples,
+    and tokens, in the batches that come before batch b among all.
     """
 
     device: torch.device
     calls: list[list[Call]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     inputs: list[Inputs] = field(default_factory=list)
+    samples: int = 0
+    before: list[tuple[int, int]] = field(default_factory=list)
+
+    def place(self, sizes: dict[int, tuple[int, int]]) -> None:
+        """Find where these batches stand among those of all ranks.
+
+        Args:
+            sizes: samples and tokens of each of these batches, by its number among all.
+        """
+        before, tokens = {}, 0
+        for number, (samples, of_batch) in ranks.in_order({number: (number, size) for number, size in sizes.items()}):
+            before[number] = (self.samples, tokens)
+            self.samples, tokens = self.samples + samples, tokens + of_batch
+        self.before = [before[number] for number in sizes]
+        self.inputs = [one for one, (first, _) in zip(self.inputs, self.before, strict=False) if first < INPUTS_KEPT]
 
     def call(self, index: int, batch: int) -> Call:
         """How block `index` is called in batch `batch`."""
@@ -85,9 +104,11 @@ def capture_block_calls(
     each block is seen for every batch, at little more than the cost of the embedding. Where that gives the blocks of
     the first batch something else, every batch runs through the whole model.
 
+    With several ranks, each keeps its share of the batches.
+
     Args:
         data: batches; see `read_batches`.
-        tell: called after each batch with how many pictures (or sequences) were read so far.
+        tell: called after each batch with how many pictures (or sequences) were read so far, by all ranks about.
 
     Raises:
         ModelError: something happens to the hidden states between two blocks, or blocks do not run once and in order.
@@ -103,8 +124,8 @@ def capture_block_calls(
         done.check(blocks)
         return done
 
-    number, samples = -1, 0
-    for number, inputs in enumerate(read_batches(data, Reader.of(model, unit))):
+    number, samples, sizes = -1, 0, dict[int, tuple[int, int]]()
+    for number, inputs in read_mine(data, Reader.of(model, unit)):
         mask = inputs.padding_mask
         if mask is not None and not mask.any():
             continue  # nothing to learn from, and attention over nothing may not be finite
@@ -121,14 +142,16 @@ def capture_block_calls(
         check_finite_states(done.hidden, mask, f"the inputs of {blocks[0][0]}", number)
         found.calls.append(calls)
         found.masks.append(mask)
-        if samples < INPUTS_KEPT:
+        if max(number, samples) < INPUTS_KEPT:  # with several ranks it may turn out to be too late
             found.inputs.append(inputs)
         hidden.append(done.hidden)
+        sizes[number] = len(done.hidden), done.hidden.shape[:-1].numel()
         samples += len(done.hidden)
-        tell(samples)
-    if number < 0:
+        tell(samples * ranks.count())
+    if max(ranks.everyones(number)) < 0:
         raise DataError("the calibration data gave no batch (a generator can be read only once)")
-    if not len(hidden):
+    found.place(sizes)
+    if not found.samples:
         raise DataError("all tokens of the calibration data are padding")
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from oats_vision import logs
+from oats_vision import logs, ranks
 from oats_vision.cli.common import messages
 from oats_vision.cli.flags import options_of, with_flags
 from oats_vision.errors import OatsVisionError, did_you_mean
@@ -72,6 +72,8 @@ def _of_the_machine(error: Exception) -> str | None:
 
 
 def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int:
+    if not ranks.speaks():
+        return status
     file = logs.written() if with_details else None
     details = f" (details: {file})" if file else ""
     sys.stderr.write(f"error: {' '.join(with_flags(message, _options()).split())}{details}\n")

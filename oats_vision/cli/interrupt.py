@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from oats_vision import ranks
+
 
 def guarded(command: Callable[[], object]) -> None:
     """Call a command; SIGINT, SIGTERM and SIGHUP end it in one line, with the status that shells give them."""
@@ -30,5 +32,6 @@ def guarded(command: Callable[[], object]) -> None:
         if not received:
             raise
     if received:
-        sys.stderr.write(f"stopped by {signal.Signals(received[0]).name}\n")
+        if ranks.speaks():
+            sys.stderr.write(f"stopped by {signal.Signals(received[0]).name}\n")
         sys.exit(128 + received[0])

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from torch import Tensor, dtype, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.collect import check_called, collect_statistics, warn_of_few
@@ -134,11 +135,18 @@ def compress_at_once(
             check_called(f"{name}.{linear_name}", linear_of(block, linear_name), statistic, tokens[linear_name])
         warn_of_few(name, tokens)
     asked = job.output_moments(index, name, block, parts)
-    before = shares_before(block, parts, report.layers)
-    for linear_name, share in zip(parts, before, strict=True):
-        clock.at("decomposing", index, share, linear_name, job.last_error)
+    before = dict(zip(parts, shares_before(block, parts, report.layers), strict=True))
+
+    def decomposed(linear_name: str) -> tuple[LayerReport, nn.Module]:
+        clock.at("decomposing", index, before[linear_name], linear_name, job.last_error)
         given = Given(statistics[linear_name], tokens[linear_name], outputs=asked.get(linear_name))
-        report.layers.append(compress_linear(job, block, name, linear_name, parts[linear_name], given))
+        layer = compress_linear(job, block, name, linear_name, parts[linear_name], given)
+        return layer, block.get_submodule(linear_name)
+
+    found = ranks.each(decomposed, list(parts), costs_of(block, parts, report.layers))
+    for linear_name, (layer, module) in zip(parts, found, strict=True):
+        block.set_submodule(linear_name, module)
+        report.layers.append(layer)
         begun()
     clock.at("decomposing", index, 1.0, error=job.last_error)
 
@@ -151,12 +159,16 @@ def shares_before(
     Args:
         layers: that were decomposed so far: where the last are the same ones of another block, by their times.
     """
-    before = layers[-len(parts) :] if parts else []
-    costs = [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
-    if len(before) == len(costs) and all(map(str.endswith, (layer.name for layer in before), parts)):
-        costs = [layer.seconds for layer in before]
-    done = [0.0, *accumulate(costs)]
+    done = [0.0, *accumulate(costs_of(block, parts, layers))]
     return [cost / max(done[-1], 1e-9) for cost in done[:-1]]
+
+
+def costs_of(block: nn.Module, parts: Mapping[str, list[PartBudget]], layers: Sequence[LayerReport]) -> Sequence[float]:
+    """What each of a block's decompositions will take, in no unit: see `shares_before`."""
+    before = layers[-len(parts) :] if parts else []
+    if len(before) == len(parts) and all(map(str.endswith, (layer.name for layer in before), parts)):
+        return [layer.seconds for layer in before]
+    return [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
 
 
 def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
@@ -201,10 +213,12 @@ def compress_linear(
     layers, factors_of = [], []
     for choice in choices:
         try:
-            factors = [
-                (part.name, job.method.decompose_for_output(W, given.statistic, part.budget, settings, outputs))
-                for W, part, outputs in zip(weights, choice, asked, strict=True)
-            ]
+            found = ranks.each(
+                lambda one: job.method.decompose_for_output(one[0], given.statistic, one[1].budget, settings, one[2]),
+                list(zip(weights, choice, asked, strict=True)),
+                rows,
+            )
+            factors = [(part.name, f) for part, f in zip(parts, found, strict=True)]
         except ValueError as unusable:
             raise DataError(f"{full}: {unusable}") from None
         factors_of.append(factors)
@@ -212,7 +226,8 @@ def compress_linear(
     best = 0
     if len(layers) > 1:
         errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
-        best = fastest(layers, errors, settings.error_tolerance, job.tokens_at_once(given.tokens), linear.weight.dtype)
+        limits = settings.error_tolerance, job.tokens_at_once(given.tokens), linear.weight.dtype
+        best = ranks.on_main(partial(fastest, layers, errors, *limits))  # by times, which are each rank's own
     layer, factors = layers[best], factors_of[best]
     check_storable(((f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)), job.storage)
     block.set_submodule(name, layer.to(linear.weight.dtype))

@@ -102,7 +102,7 @@ def compress(
                     lambda samples: clock.read(samples, expected),
                 )
             plan.linears.clear()  # so that the memory of those that are replaced is free
-            report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
+            report.samples = calls.samples
             if plan.slicing:
                 method = methods.find(settings.method)
                 assert isinstance(method, BlockMethod)

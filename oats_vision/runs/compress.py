@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from oats_vision import checkpoint
+from oats_vision import checkpoint, ranks
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.compression import methods, pipeline
 from oats_vision.compression import recover as recovery
@@ -291,6 +291,8 @@ def measure(
     """
     with display.counting("compressed model, held-out", reference.reader.unit, reference.count) as tell:
         result.cost, result.examples = reference.compare(model, tell)
+    if not ranks.is_main():
+        return
     try:
         result.speed = speed(model, reference, display, batch_size)
     except (RuntimeError, MemoryError, ModelError) as problem:  # the dense twin takes memory again

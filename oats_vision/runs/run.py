@@ -4,14 +4,14 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from oats_vision import checkpoint
+from oats_vision import checkpoint, ranks
 from oats_vision.analysis.html_report import draw_page
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.pipeline import compress
@@ -23,7 +23,7 @@ from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError
+from oats_vision.errors import CheckpointError, ConfigError, RankError
 from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
@@ -94,6 +94,8 @@ class FinishedRun:
 
     def write(self, display: Display) -> None:
         """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
+        if not ranks.is_main():
+            return
         out, examples = self.config.out, self.result.examples if self.config.report else []
         content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
         checkpoint.write_json(out / checkpoint.REPORT, content)
@@ -192,8 +194,10 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
     """
     if config.searched_for:
         raise ConfigError(f"{config.searched_for} is for `oats_vision.runs.search.search`")
-    with checkpoint.locked(config.out):
-        checkpoint.check_target(config.out, config.overwrite)
+    if config.recover:
+        ranks.refuse("`recover`")
+    with checkpoint.locked(config.out) if ranks.is_main() else nullcontext():
+        ranks.on_main(lambda: checkpoint.check_target(config.out, config.overwrite))
         return _run(config, display)
 
 
@@ -223,6 +227,8 @@ def _run(config: RunConfig, display: Display) -> FinishedRun:
 
 def write_merged(finished: FinishedRun, prepared: PreparedRun) -> None:
     """Write the model with dense weights S + U V beside the compressed ones."""
+    if not ranks.is_main():
+        return
     with checkpoint.new_directory(finished.config.out / checkpoint.MERGED, overwrite=False) as merged:
         dtype = dtype_of(str(finished.settings.storage_dtype))
         save_plain(merge(finished.result.model), prepared.source, dtype, merged)
@@ -241,6 +247,7 @@ def dry_run(
     Raises:
         OatsVisionError: something that was given is wrong.
     """
+    ranks.refuse("`dry_run`")
     checkpoint.check_target(config.out, config.overwrite)
     model, prepared = prepare(config, display)
     return try_out(model, prepared, prepared.settings, display, tell)
@@ -310,7 +317,7 @@ def compress_and_write(
             model, calibration.batches, settings, activation_memory=config.activation_memory, progress=progress
         )
     with display.status(f"writing {config.out}"):
-        checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer)
+        ranks.on_main(lambda: checkpoint.write(model, config.out, config.overwrite, prepared.tokenizer))
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
     return written(describe(model, report, prepared.parameters), config, settings, prepared, skipped)
 
@@ -400,6 +407,9 @@ def after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        log.warning("%s; measure it with: %s", complete, again)
+        raise
+    except RankError:
         log.warning("%s; measure it with: %s", complete, again)
         raise
     except Exception as problem:  # whatever it is, hours of work are not lost
