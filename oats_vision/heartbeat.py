@@ -58,7 +58,7 @@ class Heartbeat(threading.Thread):
                 self.look()
             except RuntimeError:  # of torch.distributed, where nobody answers
                 with self._lock:
-                    self.trouble = Trouble(0, "the store that torchrun keeps for all ranks is gone", "lost")
+                    self.trouble = Trouble(0, "it is gone, or the store that torchrun keeps for all ranks is", "lost")
             if self.trouble and not self._ended.is_set():
                 os.kill(os.getpid(), signal.SIGUSR1)
                 return

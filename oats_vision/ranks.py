@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from oats_vision.errors import ConfigError, RankError
+from oats_vision.errors import ConfigError, OatsVisionError, RankError
 from oats_vision.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
@@ -176,15 +176,14 @@ def _on_trouble(group: _Group) -> Any:
 
 def _end(group: _Group, problem: BaseException) -> None:
     """Tell the others why, and give the one that speaks the time to say it."""
-    stopped = not isinstance(problem, Exception)
     group.ending, heartbeat = True, group.heartbeat
-    if stopped:  # torchrun ends all ranks by a signal as soon as one is gone: was that it?
+    known, stopped = isinstance(problem, OatsVisionError), not isinstance(problem, Exception)
+    if not known:  # torchrun ends all ranks by a signal as soon as one is gone, which may come out as any error
         heartbeat.look()
         if heartbeat.trouble and heartbeat.trouble.kind != "stopped":
             group.ending = False
             group.check()
     if heartbeat.trouble is None:
-        known = isinstance(problem, Exception) and type(problem).__module__.startswith("oats_vision")
         what = str(problem) if known else f"{type(problem).__name__}: {problem}"
         heartbeat.report(" ".join(what.split()), "stopped" if stopped else "error")
     if not stopped and not speaks():

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -30,7 +31,10 @@ def run(command: Callable[[], object]) -> None:
         handler.addFilter(_in_flags)
     sys.unraisablehook = _unraisable
     threading.excepthook = _unraisable
-    sys.exit(status(command))
+    number = status(command)
+    if ranks.launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks once one has ended, and this one does
+    sys.exit(number)
 
 
 def status(command: Callable[[], object]) -> Any:
