@@ -14,7 +14,7 @@ def _terms(seed: int, count: int, width: int = 64) -> torch.Tensor:
     """float32 of very different sizes, which cancel here and there."""
     generator = torch.Generator().manual_seed(seed)
     terms = torch.randn(count, width, generator=generator) * 10 ** (
-        8 * torch.rand(count, width, generator=generator) - 4
+        12 * torch.rand(count, width, generator=generator) - 6
     )
     terms[-1, ::3] = -terms[:-1, ::3].sum(0)
     return terms
@@ -55,7 +55,7 @@ def test_the_sum_is_exact_to_40_bits(seed):
 
 def test_what_is_not_finite_stays_so():
     total = _total(torch.tensor([[1e300, math.inf, 1.0], [1e300, 1.0, math.nan]], dtype=torch.float64))
-    assert total.value()[0] == 2e300
+    assert total.value()[0].item() == pytest.approx(2e300, rel=1e-11)
     assert total.value()[1].isinf()
     assert total.value()[2].isnan()
 
