@@ -26,6 +26,10 @@ class CheckpointError(OatsVisionError):
     """A checkpoint cannot be written or is not a valid checkpoint."""
 
 
+class RankError(OatsVisionError):
+    """Another of the processes that share a run has failed, or is gone."""
+
+
 @contextmanager
 def saying(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     """Let what stops a run say how to go on, unless it says so already; wrong settings would not help it on.

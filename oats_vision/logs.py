@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from oats_vision import ranks
 from oats_vision.errors import ConfigError
 
 KEPT = 10  # log files
@@ -104,7 +105,7 @@ class _Shown(logging.Handler):
         self.verbose = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "shown", False):
+        if getattr(record, "shown", False) or not ranks.speaks():
             return
         ours = record.name.partition(".")[0] == "oats_vision"
         if not self.verbose and not (ours and record.levelno >= logging.WARNING):

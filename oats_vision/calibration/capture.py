@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.origin import NotFiniteError, origin_of
-from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.data.batches import Inputs, Reader, read_mine
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite
@@ -55,6 +56,9 @@ class BlockCalls:
     masks[b]: true for tokens that are no padding, (batch, tokens); None if there is none.
     inputs[b]: what the model was called with, of the first batches only.
     names[b]: of the samples in batch b, if they have any: files, or rows of a table.
+
+    With several ranks these are the batches of one of them. samples: in all batches of all ranks. before[b]: samples,
+    and tokens, in the batches that come before batch b among all.
     """
 
     device: torch.device
@@ -62,6 +66,21 @@ class BlockCalls:
     masks: list[Tensor | None] = field(default_factory=list)
     inputs: list[Inputs] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
+    samples: int = 0
+    before: list[tuple[int, int]] = field(default_factory=list)
+
+    def place(self, sizes: dict[int, tuple[int, int]]) -> None:
+        """Find where these batches stand among those of all ranks.
+
+        Args:
+            sizes: samples and tokens of each of these batches, by its number among all.
+        """
+        before, tokens = {}, 0
+        for number, (samples, of_batch) in ranks.in_order({number: (number, size) for number, size in sizes.items()}):
+            before[number] = (self.samples, tokens)
+            self.samples, tokens = self.samples + samples, tokens + of_batch
+        self.before = [before[number] for number in sizes]
+        self.inputs = [one for one, (first, _) in zip(self.inputs, self.before, strict=False) if first < INPUTS_KEPT]
 
     def call(self, index: int, batch: int) -> Call:
         """How block `index` is called in batch `batch`."""
@@ -81,6 +100,7 @@ def capture_block_calls(
     hidden: ActivationStore,
     unit: Literal["pictures", "sequences"] = "pictures",
     tell: Callable[[int], None] = lambda samples: None,
+    seen: Callable[[int, Inputs], None] = lambda number, inputs: None,
 ) -> BlockCalls:
     """Run the embedding of every batch, and keep the first block's inputs and what all blocks are given.
 
@@ -89,9 +109,12 @@ def capture_block_calls(
     each block is seen for every batch, at little more than the cost of the embedding. Where that gives the blocks of
     the first batch something else, every batch runs through the whole model.
 
+    With several ranks, each keeps its share of the batches.
+
     Args:
         data: batches; see `read_batches`.
-        tell: called after each batch with how many pictures (or sequences) were read so far.
+        tell: called after each batch with how many pictures (or sequences) were read so far, by all ranks about.
+        seen: called with each of these batches, and its number among those of all ranks.
 
     Raises:
         ModelError: something happens to the hidden states between two blocks, or blocks do not run once and in order.
@@ -111,8 +134,9 @@ def capture_block_calls(
         done.check(blocks)
         return done
 
-    number, samples, read = -1, 0, 0
-    for number, inputs in enumerate(read_batches(data, Reader.of(model, unit))):
+    number, samples, read, sizes = -1, 0, 0, dict[int, tuple[int, int]]()
+    for number, inputs in read_mine(data, Reader.of(model, unit)):
+        seen(number, inputs)
         mask, read = inputs.padding_mask, read + len(inputs.tensor)
         names = list(getattr(data, "names", ()))[read - len(inputs.tensor) : read]
         if mask is not None and not mask.any():
@@ -134,14 +158,16 @@ def capture_block_calls(
         found.calls.append(calls)
         found.masks.append(mask)
         found.names.append(names)
-        if samples < INPUTS_KEPT:
+        if max(number, samples) < INPUTS_KEPT:  # with several ranks it may turn out to be too late
             found.inputs.append(inputs)
         hidden.append(done.hidden)
+        sizes[number] = len(done.hidden), done.hidden.shape[:-1].numel()
         samples += len(done.hidden)
-        tell(samples)
-    if number < 0:
+        tell(samples * ranks.count())
+    if max(ranks.everyones(number)) < 0:
         raise DataError("the calibration data gave no batch (a generator can be read only once)")
-    if not len(hidden):
+    found.place(sizes)
+    if not found.samples:
         raise DataError("all tokens of the calibration data are padding")
     return found
 

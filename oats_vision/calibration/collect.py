@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.explained import explained
@@ -32,6 +33,8 @@ def collect_statistics(
     tell: Callable[[float], None],
 ) -> tuple[dict[str, Statistic], dict[str, int]]:
     """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
+
+    With several ranks each runs its own batches; what is returned is of all.
 
     Args:
         linears: by name in the block.
@@ -69,7 +72,10 @@ def collect_statistics(
         finally:
             for handle in handles:
                 handle.remove()
-    return statistics, tokens
+    for statistic in statistics.values():
+        statistic.over_ranks()
+    counts = ranks.everyones(tokens)
+    return statistics, {name: sum(count[name] for count in counts) for name in tokens}
 
 
 def counted(x: Tensor, mask: Tensor | None, name: str, batch: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.capture import INPUTS_KEPT, BlockCalls, call_model, no_cache, split_call
+from oats_vision.calibration.sums import Sum
 from oats_vision.data.batches import Inputs
 from oats_vision.models.families import Structure
 from oats_vision.models.head import class_logits, has_head
@@ -55,16 +56,16 @@ def output_sensitivity(
     What is not finite is left out: the pass through the blocks says where it comes from.
     """
     blocks = structure.named_blocks(model)
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Sum] = {}
     for block_name, names in linears.items():
         for linear in names:
             weight = model.get_submodule(f"{block_name}.{linear}").weight
             assert isinstance(weight, Tensor)
-            sums[f"{block_name}.{linear}"] = torch.zeros(len(weight), dtype=torch.float64, device=calls.device)
-    runs, samples = len(calls.inputs) * projections * len(blocks), 0
+            sums[f"{block_name}.{linear}"] = Sum(len(weight), device=calls.device)
+    runs = len(calls.inputs) * projections * len(blocks)
     for batch, inputs in enumerate(calls.inputs):
         dense = run_dense(model, structure, blocks, inputs, batch)
-        first, samples = samples, samples + len(dense.inputs[0])
+        first, _ = calls.before[batch]
         for projection in range(projections):
             gradient = dense.gradient(seed * projections + projection, first, calls.masks[batch])
             if gradient is None:
@@ -77,11 +78,12 @@ def output_sensitivity(
                 for linear, at in found.items():
                     if not all_finite(at):
                         continue
-                    sums[f"{name}.{linear}"] += at.float().square().flatten(0, -2).sum(0, dtype=torch.float64)
+                    sums[f"{name}.{linear}"].add(at.float().square().flatten(0, -2).sum(0, dtype=torch.float64))
                 tell(((batch * projections + projection + 1) * len(blocks) - index) / runs)
     for total in sums.values():
-        total /= min(samples, INPUTS_KEPT) * projections
-    return sums
+        total.over_ranks()
+    samples = min(calls.samples, INPUTS_KEPT) * projections
+    return {name: total.value() / samples for name, total in sums.items()}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.gradients import backward_through, output_sensitivity
@@ -85,6 +86,11 @@ class OutputGradients:
                     log.warning("%s.%s: gradients at its outputs are not finite: not weighed by these", name, linear)
                     continue
                 found.setdefault(linear, Gram(rows.shape[1], rows.device)).update(rows)
+        known = {linear for of_rank in ranks.everyones(set(found)) for linear in of_rank}
+        for linear in filter(known.__contains__, linears):
+            weight = block.get_submodule(linear).weight
+            assert isinstance(weight, Tensor)
+            found.setdefault(linear, Gram(len(weight), weight.device)).over_ranks()
         return found
 
 

@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from oats_vision import ranks
+from oats_vision.calibration.sums import Sum
 from oats_vision.core.joint import Correlations
 from oats_vision.core.oats import column_scale
 from oats_vision.models.values import all_finite
@@ -15,6 +17,9 @@ class Statistic(Protocol):
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen; all call it, once, when they have seen all of theirs."""
 
     def compute(self) -> Tensor:
         """The statistic, float64. Raises ValueError if no token was seen."""
@@ -27,7 +32,8 @@ class SecondMoment:
     """Mean of the squares of each input feature over all tokens (OATS, section 3.2).
 
     Squares are summed in float32 over a few hundred tokens and in float64 beyond, so that the result is the
-    same to 1e-6 however the tokens were batched. Values whose squares overflow float32 are squared in float64.
+    same to 1e-6 however the tokens were batched, and to the last bit in whatever order the batches come. Values whose
+    squares overflow float32 are squared in float64.
 
     >>> moment = SecondMoment(2)
     >>> moment.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
@@ -36,18 +42,24 @@ class SecondMoment:
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.total = Sum(in_features, device=device)
         self.tokens = 0
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
-        tokens = _tokens(inputs, mask)
+        tokens, total = _tokens(inputs, mask), torch.zeros_like(self.total.high)
         for chunk in tokens.split(512):
             squares = (chunk if chunk.dtype == torch.float64 else chunk.float()).square().sum(0)
             if not squares.isfinite().all():
                 squares = chunk.double().square_().sum(0)
-            self.total += squares
+            total += squares
+        self.total.add(total)
         self.tokens += len(tokens)
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen."""
+        self.total.over_ranks()
+        self.tokens = sum(ranks.everyones(self.tokens))
 
     def compute(self) -> Tensor:
         """The second moment, (in_features,), float64.
@@ -57,7 +69,7 @@ class SecondMoment:
         """
         if not self.tokens:
             raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
-        return self.total / self.tokens
+        return self.total.value() / self.tokens
 
     def scale(self) -> Tensor:
         """D = sqrt(second moment), finite and positive, (in_features,)."""
@@ -87,6 +99,11 @@ class MedianMagnitude:
             self.counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
         self.tokens += len(tokens)
 
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen."""
+        self.counts = ranks.combined([self.counts], lambda parts: parts[0].sum(0, dtype=torch.int32))
+        self.tokens = sum(ranks.everyones(self.tokens))
+
     def compute(self) -> Tensor:
         """The median of |x|, (in_features,), float64; zero where the median feature value is (almost) zero.
 
@@ -110,33 +127,38 @@ class MeanAndVariance(SecondMoment):
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
-        self.sum = torch.zeros_like(self.total)
+        self.sum = Sum(in_features, device=device)
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
         super().update(inputs, mask)
-        for chunk in _tokens(inputs, mask).split(512):
-            self.sum += chunk.sum(0, dtype=torch.float64)
+        self.sum.add(_tokens(inputs, mask).sum(0, dtype=torch.float64))
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen."""
+        super().over_ranks()
+        self.sum.over_ranks()
 
     def mean_and_variance(self) -> tuple[Tensor, Tensor]:
         """Both (in_features,), float64, finite. Raises ValueError if no token was seen."""
         moment = self.compute()
-        mean = self.sum / self.tokens
+        mean = self.sum.value() / self.tokens
         return mean.nan_to_num(0.0, 0.0, 0.0), (moment - mean.square()).clamp_min(0).nan_to_num(0.0, 0.0)
 
 
 class Gram:
     """Mean of x x^T over all tokens x: the second moments of all pairs of input features (for SparseGPT).
 
-    Products are summed in float32 over a batch (in float64 if they overflow) and in float64 beyond. The mean is
-    symmetric: blocks of rows are computed from the diagonal on, which is little more than half of the work.
+    Products are summed in float32 over a batch (in float64 if they overflow) and beyond it without rounding, so that
+    the order of the batches changes nothing. The mean is symmetric: blocks of rows are computed from the diagonal on,
+    which is little more than half of the work.
     """
 
     BLOCK = 512  # rows
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.upper = [
-            torch.zeros(min(self.BLOCK, in_features - first), in_features - first, dtype=torch.float64, device=device)
+            Sum(min(self.BLOCK, in_features - first), in_features - first, device=device)
             for first in range(0, in_features, self.BLOCK)
         ]
         self.tokens = 0
@@ -150,10 +172,17 @@ class Gram:
         for chunk in tokens.chunk(max(1, -(-len(tokens) // 8192))):
             x = chunk if chunk.dtype == torch.float64 else chunk.float()
             for first, block in zip(range(0, x.shape[1], self.BLOCK), self.upper, strict=True):
-                left, right = x[:, first : first + len(block)], x[:, first:]
+                left, right = x[:, first : first + self.BLOCK], x[:, first:]
                 product = left.T @ right
-                block += product if all_finite(product) else left.double().T @ right.double()
+                block.add(product if all_finite(product) else left.double().T @ right.double())
         self.tokens += len(tokens)
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen."""
+        for block in self.upper:
+            block.over_ranks()
+        self.tokens = sum(ranks.everyones(self.tokens))
+        self._mean = self._correlations = None
 
     def compute(self) -> Tensor:
         """The mean of x x^T, (in_features, in_features), float64; not to be changed.
@@ -164,11 +193,11 @@ class Gram:
         if not self.tokens:
             raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
         if self._mean is None:
-            width = self.upper[0].shape[1]
-            self._mean = mean = self.upper[0].new_empty(width, width)
+            width = self.upper[0].high.shape[1]
+            self._mean = mean = self.upper[0].high.new_empty(width, width)
             for first, block in zip(range(0, width, self.BLOCK), self.upper, strict=True):
-                last = first + len(block)
-                mean[first:last, first:] = block / self.tokens
+                last = first + len(block.high)
+                mean[first:last, first:] = block.value() / self.tokens
                 mean[last:, first:last] = mean[first:last, last:].T
         return self._mean
 
@@ -190,11 +219,11 @@ class Gram:
 class CrossMoment:
     """Mean of y x^T over all tokens: what two streams have in common.
 
-    Products are summed in float32 over a batch and in float64 beyond, as in `Gram`.
+    Products are summed in float32 over a batch and without rounding beyond, as in `Gram`.
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.total = Sum(rows, columns, device=device)
         self.tokens = 0
 
     def update(self, y: Tensor, x: Tensor) -> None:
@@ -202,14 +231,19 @@ class CrossMoment:
         wide = torch.promote_types(torch.promote_types(y.dtype, x.dtype), torch.float32)
         for left, right in zip(y.split(8192), x.split(8192), strict=True):
             product = left.to(wide).T @ right.to(wide)
-            self.total += product if all_finite(product) else left.double().T @ right.double()
+            self.total.add(product if all_finite(product) else left.double().T @ right.double())
         self.tokens += len(y)
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen."""
+        self.total.over_ranks()
+        self.tokens = sum(ranks.everyones(self.tokens))
 
     def compute(self) -> Tensor:
         """The mean of y x^T, (rows, columns), float64. Raises ValueError if no token was seen."""
         if not self.tokens:
             raise ValueError("no token was seen: the calibration inputs are empty or all masked out")
-        return self.total / self.tokens
+        return self.total.value() / self.tokens
 
 
 class NoScale:
@@ -220,6 +254,9 @@ class NoScale:
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Nothing is kept."""
+
+    def over_ranks(self) -> None:
+        """Nor shared."""
 
     def compute(self) -> Tensor:
         """Ones, (in_features,)."""

@@ -6,11 +6,14 @@ goes on once the linear is replaced. What waits takes memory; batches beyond a l
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
 from greenlet import greenlet
 from torch import Tensor, nn
+
+from oats_vision import ranks
 
 Start = Callable[[int], Tensor]  # the block's output for a batch, by its number
 
@@ -127,13 +130,14 @@ class Walk:
         self.running.stream = args[0].detach()
 
     def stops(self) -> Iterator[str]:
-        """The linears in the order in which batches come to them; all are waited for before the next one."""
+        """The linears in the order in which batches come to them, on any rank; all are waited for before the next."""
         order, passed = list(self.linears), set[str]()
         while True:
             for run in self.runs:
                 while run.kept and (not run.waits_at or run.waits_at in passed) and run.output is None:
                     run._go_on()
-            waited_for = [run.waits_at for run in self.runs if run.kept and run.output is None]
+            own = [run.waits_at for run in self.runs if run.kept and run.output is None]
+            waited_for = list(chain.from_iterable(ranks.everyones(own)))
             rest = waited_for or [linear for linear in order if linear not in passed][:1]  # of batches that do not wait
             if not rest:
                 return

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from oats_vision import logs
+from oats_vision import logs, ranks
 from oats_vision.cli.common import messages
 from oats_vision.cli.help import WHAT
 from oats_vision.cli.options import Json, LogFile, Verbose, option, with_settings
 from oats_vision.display import Display
 from oats_vision.models.loading import provider_of
-from oats_vision.runs.config import load_run_config
+from oats_vision.runs.config import RunConfig, load_run_config
 
 EXAMPLES = """\
 a backbone, on a folder of pictures without labels
@@ -50,10 +50,19 @@ def compress(
     chosen = load_run_config(config, settings)
     provider_of(chosen.model)
     chosen.check_data()
+    with ranks.joined(chosen.device):
+        messages.quiet = not ranks.is_main()
+        _compress(chosen, as_json)
+
+
+def _compress(chosen: RunConfig, as_json: bool) -> None:
+    """Do what is asked for, and print what came of it."""
     from oats_vision.cli.compress_output import print_finished, print_plan, print_time
     from oats_vision.runs.run import dry_run, run  # seconds: not before all that was given is seen to be right
     from oats_vision.runs.search import dry_search, search
 
+    if chosen.searched_for:
+        ranks.refuse(f"`{chosen.searched_for}`")
     if chosen.dry_run and chosen.searched_for:
         planned, estimate, trials = dry_search(
             chosen, Display(messages), (lambda planned: None) if as_json else print_plan
@@ -71,4 +80,6 @@ def compress(
         else:
             print_time(planned, estimate)
     else:
-        print_finished(run(chosen, Display(messages)), as_json)
+        finished = run(chosen, Display(messages))
+        if ranks.is_main():
+            print_finished(finished, as_json)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import typer
 
-from oats_vision import logs
+from oats_vision import logs, ranks
 from oats_vision.cli.common import messages
 from oats_vision.cli.flags import options_of, with_flags
 from oats_vision.errors import OatsVisionError, did_you_mean, notes
@@ -30,7 +31,10 @@ def run(command: Callable[[], object]) -> None:
         handler.addFilter(_in_flags)
     sys.unraisablehook = _unraisable
     threading.excepthook = _unraisable
-    sys.exit(status(command))
+    number = status(command)
+    if ranks.launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks once one has ended, and this one does
+    sys.exit(number)
 
 
 def status(command: Callable[[], object]) -> Any:
@@ -77,6 +81,8 @@ def _noted(message: str, error: Exception) -> str:
 
 
 def _failed(message: str, *, with_details: bool = False, status: int = 1) -> int:
+    if not ranks.speaks():
+        return status
     file = logs.written() if with_details else None
     details = f" (details: {file})" if file else ""
     sys.stderr.write(f"error: {' '.join(with_flags(message, _options()).split())}{details}\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oats_vision import logs
+from oats_vision import logs, ranks
 from oats_vision.cli.common import messages, results
 from oats_vision.cli.fields import given_fields, with_fields
 from oats_vision.cli.flags import flag, with_flags
@@ -69,20 +69,23 @@ def evaluation_command(protocol: Protocol[Any]) -> Callable[..., None]:
         from oats_vision.runs.evaluate import evaluate
 
         display = Display(messages)
-        done = evaluate(
-            protocol,
-            settings,
-            model,
-            display,
-            dense=dense,
-            no_dense=no_dense,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            say=lambda line: messages.print(with_flags(line), soft_wrap=True),
-        )
-        _show(done, model, as_json)
-        done.keep(display)  # last: a damaged report must not lose what was measured
+        with ranks.joined(device):
+            messages.quiet = not ranks.is_main()
+            done = evaluate(
+                protocol,
+                settings,
+                model,
+                display,
+                dense=dense,
+                no_dense=no_dense,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                say=lambda line: messages.print(with_flags(line), soft_wrap=True),
+            )
+            if ranks.is_main():
+                _show(done, model, as_json)
+                done.keep(display)  # last: a damaged report must not lose what was measured
 
     command.__doc__ = with_flags(protocol.words)
     command.__name__ = protocol.name

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from oats_vision import ranks
 from oats_vision.errors import notes
 
 
@@ -37,5 +38,6 @@ def guarded(command: Callable[[], object]) -> None:
             raise
         said += notes(stopped)
     if received:
-        sys.stderr.write(": ".join([f"stopped by {signal.Signals(received[0]).name}", *said[:1]]) + "\n")
+        if ranks.speaks():
+            sys.stderr.write(": ".join([f"stopped by {signal.Signals(received[0]).name}", *said[:1]]) + "\n")
         sys.exit(128 + received[0])

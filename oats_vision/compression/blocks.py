@@ -9,6 +9,7 @@ from itertools import accumulate
 
 from torch import Tensor, dtype, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.collect import check_called, collect_statistics, warn_of_few
@@ -149,11 +150,16 @@ def compress_at_once(
             check_called(f"{name}.{linear_name}", linear_of(block, linear_name), statistic, tokens[linear_name])
         warn_of_few(name, tokens)
     asked = job.output_moments(index, name, block, parts)
-    before = shares_before(block, parts, report.layers)
-    for linear_name, share in zip(parts, before, strict=True):
-        clock.at("decomposing", index, share, linear_name, job.last_error)
+    before = dict(zip(parts, shares_before(block, parts, report.layers), strict=True))
+
+    def decompose(linear_name: str) -> Outcome:
+        clock.at("decomposing", index, before[linear_name], linear_name, job.last_error)
         given = Given(statistics[linear_name], tokens[linear_name], outputs=asked.get(linear_name))
-        compress_linear(job, block, name, linear_name, parts[linear_name], given, begun)
+        return outcome_of(job, f"{name}.{linear_name}", linear_of(block, linear_name), parts[linear_name], given)
+
+    found = ranks.each(decompose, list(parts), costs_of(block, parts, report.layers))
+    for linear_name, outcome in zip(parts, found, strict=True):
+        put(job, block, name, linear_name, outcome, begun)
     clock.at("decomposing", index, 1.0, error=job.last_error)
 
 
@@ -165,12 +171,16 @@ def shares_before(
     Args:
         layers: that were decomposed so far: where the last are the same ones of another block, by their times.
     """
-    before = layers[-len(parts) :] if parts else []
-    costs = [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
-    if len(before) == len(costs) and all(map(str.endswith, (layer.name for layer in before), parts)):
-        costs = [layer.seconds for layer in before]
-    done = [0.0, *accumulate(costs)]
+    done = [0.0, *accumulate(costs_of(block, parts, layers))]
     return [cost / max(done[-1], 1e-9) for cost in done[:-1]]
+
+
+def costs_of(block: nn.Module, parts: Mapping[str, list[PartBudget]], layers: Sequence[LayerReport]) -> Sequence[float]:
+    """What each of a block's decompositions will take, in no unit: see `shares_before`."""
+    before = layers[-len(parts) :] if parts else []
+    if len(before) == len(parts) and all(map(str.endswith, (layer.name for layer in before), parts)):
+        return [layer.seconds for layer in before]
+    return [float(block.get_submodule(name).weight.numel()) for name in parts]  # type: ignore[operator]
 
 
 def apply_block(job: Job, index: int, name: str, block: nn.Module) -> None:
@@ -198,6 +208,15 @@ class Given:
     outputs: Gram | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a linear: the layer to put in its place, unless it stays dense, and what was odd about it."""
+
+    layer: SparseLowRankLinear | None
+    report: LayerReport | None
+    exception: LayerException | None
+
+
 def compress_linear(
     job: Job,
     block: nn.Module,
@@ -216,8 +235,13 @@ def compress_linear(
         UnusableLayerError: it cannot be decomposed.
         ConfigError: what it is decomposed into cannot be stored.
     """
-    full, linear = f"{block_name}.{name}", linear_of(block, name)
-    weight, why = linear.weight, ""
+    outcome = outcome_of(job, f"{block_name}.{name}", linear_of(block, name), parts, given)
+    put(job, block, block_name, name, outcome, begun)
+
+
+def outcome_of(job: Job, full: str, linear: nn.Linear, parts: list[PartBudget], given: Given) -> Outcome:
+    """Decompose a linear, whose full name this is; errors as of `compress_linear`."""
+    why = ""
     try:
         layer, done, why = decomposed(job, full, linear, parts, given)
     except (UnusableLayerError, ConfigError) as unusable:
@@ -225,19 +249,27 @@ def compress_linear(
             raise
         why = unusable.reason if isinstance(unusable, UnusableLayerError) else str(unusable)
     if why:
-        exception = LayerException(full, why, dense=True, parameters=weight.numel())
-        log.warning("%s stays dense: %s", full, why)
+        return Outcome(None, None, LayerException(full, why, dense=True, parameters=linear.weight.numel()))
+    odd = oddity(linear.weight, given.statistic, given.tokens)
+    return Outcome(layer, done, LayerException(full, odd) if odd else None)
+
+
+def put(job: Job, block: nn.Module, block_name: str, name: str, outcome: Outcome, begun: Callable[[], object]) -> None:
+    """Put the compressed layer in its linear's place, if there is one, and note what became of it."""
+    exception = outcome.exception
+    if exception:
         job.report.exceptions.append(exception)
+    if outcome.layer is None or outcome.report is None:
+        assert exception is not None
+        log.warning("%s stays dense: %s", exception.name, exception.reason)
         job.layer_done(block_name, exception)
         return
-    if odd := oddity(weight, given.statistic, given.tokens):
-        job.report.exceptions.append(LayerException(full, odd))
-        if given.tokens:  # of experts without tokens there is one warning for all
-            log.warning("%s: %s", full, odd)
-    block.set_submodule(name, layer.to(weight.dtype))
-    job.report.layers.append(done)
+    if exception and outcome.report.tokens:  # of experts without tokens there is one warning for all
+        log.warning("%s: %s", exception.name, exception.reason)
+    block.set_submodule(name, outcome.layer.to(linear_of(block, name).weight.dtype))
+    job.report.layers.append(outcome.report)
     begun()
-    job.layer_done(block_name, done)
+    job.layer_done(block_name, outcome.report)
 
 
 def decomposed(
@@ -263,18 +295,20 @@ def decomposed(
             for n, end in zip(rows, accumulate(rows), strict=True)
         ]
         for choice in choices:
-            factors = [
-                (part.name, job.method.decompose_for_output(W, given.statistic, part.budget, settings, outputs))
-                for W, part, outputs in zip(weights, choice, asked, strict=True)
-            ]
-            factors_of.append(factors)
+            found = ranks.each(
+                lambda one: job.method.decompose_for_output(one[0], given.statistic, one[1].budget, settings, one[2]),
+                list(zip(weights, choice, asked, strict=True)),
+                rows,
+            )
+            factors_of.append([(part.name, factors) for part, factors in zip(parts, found, strict=True)])
     except UNUSABLE as problem:
         raise UnusableLayerError(full, str(problem)) from None
     layers = [SparseLowRankLinear.from_factors(factors, linear.bias, job.storage) for factors in factors_of]
     best = 0
     if len(layers) > 1:
         errors = [max(f.error if f.output_error is None else f.output_error for _, f in fs) for fs in factors_of]
-        best = fastest(layers, errors, settings.error_tolerance, job.tokens_at_once(given.tokens), linear.weight.dtype)
+        limits = settings.error_tolerance, job.tokens_at_once(given.tokens), linear.weight.dtype
+        best = ranks.on_main(partial(fastest, layers, errors, *limits))  # by times, which are each rank's own
     layer, factors = layers[best], factors_of[best]
     matrices = [(f"{full} ({part})", factor) for part, f in factors for factor in (f.S, f.U, f.V)]
     if bad := next((part for part, factor in matrices if not all_finite(factor)), ""):

@@ -34,6 +34,12 @@ class Seen:
         if self.gram is not self.own:
             self.gram.update(inputs, mask)
 
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen."""
+        self.own.over_ranks()
+        if self.gram is not self.own:
+            self.gram.over_ranks()
+
     def compute(self) -> Tensor:
         """The mean of x x^T."""
         return self.gram.compute()

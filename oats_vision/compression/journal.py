@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from oats_vision import ranks
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.files import replacing, sync, why
 from oats_vision.under_way import LAYERS, RUN_LOG, STATUS
@@ -40,6 +41,10 @@ class Block(NamedTuple):
 class Journal:
     """The folder of a run that may be stopped; it is made once the run has begun.
 
+    With several ranks the main one reads and writes, and the others know what it knows.
+
+    done: how many blocks are finished, from the first on.
+
     Args:
         folder: whose parent exists. One run at a time may use it, which is for the caller to see to.
         again: what a message tells to do for a fresh start.
@@ -51,7 +56,7 @@ class Journal:
     def __init__(self, folder: Path, again: str = "delete that folder") -> None:
         self.folder, self.again = folder, again
         self._facts: dict[str, Any] = {}
-        self._state = self._read()
+        self._state, self.done = ranks.on_main(lambda: (state := self._read(), self._finished(state)))
 
     @property
     def blocks(self) -> int:
@@ -59,10 +64,10 @@ class Journal:
         blocks: int = self._state.get("blocks", 0)
         return blocks
 
-    @property
-    def done(self) -> int:
-        """How many are finished, from the first on."""
-        return next(i for i in range(self.blocks + 1) if i == self.blocks or not self._file(i).is_file())
+    def _finished(self, state: Mapping[str, Any]) -> int:
+        """How many blocks of a run are in their files, from the first on."""
+        blocks: int = state.get("blocks", 0)
+        return next(i for i in range(blocks + 1) if i == blocks or not self._file(i).is_file())
 
     @property
     def how_to_go_on(self) -> str:
@@ -112,9 +117,10 @@ class Journal:
             )
         if not self.blocks:
             self._state = {"format": FORMAT, "format_version": VERSION} | self._state
-            with self._writing():
-                self.folder.mkdir(exist_ok=True)
-                sync(self.folder.resolve().parent)
+            if ranks.is_main():
+                with self._writing():
+                    self.folder.mkdir(exist_ok=True)
+                    sync(self.folder.resolve().parent)
             self.note(facts=self._facts, machine=dict(machine), blocks=blocks)
 
     def note(self, **found: Any) -> None:
@@ -124,8 +130,9 @@ class Journal:
             CheckpointError: it cannot be written.
         """
         state = self._state | found
-        with self._writing(), replacing(self.folder / STATE) as temporary:
-            temporary.write_text(json.dumps(state, indent=2) + "\n")
+        if ranks.is_main():
+            with self._writing(), replacing(self.folder / STATE) as temporary:
+                temporary.write_text(json.dumps(state, indent=2) + "\n")
         self._state = state
 
     def noted(self, name: str) -> Any:
@@ -138,9 +145,11 @@ class Journal:
         Raises:
             CheckpointError: it cannot be written.
         """
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with self._writing(), replacing(self._file(index)) as temporary:
-            save_file(stored, temporary, metadata={"figures": json.dumps(figures)})
+        if ranks.is_main():
+            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            with self._writing(), replacing(self._file(index)) as temporary:
+                save_file(stored, temporary, metadata={"figures": json.dumps(figures)})
+        self.done += index == self.done
 
     def block(self, index: int) -> Block | None:
         """A finished block.
@@ -148,6 +157,9 @@ class Journal:
         Raises:
             CheckpointError: its file is damaged.
         """
+        return ranks.on_main(lambda: self._block(index))
+
+    def _block(self, index: int) -> Block | None:
         file = self._file(index)
         if not file.is_file():
             return None
@@ -161,9 +173,10 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the folder, of a run that is finished or that is to begin again."""
-        (self.folder / STATE).unlink(missing_ok=True)  # first: without it the rest is no run
-        self._clear()
-        self._state = {}
+        if ranks.is_main():
+            (self.folder / STATE).unlink(missing_ok=True)  # first: without it the rest is no run
+            self._clear()
+        self._state, self.done = {}, 0
 
     def restart(self) -> None:
         """Begin again, but for what has become of the output."""

@@ -24,7 +24,7 @@ from oats_vision.compression.record import CompressionRecord, CompressionReport
 from oats_vision.compression.sequence import compress_block
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.sharing import Parts, share_out
-from oats_vision.data.batches import Reader, expected_samples
+from oats_vision.data.batches import expected_samples
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.families import Family, Structure
 from oats_vision.models.families.find import refuse_wrappers
@@ -105,7 +105,7 @@ def compress(
         share = STREAM if settings.targets else 1.0
         journal = None if plan.slicing else journal
         weights = resume.dense_digest(model) if journal else ""
-        data = resume.Noted(calibration, Reader.of(model, structure.family.unit)) if journal else calibration
+        data = resume.Noted()
         with ActivationStore(share * activation_memory * 1e9) as hidden:
             clock.read(0, expected)
             # what is not compressed is stored rounded too, and must be calibrated so
@@ -115,13 +115,14 @@ def compress(
                 calls = capture_block_calls(
                     model,
                     plan.blocks,
-                    data,
+                    calibration,
                     hidden,
                     structure.family.unit,
                     lambda samples: clock.read(samples, expected),
+                    data.note if journal else lambda number, inputs: None,
                 )
             plan.linears.clear()  # so that the memory of those that are replaced is free
-            report.samples = sum(len(hidden[b]) for b in range(len(hidden)))
+            report.samples = calls.samples
             if journal:
                 resume.begin(journal, model, settings, data, len(plan.blocks), weights)
             if plan.slicing:

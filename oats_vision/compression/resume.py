@@ -5,7 +5,7 @@ blocks, in far less time than these took.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.compression.blocks import Job, apply_block
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.journal import Block, Journal
@@ -21,7 +22,7 @@ from oats_vision.compression.sequence import sharing_weights
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.sharing import Parts
 from oats_vision.core.budget import Budget, Pattern
-from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.data.batches import Inputs
 from oats_vision.machine import machine
 from oats_vision.models.record import record_of
 from oats_vision.models.structure import floating
@@ -33,25 +34,18 @@ WEIGHTS, DATA = "SHA-256 of the dense weights", "SHA-256 of the calibration data
 
 
 class Noted:
-    """Calibration data, of which a digest is made as they are read.
+    """Digests of the calibration data, which are made as they are read."""
 
-    digests: of each batch that was read.
-    """
+    def __init__(self) -> None:
+        self.digests: dict[int, str] = {}
 
-    def __init__(self, data: Any, reader: Reader) -> None:
-        self.data, self.reader = data, reader
-        self.digests: list[str] = []
+    def note(self, number: int, inputs: Inputs) -> None:
+        """Take in a batch, by its number among those of all ranks."""
+        self.digests[number] = _digest(inputs)
 
-    def __iter__(self) -> Iterator[Any]:
-        self.digests = []
-        for inputs in read_batches(self.data, self.reader):
-            self.digests.append(_digest(inputs))
-            yield inputs.values if inputs.by_name else inputs.tensor
-
-    @property
     def digest(self) -> str:
-        """Of all batches, in their order, by which sums are rounded."""
-        return hashlib.sha256(" ".join(self.digests).encode()).hexdigest()
+        """Of all batches of all ranks, in their order: that of the sums' terms."""
+        return hashlib.sha256(" ".join(ranks.in_order(self.digests)).encode()).hexdigest()
 
 
 def begin(
@@ -68,10 +62,10 @@ def begin(
     """
     first = floating(model)
     facts = {
-        **settings.model_dump(mode="json"),
+        **settings.model_dump(mode="json", exclude={"on_bad_layer"}),  # by which a run that was stopped may go on
         "dtype": str(first.dtype).removeprefix("torch."),
         WEIGHTS: weights,
-        DATA: data.digest,
+        DATA: data.digest(),
         "version of oats_vision": version("oats_vision"),
     }
     journal.begin(facts, blocks, machine(first.device))

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import check_finite_states
 from oats_vision.calibration.collect import check_called, counted, warn_of_few
@@ -75,13 +76,15 @@ def _compress_in_sequence(
     shares = shares_before(block, parts, report.layers)
     dense_block = sharing_weights(block)
     asked = job.output_moments(index, name, dense_block, parts)
-    known = writers(
-        dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
+    known = ranks.on_main(
+        lambda: writers(
+            dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
+        )
     )
     norm = next((writer.norm for writer in known.values() if writer.norm), "")
     own = [linear_of(block, linear) for linear in parts]
-    wait = 2 + max((one.in_features + one.out_features for one in own), default=0) / hidden[0].shape[-1]
-    waiting = [int(hidden[b].nbytes * wait) for b in range(len(hidden))]
+    widest = max((one.in_features + one.out_features for one in own), default=0)
+    waiting = [int(hidden[b].nbytes * (2 + widest / hidden[b].shape[-1])) for b in range(len(hidden))]
     memory = max(hidden.memory_limit - hidden.in_memory, 0.0)
     with (
         Walk(block, list(parts), lambda b: calls.run(block, index, b, hidden[b]), waiting, memory, norm) as ours,
@@ -99,8 +102,9 @@ def _compress_in_sequence(
         for linear, share in zip(ours.stops(), shares, strict=True):
             clock.at("statistics", index, share)
             writer = known.get(linear)
-            if moments is None or writer is not None or not moments.read_by(ours):
+            if moments is None or writer is not None or not ranks.broadcast(moments.read_by(ours)):
                 moments = gather(job, ours, dense, linear, f"{name}.{linear}", writer, dense_hidden)
+                moments.over_ranks()
             tokens[linear] = moments.tokens
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
             clock.at("decomposing", index, share, linear, job.last_error)
@@ -143,6 +147,17 @@ class Moments:
             return False
         batch, tensor = self.inputs
         return walk.runs[batch].inputs is tensor
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have gathered."""
+        self.statistic.over_ranks()
+        if self.gram is not self.statistic:
+            self.gram.over_ranks()
+        if any(ranks.everyones(self.cross is None)):
+            self.cross = None
+        if self.cross is not None:
+            self.cross.over_ranks()
+        self.tokens = sum(ranks.everyones(self.tokens))
 
     def target(self, weight: Tensor, damping: float) -> Tensor | None:
         """The weight to aim at, in float32 or better; None for its own."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.collect import collect_statistics
@@ -173,23 +174,29 @@ def _measured(
         return Seen(method, settings, in_features, device)
 
     for done, (block_name, block, statistics) in enumerate(_dense_pass(plan, hidden, calls, new_statistic)):
+
+        def curve(
+            part: PartBudget, full: str, W: Tensor, s: Tensor, seen: Seen, known: bool, method: LinearMethod = method
+        ) -> list[Point]:
+            if not known:
+                return [(part.budget.parameters(*W.shape), 0.0)]
+            try:
+                return error_curve(W, s, seen.own, seen.gram.compute(), method, settings)
+            except UNUSABLE as unusable:
+                if settings.on_bad_layer == "stop":
+                    raise UnusableLayerError(full, str(unusable)) from None
+                return [(part.budget.parameters(*W.shape), 0.0)]
+
+        jobs = []
         for name, seen in statistics.items():
             assert isinstance(seen, Seen)
             parts, full = plan.parts[block_name][name], f"{block_name}.{name}"
             rows = [part.out_features for part in parts]
             weights, s = _weight(block, name).split(rows), sensitivities[full].split(rows)
-            if not seen.gram.tokens or not sensitivities[full].any():  # an expert of which nothing is known
-                curves += [[(part.budget.parameters(*W.shape), 0.0)] for part, W in zip(parts, weights, strict=True)]
-                continue
-            gram = seen.gram.compute()
-            try:
-                curves += [
-                    error_curve(*each, seen.own, gram, method, settings) for each in zip(weights, s, strict=True)
-                ]
-            except UNUSABLE as unusable:
-                if settings.on_bad_layer == "stop":
-                    raise UnusableLayerError(full, str(unusable)) from None
-                curves += [[(part.budget.parameters(*W.shape), 0.0)] for part, W in zip(parts, weights, strict=True)]
+            # of an expert nothing may be known
+            known = bool(seen.gram.tokens and sensitivities[full].any())
+            jobs += [(part, full, W, of_part, seen, known) for part, W, of_part in zip(parts, weights, s, strict=True)]
+        curves += ranks.each(lambda job: curve(*job), jobs, [job[2].numel() for job in jobs])
         tell(first + (1 - first) * (done + 1) / len(plan.blocks))
     return allocate([refined(curve) for curve in curves], _total(model, plan.parts))
 
@@ -229,11 +236,9 @@ def _dense_pass(
 ) -> Iterator[tuple[str, nn.Module, dict[str, Statistic]]]:
     """Each block's name and itself, and statistics of its linears' inputs in the dense model, on the first batches."""
     with ActivationStore(hidden.memory_limit) as states:
-        tokens = 0
-        for b in range(len(hidden)):
+        for b, (_, tokens) in enumerate(calls.before):
             if tokens < TOKENS:
                 states.append(hidden[b])
-                tokens += hidden[b].shape[:-1].numel()
         for index, (name, block) in enumerate(plan.blocks):
             outputs: list[Tensor] = []
             with _noting(block, outputs):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from oats_vision import ranks
 from oats_vision.errors import DataError
 
 # A batch is a tensor or an array, a sequence whose first entry is one (labels are ignored), or keywords such as a
@@ -124,6 +125,20 @@ def read_batches(data: Any, reader: Reader) -> Iterator[Inputs]:
             yield inputs
     if waiting:
         yield _joined(waiting)
+
+
+def read_mine(data: Any, reader: Reader) -> Iterator[tuple[int, Inputs]]:
+    """Those batches of the data that are this rank's, with their numbers; see `read_batches`.
+
+    Of data that can deal its batches out (by a method `mine`), the others are not read.
+    """
+    if ranks.count() == 1 or not hasattr(data, "mine"):
+        yield from ranks.mine(read_batches(data, reader))
+        return
+    for number, item in data.mine():
+        inputs = _inputs(item, number, reader)
+        _check(inputs, number, reader)
+        yield number, inputs
 
 
 def expected_samples(data: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from oats_vision import ranks
 from oats_vision.data.decoding import UNREADABLE, open_picture, picture_files
 from oats_vision.data.examples import Examples, demo_examples, folder_examples, table_examples
 from oats_vision.data.tables import (
@@ -65,19 +66,46 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every batch that holds a picture; DataError if none does, or if pictures make no batch."""
+        yield from (batch for _, batch in self._read(enumerate(self.loader)))
+        self._check(self.skipped, len(self.names))
+
+    def mine(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """This rank's batches, with their numbers among all; `names` are those of this rank's pictures."""
+        yield from self._read(self._dealt())
+        self.skipped = sum(ranks.everyones(self.skipped))
+        self._check(self.skipped, sum(ranks.everyones(len(self.names))))
+
+    def _read(self, batches: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         self.skipped, self.names = 0, []
-        for batch in self.loader:
+        for number, batch in batches:
             if isinstance(batch, DataError):
                 raise batch
             pictures, labels, skipped, names = batch
             self.skipped += skipped
             self.names += names
             if len(labels):
-                yield pictures, labels
-        if self.skipped:
-            log.warning("%d unreadable pictures were skipped", self.skipped)
-        if not self.names:
-            raise DataError(f"no picture could be read ({self.skipped} skipped)")
+                yield number, (pictures, labels)
+
+    def _dealt(self) -> Iterator[tuple[int, Any]]:
+        """What the loader gives of this rank's batches; of a stream the others have to be read too."""
+        loader = self.loader
+        if ranks.count() == 1 or isinstance(loader.dataset, IterableDataset):
+            yield from ranks.mine(loader)
+            return
+        own = list(ranks.mine(loader.batch_sampler))  # type: ignore[arg-type]
+        dealt: DataLoader[Any] = DataLoader(
+            loader.dataset,
+            batch_sampler=[places for _, places in own],
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+        )
+        yield from zip((number for number, _ in own), dealt, strict=True)
+
+    def _check(self, skipped: int, read: int) -> None:
+        if skipped:
+            log.warning("%d unreadable pictures were skipped", skipped)
+        if not read:
+            raise DataError(f"no picture could be read ({skipped} skipped)")
 
 
 def load_pictures(

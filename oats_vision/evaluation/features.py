@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes
@@ -81,6 +82,8 @@ def extract_features(
 ) -> Features:
     """Run the backbone over labelled pictures and keep what DINOv2's linear evaluation reads.
 
+    With several ranks each runs its share of the pictures, and all are given the features.
+
     Args:
         model: of a known family, dense or compressed.
         blocks: how many of the last blocks' class tokens to keep; fewer if the model has fewer.
@@ -97,12 +100,12 @@ def extract_features(
     first = next(model.parameters())
     outputs: list[Tensor] = []
     handles = [m.register_forward_hook(lambda _, args, out: outputs.append(first_output(out))) for m in modules]
-    tokens, means, labels = [], [], []
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     done = 0
     start = time.perf_counter()
     model.eval()
     try:
-        for images, targets in batches:
+        for number, (images, targets) in batches.mine():
             outputs.clear()
             which = f"pictures {done + 1} to {done + len(targets)}"
             if not images.isfinite().all():
@@ -114,23 +117,23 @@ def extract_features(
                 if any(output.shape[-1] != outputs[-1].shape[-1] for output in outputs):
                     raise ModelError("the inner blocks of a sliced model have no features: use the last block only")
                 summaries, patches = pooled(model, structure, outputs)
-            tokens.append(torch.stack(summaries, 1).half().cpu())
-            means.append(patches.half().cpu())
-            if not (tokens[-1].isfinite().all() and means[-1].isfinite().all()):
+            tokens, means = torch.stack(summaries, 1).half().cpu(), patches.half().cpu()
+            if not (tokens.isfinite().all() and means.isfinite().all()):
                 raise ModelError(
                     f"the features of {source_of(model).name} are not finite in float16 from {which} of the data: "
                     "its weights are not, or its dtype is too narrow"
                 )
-            labels.append(targets)
+            found[number] = tokens, means, targets
             done += len(targets)
-            progress(done)
+            progress(done * ranks.count())
     finally:
         for handle in handles:
             handle.remove()
+    all_tokens, all_means, labels = (torch.cat(column) for column in zip(*ranks.in_order(found), strict=True))
     features = Features(
-        torch.cat(tokens),
-        torch.cat(means),
-        torch.cat(labels),
+        all_tokens,
+        all_means,
+        labels,
         batches.classes,
         batches.skipped,
         time.perf_counter() - start,
@@ -185,19 +188,25 @@ def cached_features(
     options: dict[str, Any] = {"blocks": blocks, "mixed_precision": mixed_precision}
     if directory is None or batches.fingerprint is None:
         return extract_features(model, batches, **options, progress=progress)
-    made_of = {"format": FORMAT, "model": model_fingerprint(model), "pictures": batches.fingerprint()}
-    key = hashlib.sha256(json.dumps(made_of | {n: str(v) for n, v in options.items()}).encode()).hexdigest()
+    fingerprint = batches.fingerprint
+
+    def key_of_all() -> str:
+        made_of = {"format": FORMAT, "model": model_fingerprint(model), "pictures": fingerprint()}
+        return hashlib.sha256(json.dumps(made_of | {n: str(v) for n, v in options.items()}).encode()).hexdigest()
+
+    key = ranks.on_main(key_of_all)  # which reads all pictures
     file = directory / f"features-{key[:24]}.safetensors"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise DataError(f"cache folder {directory} cannot be made: {problem}") from None
-    if file.exists():
+    if ranks.on_main(file.exists):
         features = _read(file, key)
         progress(len(features))
         return replace(features, classes=batches.classes)
     features = extract_features(model, batches, **options, progress=progress)
-    _write(file, key, features)
+    if ranks.is_main():
+        _write(file, key, features)
     return features
 
 

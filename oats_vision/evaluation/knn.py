@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oats_vision import ranks
 from oats_vision.errors import DataError
 from oats_vision.evaluation.features import Features, check_pair
 
@@ -25,7 +26,8 @@ def knn(
 ) -> dict[int, Tensor]:
     """Whether each picture is classified right by a vote of its neighbours (Wu et al., 2018; DINOv2).
 
-    The class token of the last block is normalised; a neighbour votes for its class with exp(cosine / temperature).
+    With several ranks each classifies its share, and all are given the result. The class token of the last block is
+    normalised; a neighbour votes for its class with exp(cosine / temperature).
 
     Args:
         k: numbers of neighbours; those above the number of training pictures are left out.
@@ -40,18 +42,19 @@ def knn(
     ks = [count for count in k if count <= len(train)]
     if not ks:
         raise DataError(f"`k` must be at most the number of training pictures, {len(train)}, got {min(k)}")
-    correct: dict[int, list[Tensor]] = {count: [] for count in ks}
-    for start in range(0, len(val), QUERIES):
+    correct: dict[int, list[Tensor]] = {}  # for each k, by the number of the chunk
+    for number, start in ranks.mine(range(0, len(val), QUERIES)):
         rows = slice(start, start + QUERIES)
         similarity, nearest = _nearest(F.normalize(val.select(1, False, rows)), train, max(ks))
         # the largest weight is 1: the sum over hundreds of neighbours cannot overflow
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        correct[number] = []
         for count in ks:
             voters = train.labels[nearest[:, :count]]
             votes = torch.zeros(len(weight), classes).scatter_add_(1, voters, weight[:, :count])
-            correct[count].append(votes.argmax(1) == val.labels[rows])
+            correct[number].append(votes.argmax(1) == val.labels[rows])
         progress(start + len(weight))
-    return {count: torch.cat(parts) for count, parts in correct.items()}
+    return {k: torch.cat(parts) for k, parts in zip(ks, zip(*ranks.in_order(correct), strict=True), strict=True)}
 
 
 def _nearest(query: Tensor, train: Features, k: int) -> tuple[Tensor, Tensor]:

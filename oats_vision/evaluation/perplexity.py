@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.evaluation.paired import paired_ratio
 from oats_vision.evaluation.results import Figure, Ratio
@@ -54,7 +55,7 @@ def perplexity(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Perplexity:
-    """Score a text window by window.
+    """Score a text window by window; with several ranks each scores its share, and all are given the result.
 
     Windows that do not overlap are the convention of published WikiText-2 figures: each is scored by itself but for
     its first token, and an incomplete last window is left out. With a stride each window after the first scores
@@ -87,17 +88,17 @@ def perplexity(
     scored = torch.full((len(windows),), sequence_length - 1 if stride == sequence_length else stride)
     scored[0] = sequence_length - 1
     device = next(model.parameters()).device
-    losses: list[Tensor] = []
+    losses: dict[int, Tensor] = {}
     start = time.perf_counter()
     model.eval()
-    for batch, counts in zip(windows.split(batch_size), scored.split(batch_size), strict=True):
+    for number, (batch, counts) in ranks.mine(zip(windows.split(batch_size), scored.split(batch_size), strict=True)):
         batch = batch.to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")  # (batch, length - 1)
         kept = torch.arange(sequence_length - 1, device=device) >= sequence_length - 1 - counts[:, None].to(device)
-        losses.append(((loss * kept).sum(1, dtype=torch.float64) / counts.to(device)).cpu())
-        progress(sum(map(len, losses)))
-    nll = torch.cat(losses)
+        losses[number] = ((loss * kept).sum(1, dtype=torch.float64) / counts.to(device)).cpu()
+        progress(sum(map(len, losses.values())) * ranks.count())
+    nll = torch.cat(ranks.in_order(losses))
     if not nll.isfinite().all():
         raise ModelError("the model's loss is not finite on this text: it diverges, or its dtype is too narrow")
     value = float(torch.exp((nll * scored).sum() / scored.sum()))

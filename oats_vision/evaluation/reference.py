@@ -5,6 +5,7 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.data.batches import Inputs, Reader, read_mine
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.features import pooled
@@ -42,7 +44,8 @@ Progress = Callable[[int], None]
 class Reference(ABC):
     """Held-out inputs, and the dense model's answers to them: what a compressed model is compared with.
 
-    count: of the inputs. first: batch of them. dtype: that floating ones have.
+    With several ranks each asks about its share of the batches. count: of all inputs. first: batch of them, on the main
+    rank. dtype: that floating ones have.
     """
 
     @abstractmethod
@@ -59,21 +62,28 @@ class Reference(ABC):
         self.transform = transform
         self.reader = Reader.of(model, structure_of(model).family.unit)
         self.count = 0
-        self.digests: list[bytes] = []  # of the batches that the dense model saw
+        self.starts = dict[int, int]()  # inputs before each batch, by its number
+        self.digests = dict[int, bytes]()  # of the batches that the dense model saw, by number
 
     def calls(self, model: nn.Module, progress: Progress) -> Iterator[tuple[int, Inputs, Any]]:
-        """Number, inputs and the model's output of each batch."""
+        """Number among all, inputs and the model's output of each batch of this rank's."""
         first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         self.dtype = _computing_dtype(model)
-        done, known = 0, self.count > 0
+        done, known, sizes = 0, self.count > 0, dict[int, int]()
         model.eval()
-        for number, inputs in enumerate(read_batches(self.held_out, self.reader)):
+        for number, inputs in read_mine(self.held_out, self.reader):
             self._see_same(number, inputs, known)
-            if not number:
+            if not done:
                 self.first = inputs
             yield number, inputs, inputs.call(model, first.device, self.dtype)
             done += len(inputs.tensor)
-            progress(done)
+            progress(done * ranks.count())
+            sizes[number] = len(inputs.tensor)
+        if not known:
+            every = ranks.in_order({number: (number, size) for number, size in sizes.items()})
+            ends = accumulate(size for _, size in every)
+            self.starts = {number: end - size for (number, size), end in zip(every, ends, strict=True)}
+        done = sum(ranks.everyones(done))
         if not done:
             raise DataError("no input was held out to measure the cost on")
         if known and done != self.count:
@@ -84,8 +94,8 @@ class Reference(ABC):
         """Note a batch, or see that it is the one that the dense model saw."""
         digest = hashlib.sha256(tensor_bytes(inputs.tensor)).digest()
         if not known:
-            self.digests.append(digest)
-        elif self.digests[number : number + 1] != [digest]:
+            self.digests[number] = digest
+        elif self.digests.get(number) != digest:
             raise DataError(f"{OTHER_ORDER} (batch {number})")
 
 
@@ -94,38 +104,42 @@ class PictureReference(Reference):
 
     def __init__(self, model: nn.Module, held_out: Any, transform: Transform | None, progress: Progress) -> None:
         super().__init__(model, held_out, transform)
-        self.features, self.summaries, self.logits = ActivationStore(MEMORY), list[Tensor](), list[Tensor]()
+        self.features = ActivationStore(MEMORY)
+        self.summaries, self.logits = dict[int, Tensor](), dict[int, Tensor]()  # by the batch's number
         with torch.inference_mode(), _LastBlock(model) as last:
-            for _, _, output in self.calls(model, progress):
+            for number, _, output in self.calls(model, progress):
                 seen = last.seen(output)
                 self.features.append(seen.tokens)
-                self.summaries.append(seen.summary)
-                self.logits += [] if seen.logits is None else [seen.logits]
+                self.summaries[number] = seen.summary
+                if seen.logits is not None:
+                    self.logits[number] = seen.logits
 
     def compare(self, model: nn.Module, progress: Progress = lambda done: None) -> tuple[Cost, list[Example]]:
         """How close the model comes, and the pictures on which it differs most."""
-        same: list[Tensor] = []
-        columns: dict[str, list[Tensor]] = {name: [] for name in ("summary", "patch", "change", "size")}
+        found: dict[int, dict[str, Tensor]] = {}
         candidates = _Largest(EXAMPLES)
         with torch.inference_mode(), _LastBlock(model) as last:
-            for number, inputs, output in self.calls(model, progress):
-                seen, dense = last.seen(output), self.features[number].to(torch.float32)
-                columns["summary"].append(F.cosine_similarity(seen.summary, self.summaries[number], dim=-1))
+            for place, (number, inputs, output) in enumerate(self.calls(model, progress)):
+                seen, dense = last.seen(output), self.features[place].to(torch.float32)
+                found[number] = columns = {
+                    "summary": F.cosine_similarity(seen.summary, self.summaries[number], dim=-1),
+                    "change": (seen.tokens - dense).square().sum((1, 2), dtype=torch.float64),
+                    "size": dense.square().sum((1, 2), dtype=torch.float64),
+                }
                 if seen.patches.shape[1]:
-                    columns["patch"].append(F.cosine_similarity(seen.patches, dense[:, last.prefix :], dim=-1).mean(1))
-                columns["change"].append((seen.tokens - dense).square().sum((1, 2), dtype=torch.float64))
-                columns["size"].append(dense.square().sum((1, 2), dtype=torch.float64))
+                    columns["patch"] = F.cosine_similarity(seen.patches, dense[:, last.prefix :], dim=-1).mean(1)
                 if self.logits and seen.logits is not None:
-                    same.append(seen.logits.argmax(1) == self.logits[number].argmax(1))
+                    columns["same"] = seen.logits.argmax(1) == self.logits[number].argmax(1)
                 self._show(number, inputs, seen, dense, last.prefix, candidates, model)
-        values = {name: torch.cat(column).double().numpy() for name, column in columns.items() if column}
-        metrics = [proportion("same class", torch.cat(same))] if same else []
-        if not same:
+        batches = ranks.in_order(found)
+        values = {name: torch.cat([batch[name] for batch in batches]).double().numpy() for name in batches[0]}
+        metrics = [proportion("same class", torch.from_numpy(values.pop("same")))] if "same" in values else []
+        if not metrics:
             summary = "class" if structure_of(model).class_token else "picture"
             metrics += [mean(f"cosine of {summary} features", values["summary"])]
             metrics += [mean("cosine of patch features", values["patch"])] if "patch" in values else []
         metrics.append(relative_error("relative error of features", values["change"], values["size"]))
-        return Cost(unit="pictures", samples=self.count, metrics=metrics), candidates.examples()
+        return Cost(unit="pictures", samples=self.count, metrics=metrics), candidates.of_all_ranks()
 
     def _show(
         self,
@@ -142,24 +156,25 @@ class PictureReference(Reference):
             return
         cosines = F.cosine_similarity(seen.tokens.flatten(1), dense.flatten(1), dim=1)
         names = source_of(model).label_names
-        first = sum(len(summary) for summary in self.summaries[:number])
+        first = sum(len(summary) for earlier, summary in self.summaries.items() if earlier < number)
+        start = self.starts[number]
         files = self.held_out.names if isinstance(self.held_out, Batches) else None
         for i, cosine in enumerate(cosines.tolist()):
             answers: list[Answer | None] = [None, None]
             if self.logits and seen.logits is not None:
                 answers = [_answer(logits[i], names) for logits in (self.logits[number], seen.logits)]
             changed = answers[0] is not None and answers[1] is not None and answers[0].label != answers[1].label
-            if not candidates.takes((changed, -cosine)):
+            if not candidates.takes((changed, -cosine, -start - i)):
                 continue
             example = Example(
-                name=files[first + i] if files else f"picture {first + i + 1}",
+                name=files[first + i] if files else f"picture {start + i + 1}",
                 thumbnail=thumbnail(inputs.tensor[i], self.transform),
                 dense=answers[0],
                 compressed=answers[1],
                 cosine=cosine,
                 maps=patch_maps(dense[i, prefix:], seen.tokens[i, prefix:]),
             )
-            candidates.add((changed, -cosine), example)
+            candidates.add((changed, -cosine, -start - i), example)
 
 
 class TextReference(Reference):
@@ -183,9 +198,9 @@ class TextReference(Reference):
     @torch.inference_mode()
     def _read(self, model: nn.Module, progress: Progress) -> tuple[Perplexity, list[Tensor]]:
         """The loss of each sequence, and the likeliest next token at each place that is no padding."""
-        losses, counts, likeliest = list[Tensor](), list[int](), list[Tensor]()
-        for _, inputs, output in self.calls(model, progress):
-            mask = inputs.padding_mask
+        found: dict[int, list[tuple[Tensor, int, Tensor]]] = {}
+        for number, inputs, output in self.calls(model, progress):
+            mask, found[number] = inputs.padding_mask, []
             for i, ids in enumerate(inputs.tensor):
                 logits = getattr(output, "logits", output)[i, :-1].float()
                 real = torch.ones(len(ids), dtype=torch.bool) if mask is None else mask[i].cpu()
@@ -195,13 +210,16 @@ class TextReference(Reference):
                 loss = F.cross_entropy(logits, ids[1:].to(logits.device), reduction="none").cpu()[kept]
                 if not loss.isfinite().all():
                     raise ModelError("the model's loss is not finite on held-out text: its dtype is too narrow")
-                losses.append(loss.double().mean())
-                counts.append(int(kept.sum()))
-                likeliest.append(logits.argmax(1).cpu()[kept])
-        if not losses:
+                found[number].append((loss.double().mean(), int(kept.sum()), logits.argmax(1).cpu()[kept]))
+        sequences = [one for batch in ranks.in_order(found) for one in batch]
+        if not sequences:
             raise DataError("the held-out text has no token to predict: its sequences are too short")
-        nll, tokens = torch.stack(losses), torch.tensor(counts)
-        return Perplexity(float(((nll * tokens).sum() / tokens.sum()).exp()), 0.0, nll, tokens), likeliest
+        nll, tokens = (
+            torch.stack([loss for loss, _, _ in sequences]),
+            torch.tensor([count for _, count, _ in sequences]),
+        )
+        value = float(((nll * tokens).sum() / tokens.sum()).exp())
+        return Perplexity(value, 0.0, nll, tokens), [likeliest for _, _, likeliest in sequences]
 
 
 @dataclass
@@ -264,25 +282,28 @@ class _LastBlock:
         )
 
 
+Key = tuple[bool, float, int]  # the last one tells all apart
+
+
 class _Largest:
     """The examples with the largest keys."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.heap, self.number = count, list[tuple[Any, int, Example]](), 0
+        self.count, self.heap = count, list[tuple[Key, Example]]()
 
-    def takes(self, key: tuple[bool, float]) -> bool:
+    def takes(self, key: Key) -> bool:
         return len(self.heap) < self.count or key > self.heap[0][0]
 
-    def add(self, key: tuple[bool, float], example: Example) -> None:
-        self.number += 1
-        entry = (key, -self.number, example)
+    def add(self, key: Key, example: Example) -> None:
         if len(self.heap) < self.count:
-            heapq.heappush(self.heap, entry)
+            heapq.heappush(self.heap, (key, example))
         else:
-            heapq.heapreplace(self.heap, entry)
+            heapq.heapreplace(self.heap, (key, example))
 
-    def examples(self) -> list[Example]:
-        return [example for _, _, example in sorted(self.heap, key=lambda entry: entry[:2], reverse=True)]
+    def of_all_ranks(self) -> list[Example]:
+        """The examples, the largest first."""
+        found = dict(entry for entries in ranks.everyones(self.heap) for entry in entries)
+        return [found[key] for key in sorted(found, reverse=True)[: self.count]]
 
 
 def _answer(logits: Tensor, names: list[str] | None) -> Answer:

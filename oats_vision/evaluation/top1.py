@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.labels import head_index
@@ -47,7 +48,7 @@ def evaluate_top1(
     *,
     mixed_precision: torch.dtype | None = None,
 ) -> Top1:
-    """Classify all pictures.
+    """Classify all pictures; with several ranks each classifies its share, and all are given the result.
 
     Args:
         model: (batch, 3, height, width) -> logits (batch, classes), or an output with `.logits`.
@@ -59,23 +60,18 @@ def evaluate_top1(
         ModelError: the model has no classification head, or its logits are not finite.
         DataError: the labels are not those of the head, or no picture could be read.
     """
-    from torchmetrics.classification import MulticlassAccuracy  # a second to import
-
-    device = next(model.parameters()).device
-    metrics: dict[int, MulticlassAccuracy] = {}
-    correct: list[Tensor] = []
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     start = time.perf_counter()
-    for logits, labels in classified(model, batches, progress, mixed_precision=mixed_precision):
-        if not metrics:
-            head = logits.shape[1]
-            for k in {1, min(5, head)}:
-                metrics[k] = MulticlassAccuracy(head, top_k=k, average="micro").to(device)
-        for metric in metrics.values():
-            metric.update(logits, labels)
-        correct.append((logits.argmax(1) == labels).cpu())
-    hits = torch.cat(correct)
-    values = [100 * float(metrics[k].compute()) for k in (1, max(metrics))]
-    return Top1(values[0], values[1], len(hits), batches.skipped, time.perf_counter() - start, hits)
+
+    def tell(done: int) -> None:
+        progress(done * ranks.count())
+
+    for number, logits, labels in _classified(model, batches, batches.mine(), tell, mixed_precision):
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        found[number] = (logits.argmax(1) == labels).cpu(), best.any(1).cpu()
+    first, five = (torch.cat(column) for column in zip(*ranks.in_order(found), strict=True))
+    top1, top5 = (100 * float(hits.double().mean()) for hits in (first, five))
+    return Top1(top1, top5, len(first), batches.skipped, time.perf_counter() - start, first)
 
 
 @torch.inference_mode()
@@ -97,9 +93,21 @@ def classified(
     Raises:
         ModelError, DataError: see `evaluate_top1`.
     """
+    for _, logits, labels in _classified(model, batches, enumerate(batches), progress, mixed_precision):
+        yield logits, labels
+
+
+def _classified(
+    model: nn.Module,
+    batches: Batches,
+    dealt: Iterable[tuple[int, tuple[Tensor, Tensor]]],
+    progress: Callable[[int], None],
+    mixed_precision: torch.dtype | None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """`classified` of some of the batches, with their numbers."""
     order, head, highest, done = torch.empty(0), 0, 0, 0
     model.eval()
-    for images, labels in batches:
+    for number, (images, labels) in dealt:
         logits = classify(model, images, mixed_precision).float()
         if not done:
             head = logits.shape[1]
@@ -108,7 +116,7 @@ def classified(
         if low < 0 or high >= len(order):
             raise DataError(f"label {low if low < 0 else high} is outside the {head} classes of the model's head")
         highest, done = max(highest, high), done + len(labels)
-        yield logits, order[labels].to(logits.device)
+        yield number, logits, order[labels].to(logits.device)
         progress(done)
     if batches.classes is None and 2 * (highest + 1) <= head:
         log.warning("labels are 0 to %d, taken as the first outputs of a head of %d: are they its own?", highest, head)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from oats_vision import ranks
 from oats_vision.errors import ModelError
 
 WEIGHTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -83,6 +84,7 @@ def all_called(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
 
             hooks.callback(linear.register_forward_pre_hook(note).remove)
         yield
+    called = set().union(*ranks.everyones(called))  # a rank may have no batch
     unused = [name for name in linears if name not in called and not in_experts(name)]
     if unused:
         raise ModelError(

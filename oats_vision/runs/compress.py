@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from oats_vision import checkpoint
+from oats_vision import checkpoint, ranks
 from oats_vision.analysis.tables import as_html, as_text, megabytes, ratio, run_table
 from oats_vision.compression import methods, pipeline
 from oats_vision.compression import recover as recovery
@@ -318,6 +318,8 @@ def measure(
         result.cost, result.examples = reference.compare(model, tell)
     if record_of(model).on_disk:
         result.untimed = "its weights are read block by block, since they do not fit in memory"
+        return
+    if not ranks.is_main():
         return
     try:
         result.speed = speed(model, reference, display, batch_size)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from oats_vision import checkpoint
+from oats_vision import checkpoint, ranks
 from oats_vision.analysis.html_report import draw_page
 from oats_vision.checkpoint.place import PAGE
 from oats_vision.compression.settings import CompressionSettings
@@ -66,6 +66,8 @@ class FinishedRun:
 
     def write(self, display: Display) -> None:
         """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
+        if not ranks.is_main():
+            return
         out, examples = self.config.out, self.result.examples if self.config.report else []
         content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
         checkpoint.write_json(out / checkpoint.REPORT, content)

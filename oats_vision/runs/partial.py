@@ -58,7 +58,7 @@ def see_same(journal: Journal, config: RunConfig, settings: CompressionSettings,
         ConfigError: it is another one.
     """
     given = config.model_dump(mode="json", include={"quality", *_DECIDING})
-    journal.see(settings.model_dump(mode="json") | given)
+    journal.see(settings.model_dump(mode="json", exclude={"on_bad_layer"}) | given)
     if journal.done:
         display.console.print(
             f"going on after block {journal.done} of {journal.blocks}, from {journal.folder}", soft_wrap=True

@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from oats_vision import checkpoint
+from oats_vision import checkpoint, ranks
 from oats_vision.compression.blocks import nobody
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.pipeline import compress
@@ -22,7 +22,7 @@ from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError, saying
+from oats_vision.errors import CheckpointError, ConfigError, RankError, saying
 from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
@@ -138,23 +138,28 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
     """
     if config.searched_for:
         raise ConfigError(f"{config.searched_for} is for `oats_vision.runs.search.search`")
-    with checkpoint.locked(config.out):
+    if config.recover:
+        ranks.refuse("`recover`")
+    with checkpoint.locked(config.out) if ranks.is_main() else nullcontext():
         journal = journal_of(config.out)
         if config.restart:
             journal.restart()
-        checkpoint.check_target(config.out, config.overwrite or has_written(journal, config.out))
-        with watching(config.out, config.tensorboard, resumed=journal.done > 0) as watch:
+        ranks.on_main(lambda: checkpoint.check_target(config.out, config.overwrite or has_written(journal, config.out)))
+        watched = watching(config.out, config.tensorboard, resumed=journal.done > 0)
+        with watched if ranks.is_main() else nullcontext() as watch:
             finished = _run(config, journal, display, watch)
-            log_summary(finished)
+            if watch:
+                log_summary(finished)
         journal.remove()
     return finished
 
 
-def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch) -> FinishedRun:
-    """The run, once its output is seen to be free and is held."""
+def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch | None) -> FinishedRun:
+    """The run, once its output is seen to be free and is held; the main rank watches."""
     start = time.perf_counter()
     model, prepared = prepare(config, display, config.block_by_block)
-    watch.begin(config.model, dtype_of(str(prepared.settings.storage_dtype)), prepared.device)
+    if watch:
+        watch.begin(config.model, dtype_of(str(prepared.settings.storage_dtype)), prepared.device)
     see_same(journal, prepared.config, prepared.settings, display)
     batches = prepared.open(config.seed)
     planned = prepared.forecast(model, batches)
@@ -167,13 +172,14 @@ def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch) ->
         model, prepared.config, prepared.settings, prepared, calibration, journal, display, watch
     )
     finished.planned_memory = planned.memory.peak
-    watch.move(config.out)
+    if watch:
+        watch.move(config.out)
     with saying(lambda: journal.how_to_go_on), after_the_checkpoint(finished.config, prepared.task):
         del model
         measure_stored(finished, prepared, calibration, before, display)
         finished.seconds = time.perf_counter() - start
         finished.write(display)
-        if config.recover:
+        if config.recover and watch:
             recover_and_write(finished, prepared, calibration, journal, display, watch)
             measure_stored(finished, prepared, calibration, before, display)
             finished.seconds = time.perf_counter() - start
@@ -185,6 +191,8 @@ def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch) ->
 
 def write_merged(finished: FinishedRun, prepared: PreparedRun) -> None:
     """Write the model with dense weights S + U V beside the compressed ones."""
+    if not ranks.is_main():
+        return
     with checkpoint.new_directory(finished.config.out / checkpoint.MERGED, overwrite=False) as merged:
         dtype = dtype_of(str(finished.settings.storage_dtype))
         save_plain(merge(finished.result.model), prepared.source, dtype, merged)
@@ -203,6 +211,7 @@ def dry_run(
     Raises:
         OatsVisionError: something that was given is wrong.
     """
+    ranks.refuse("`dry_run`")
     checkpoint.check_target(config.out, config.overwrite)
     model, prepared = prepare(config, display, config.block_by_block)
     return try_out(model, prepared, prepared.settings, display, tell)
@@ -291,7 +300,7 @@ def compress_and_write(
                 journal=journal,
                 finished_blocks=finished_blocks,
             )
-        write_noted(model, config, prepared.tokenizer, journal, display)
+        ranks.on_main(lambda: write_noted(model, config, prepared.tokenizer, journal, display))
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
     return written(describe(model, report, prepared.parameters), config, settings, prepared, skipped)
 
@@ -390,6 +399,9 @@ def after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        log.warning("%s; measure it with: %s", complete, again)
+        raise
+    except RankError:
         log.warning("%s; measure it with: %s", complete, again)
         raise
     except Exception as problem:  # whatever it is, hours of work are not lost

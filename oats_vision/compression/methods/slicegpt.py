@@ -27,7 +27,10 @@ class SliceGPT(BlockMethod):
     keeps_shapes = False
 
     def plan(self, blocks: list[tuple[str, nn.Module]], structure: Structure, settings: CompressionSettings) -> Slicing:
+        from oats_vision import ranks
         from oats_vision.compression.slicing import plan_slicing
+
+        ranks.refuse("method slicegpt")
 
         return plan_slicing(blocks, structure, settings.rate)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from oats_vision import ranks
 from oats_vision.evaluation.protocols.base import Given, Measurement, protocol
 from oats_vision.evaluation.protocols.probes import OnFeatures, details_of, features_of, lines_of
 
@@ -45,16 +46,18 @@ def linear_probe(model: nn.Module, given: Given[ProbeSettings]) -> Measurement:
     settings, features = given.settings, features_of(model, given)
     if settings.quick:
         with given.display.status(f"logistic regression, {given.which}"):
-            probe = probes.quick_probe(*features, seed=settings.seed)
+            probe = ranks.on_main(lambda: probes.quick_probe(*features, seed=settings.seed))
     else:
         with given.display.counting(f"linear probe, {given.which}", "steps", settings.iterations) as progress:
-            probe = probes.linear_probe(
-                *features,
-                iterations=settings.iterations,
-                batch_size=settings.probe_batch,
-                seed=settings.seed,
-                device=next(model.parameters()).device,
-                progress=progress,
+            probe = ranks.on_main(
+                lambda: probes.linear_probe(
+                    *features,
+                    iterations=settings.iterations,
+                    batch_size=settings.probe_batch,
+                    seed=settings.seed,
+                    device=next(model.parameters()).device,
+                    progress=progress,
+                )
             )
     return Measurement(
         compared={"top-1": Accuracy(probe.correct)},

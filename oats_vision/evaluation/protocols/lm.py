@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from oats_vision import ranks
 from oats_vision.evaluation.protocols.base import Given, Measurement, protocol
 from oats_vision.evaluation.protocols.settings import OnText
 from oats_vision.evaluation.results import Figure
@@ -48,14 +49,16 @@ def lm(model: nn.Module, given: Given[TaskSettings]) -> Measurement:
 
     settings = given.settings
     with given.display.status(f"tasks, {given.which}"):
-        found = run_tasks(
-            model,
-            given.reader,
-            settings.tasks,
-            shots=settings.shots,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            task_folder=settings.task_folder,
+        found = ranks.on_main(
+            lambda: run_tasks(
+                model,
+                given.reader,
+                settings.tasks,
+                shots=settings.shots,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                task_folder=settings.task_folder,
+            )
         )
     accuracy = {task: score.percent for task, score in found.items()}
     mean = sum(accuracy.values()) / len(accuracy)
