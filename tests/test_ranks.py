@@ -39,7 +39,7 @@ def _start(world: int, *words: object) -> list[subprocess.Popen[str]]:
     ]
 
 
-def _finish(processes: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str, str]]:
+def _finish(processes: list[subprocess.Popen[str]], seconds: float = 600) -> list[tuple[int, str, str]]:
     """Status, output and errors of each."""
     try:
         outputs = [process.communicate(timeout=seconds) for process in processes]
