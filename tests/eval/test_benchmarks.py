@@ -61,3 +61,10 @@ def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
     for words in ("sparse step", "orthonormal basis", "GFLOP/s"):
         assert words in output
     assert "MB" in _script("loading.py", checkpoint)
+
+
+def test_durable_blocks_shows_what_they_cost(tmp_path):
+    shape = ["--model", "vit_tiny_patch16_224", "--image-size", 32, "--blocks", 1, "--samples", 4, "--repeats", 1]
+    shown = _script("durable_blocks.py", *shape, "--folder", tmp_path)
+    assert "keeping blocks, s" in shown
+    assert not list(tmp_path.iterdir())
