@@ -98,15 +98,19 @@ def compressing(folder: Path, kills: int, draw: random.Random, options: dict[str
     """Kill runs until so many were killed, and let each end at last."""
 
     def work(out: Path, **others: Any) -> Callable[[], object]:
-        return lambda: run(RunConfig(out=out, eval=False, report=False, **options, **others), Display())
+        return lambda: run(RunConfig(out=out, eval=False, report=False, **options | others), Display())
 
     whole, older, out = folder / "whole", folder / "older", folder / "runs" / "out"
     finished(work(whole))  # whose time has the first use of everything in it
     shutil.move(whole, older)
     seconds = finished(work(whole))
     finished(work(older, overwrite=True, seed=7))
+    known = [whole, older]
+    if options["recover"]:
+        finished(work(folder / "one_shot", recover=0))
+        known.append(folder / "one_shot")
+    digests = {checkpoint.read_config(one).weights_sha256 for one in known}
     wanted, runs, done, kept, most = files(whole), 0, 0, 0, 0
-    sizes = {checkpoint.read_config(one).weights_sha256 for one in (whole, older)}
     while done < kills:
         out.parent.mkdir()
         replaces = runs % 2 == 1
@@ -118,7 +122,7 @@ def compressing(folder: Path, kills: int, draw: random.Random, options: dict[str
             kept += bool(journal_of(out).done)
             if replaces or out.exists():
                 ov.load(out)  # which reads all of it, and checks its digest
-                if checkpoint.read_config(out).weights_sha256 not in sizes:
+                if checkpoint.read_config(out).weights_sha256 not in digests:
                     raise Different(f"after kill {done} another checkpoint is there")
         runs, most = runs + 1, max(most, times)
         if files(out) != wanted:

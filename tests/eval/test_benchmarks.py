@@ -79,3 +79,10 @@ def test_a_model_three_times_as_large_as_its_memory_is_compressed_within_it():
     assert int(above["block by block"]) < allowed
     if limited:
         assert re.search("^ordinary, limited +killed", output, re.MULTILINE)
+
+
+def test_durable_blocks_shows_what_they_cost(tmp_path):
+    shape = ["--model", "vit_tiny_patch16_224", "--image-size", 32, "--blocks", 1, "--samples", 4, "--repeats", 1]
+    shown = _script("durable_blocks.py", *shape, "--folder", tmp_path)
+    assert "keeping blocks, s" in shown
+    assert not list(tmp_path.iterdir())
