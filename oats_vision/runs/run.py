@@ -96,11 +96,18 @@ class FinishedRun:
 
     def write(self, display: Display) -> None:
         """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
-        out, examples = self.config.out, self.result.examples if self.config.report else []
+        out, examples = self.config.out, self.result.examples if self.has_page else []
         content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
         checkpoint.write_json(out / checkpoint.REPORT, content)
-        if self.config.report:
+        if self.has_page:
             draw_page(out, out / PAGE, display)
+        elif self.config.report:
+            log.warning("%s is not drawn: its spectra take all weights, which do not fit in memory", out / PAGE)
+
+    @property
+    def has_page(self) -> bool:
+        """Whether report.html is drawn: if it is wanted, and the compressed model fits in memory."""
+        return self.config.report and record_of(self.result.model).on_disk is None
 
 
 @dataclass
