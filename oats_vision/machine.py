@@ -1,5 +1,6 @@
 """The device that a run uses, and what is said of the machine beside every timing."""
 
+import ctypes
 import logging
 import math
 import resource
@@ -84,6 +85,12 @@ def _group_limit() -> float:
                 with suppress(OSError, ValueError):  # there is none, or it says "max"
                     limits.append(float(int(Path(f"{root}{place}/{file}").read_text())))
     return min(limits)
+
+
+def give_memory_back() -> None:
+    """Return what was freed to the system, where the C library would keep it (glibc)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def slow_dtype_warning(dtype: torch.dtype, device: torch.device, remedy: str = "use float32") -> str | None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from oats_vision.machine import give_memory_back
 from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.record import record_of
 from oats_vision.nn.sparse_low_rank import compressed_layers
@@ -55,6 +56,7 @@ class BlockFiles:
             yield
             save_file(self._stored(block), file)
         self.on_disk.leave(name, file, self.storage)
+        give_memory_back()
 
     def _stored(self, block: nn.Module) -> dict[str, Tensor]:
         """The compressed layers' tensors, by their names in the block."""

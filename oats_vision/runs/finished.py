@@ -1,5 +1,6 @@
 """A run that is finished: what it made and measured, and its report.json."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,11 @@ from oats_vision.evaluation.protocols import Protocol
 from oats_vision.evaluation.results import Evaluation
 from oats_vision.evaluation.searched import Searched
 from oats_vision.evaluation.tasks import Task
+from oats_vision.models.record import record_of
 from oats_vision.runs.compress import Result, with_one_shot
 from oats_vision.runs.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,8 +72,15 @@ class FinishedRun:
         """Write report.json into the checkpoint's directory, and the page that shows it, if one is wanted."""
         if not ranks.is_main():
             return
-        out, examples = self.config.out, self.result.examples if self.config.report else []
+        out, examples = self.config.out, self.result.examples if self.has_page else []
         content = self.to_dict() | {"examples": [example.model_dump() for example in examples]}
         checkpoint.write_json(out / checkpoint.REPORT, content)
-        if self.config.report:
+        if self.has_page:
             draw_page(out, out / PAGE, display)
+        elif self.config.report:
+            log.warning("%s is not drawn: its spectra take all weights, which do not fit in memory", out / PAGE)
+
+    @property
+    def has_page(self) -> bool:
+        """Whether report.html is drawn: if it is wanted, and the compressed model fits in memory."""
+        return self.config.report and record_of(self.result.model).on_disk is None

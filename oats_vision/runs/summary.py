@@ -54,7 +54,7 @@ def _what_was_done(finished: FinishedRun) -> list[str]:
         quality = f"Signal kept in a cut: smallest {min(done.slicing.kept):.4f}."
     planned = f" (planned: {finished.planned_memory / 1e9:.2f} GB)" if finished.planned_memory else ""
     places = [f"{config.out} ({tables.megabytes(finished.files['model.safetensors'])})"]
-    places += [f"the page {config.out / PAGE}"] * config.report
+    places += [f"the page {config.out / PAGE}"] * finished.has_page
     places += [f"the dense merge {config.out / MERGED}"] * config.merge
     return [
         f"{f'{len(errors)} layers' if errors else 'All blocks'} compressed with {done.samples} {done.unit} in "
