@@ -185,6 +185,7 @@ def _end(group: _Group, problem: BaseException) -> None:
             group.check()
     if heartbeat.trouble is None:
         what = str(problem) if known else f"{type(problem).__name__}: {problem}"
+        what = "it was stopped by a signal" if stopped else what
         heartbeat.report(" ".join(what.split()), "stopped" if stopped else "error")
     if not stopped and not speaks():
         heartbeat.wait_for(_speaker, PATIENCE)

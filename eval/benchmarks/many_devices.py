@@ -5,8 +5,8 @@
 
 A decomposition of a weight (m, n) is taken for `work` times m n (m + n) operations, as many as the products of one core
 do in the seconds that it takes there. Everything else is counted: the blocks' forward passes, the products of the
-moments, and the bytes between ranks. What is split follows `oats_vision/ranks.py`: batches over ranks; linears over
-ranks in quality fast, the parts of one linear in quality best.
+moments, and the bytes between ranks. Batches are split over ranks; linears too in quality fast, and the parts of one
+linear in quality best.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SAMPLED = 32  # samples that gradients are taken on
 
 @dataclass(frozen=True)
 class Device:
-    """rate: float32 operations a second of products. near, far: bytes a second between devices, and machines."""
+    """rate: float32 operations a second in products. near, far: bytes a second between devices, and machines."""
 
     rate: float
     near: float
