@@ -51,7 +51,7 @@ class RunConfig(DataOptions, CompressionOptions):
     recover: int = Field(
         0,
         ge=0,
-        description="then train what was kept towards the dense outputs; steps a block, then of all, such as 60",
+        description="then train what was kept: steps of each block, then of all; such as 60",
     )
     _settings: CompressionSettings = PrivateAttr()
 

@@ -75,9 +75,15 @@ def test_other_signals_end_a_command_too(tmp_path, number):
 
 
 def test_the_line_says_how_to_go_on(tmp_path):
-    code = "from oats_vision.errors import saying\n    with saying(lambda: 'the same command goes on'): time.sleep(60)"
+    code = (
+        "from oats_vision.errors import saying\n"
+        "    with saying(lambda: 'the same command goes on'):\n"
+        "        print('begun', flush=True)\n"
+        "        time.sleep(60)"
+    )
     process = start(code, tmp_path)
-    process.stdout.readline()
+    for _ in ("ready", "begun"):
+        process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "stopped by SIGTERM: the same command goes on\n")
