@@ -83,6 +83,11 @@ def test_two_ranks_come_to_the_same_by_other_ways(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_layer_that_one_rank_cannot_decompose_stays_dense_on_all(tmp_path):
+    _same(2, ("stays dense", "stays dense, with targets"), tmp_path / "found.json")
+
+
+@pytest.mark.slow
 def test_four_ranks_come_to_the_same_though_some_have_no_batch(tmp_path):
     _same(4, ("vit fast", "vit best", "llama fast", "llama best", "demo best", "mixtral best"), tmp_path / "found.json")
 

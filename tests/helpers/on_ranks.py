@@ -12,6 +12,8 @@ import torch
 
 import oats_vision as ov
 from oats_vision import ranks
+from oats_vision.compression import methods
+from oats_vision.compression.methods import LinearMethod
 from oats_vision.data.pictures import load_pictures
 from oats_vision.evaluation.features import extract_features
 from oats_vision.evaluation.fingerprint import tensor_bytes
@@ -116,6 +118,28 @@ def words() -> dict[str, Any]:
     return {"perplexity": found.value, "losses": found.losses.tolist()}
 
 
+def stays_dense(**options: Any) -> dict[str, Any]:
+    """One linear cannot be decomposed, by the one rank that tries."""
+    model, batches = tiny_vit(), list(random(19, 3, 32, 32).split(4))
+    model.blocks[1].mlp.fc1.weight.data[0, 0] = 5.0  # by which it is known
+
+    @methods.register
+    class Damaged(LinearMethod):
+        name = "damaged"
+        citation = "None, 2026"
+
+        def decompose(self, weight: Any, statistic: Any, budget: Any, settings: Any) -> Any:
+            if weight.max() > 3:
+                raise ValueError("it is damaged")
+            return methods.find("magnitude").decompose(weight, statistic, budget, settings)  # type: ignore[union-attr]
+
+    try:
+        report = ov.compress(model, batches, method="damaged", rate=0.5, on_bad_layer="dense", **options).report
+    finally:
+        methods.unregister("damaged")
+    return {"tensors": digest(model.state_dict()), "exceptions": report.exceptions_made}
+
+
 def for_ever() -> None:
     """Says that it has begun, and then the last rank computes while the others wait for it."""
     pictures(quality="fast")
@@ -146,6 +170,8 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "llama fast": lambda: text(tiny_llama(), quality="fast"),
     "mixtral best": lambda: text(tiny_mixtral(), padded=False),
     "mixtral fast": lambda: text(tiny_mixtral(), padded=False, quality="fast"),
+    "stays dense": lambda: stays_dense(),
+    "stays dense, with targets": lambda: stays_dense(targets=True),
     "demo fast": lambda: of_demo(quality="fast"),
     "demo best": lambda: of_demo(),
     "top1": top1,
