@@ -88,6 +88,20 @@ def test_a_layer_that_one_rank_cannot_decompose_stays_dense_on_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_was_stopped_goes_on_with_the_same_bits(tmp_path):
+    _same(2, ("goes on", "vit best"), tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["goes on"] == found["vit best"] | {"blocks": 1}
+
+
+@pytest.mark.slow
+def test_recovery_is_refused_from_python_too(tmp_path):
+    found = _finish(_start(2, SCRIPT, tmp_path / "found.json", "recovers"))
+    assert [status for status, _, _ in found] == [1, 1]
+    assert re.fullmatch(r"error: recover runs in one process.*\n", found[0][2])
+
+
+@pytest.mark.slow
 def test_four_ranks_come_to_the_same_though_some_have_no_batch(tmp_path):
     _same(4, ("vit fast", "vit best", "llama fast", "llama best", "demo best", "mixtral best"), tmp_path / "found.json")
 

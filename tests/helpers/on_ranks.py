@@ -3,7 +3,9 @@
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import oats_vision as ov
 from oats_vision import ranks
 from oats_vision.compression import methods
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.data.pictures import load_pictures
 from oats_vision.evaluation.features import extract_features
@@ -20,6 +23,7 @@ from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.knn import knn
 from oats_vision.evaluation.perplexity import perplexity
 from oats_vision.evaluation.top1 import evaluate_top1
+from oats_vision.progress import Step
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -140,6 +144,27 @@ def stays_dense(**options: Any) -> dict[str, Any]:
     return {"tensors": digest(model.state_dict()), "exceptions": report.exceptions_made}
 
 
+class Stopped(BaseException):
+    """As a signal does it."""
+
+
+def goes_on() -> dict[str, Any]:
+    """A compression that is stopped in its second block, and goes on."""
+
+    def stop(step: Step) -> None:
+        if step.block == 2 and step.activity == "decomposing":
+            raise Stopped
+
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.broadcast(own)) / "kept"
+        with suppress(Stopped):
+            pictures(resume=folder, progress=stop)
+        done = Journal(folder).done
+        found = pictures(resume=folder) | {"blocks": done}
+        ranks.everyones(None)  # the folder is the first rank's
+    return found
+
+
 def for_ever() -> None:
     """Says that it has begun, and then the last rank computes while the others wait for it."""
     pictures(quality="fast")
@@ -172,12 +197,14 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "mixtral fast": lambda: text(tiny_mixtral(), padded=False, quality="fast"),
     "stays dense": lambda: stays_dense(),
     "stays dense, with targets": lambda: stays_dense(targets=True),
+    "goes on": goes_on,
     "demo fast": lambda: of_demo(quality="fast"),
     "demo best": lambda: of_demo(),
     "top1": top1,
     "features": features,
     "perplexity": words,
     "for ever": for_ever,
+    "recovers": lambda: pictures(recover=2),
     "broken": broken,
 }
 
