@@ -144,8 +144,9 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
         journal = journal_of(config.out)
         if config.restart:
             journal.restart()
-        ranks.on_main(lambda: checkpoint.check_target(config.out, config.overwrite or has_written(journal, config.out)))
-        watched = watching(config.out, config.tensorboard, resumed=journal.done > 0)
+        own = ranks.on_main(lambda: has_written(journal, config.out))
+        ranks.on_main(lambda: checkpoint.check_target(config.out, config.overwrite or own))
+        watched = watching(config.out, config.tensorboard, resumed=journal.done > 0, written=own)
         with watched if ranks.is_main() else nullcontext() as watch:
             finished = _run(config, journal, display, watch)
             if watch:

@@ -210,6 +210,29 @@ def test_of_a_run_that_measures_its_checkpoint_the_files_are_read_there(tmp_path
         sys.exit(143)
 
 
+def test_a_run_that_is_stopped_while_it_measures_is_shown_and_takes_up_its_own_files_alone(tmp_path):
+    out = tmp_path / "out"
+
+    def stop() -> None:
+        with watching(out) as watch:
+            (folder_of(out) / LAYERS).write_text('{"name": "a"}\n')
+            (folder_of(out) / "run.json").write_text("{}")  # as a journal leaves it
+            out.mkdir()
+            watch.move(out)
+            sys.exit(143)
+
+    with pytest.raises(SystemExit):
+        stop()
+    found = under_way(out)
+    assert found is not None
+    assert (found.running, found.status["written"], found.layers) == (False, True, [{"name": "a"}])
+    with watching(out, resumed=True):  # what is there is another run's
+        assert not (folder_of(out) / LAYERS).exists()
+    with watching(out, resumed=True, written=True):
+        assert read_layers(folder_of(out) / LAYERS) == [{"name": "a"}]
+        assert not (out / LAYERS).exists()
+
+
 def test_a_run_that_goes_on_adds_to_the_files_and_counts_on(tmp_path):
     out, board = tmp_path / "out", tmp_path / "board"
 
