@@ -149,7 +149,8 @@ def test_the_command_under_torchrun_writes_what_it_writes_alone(tmp_path, model_
         "one": [],
         "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2],
     }.items():
-        command = [sys.executable, *start, "-m", "oats_vision", *words, "--out", tmp_path / name]
+        low_memory = "--low-memory" if name == "two" else "--no-low-memory"  # neither changes anything
+        command = [sys.executable, *start, "-m", "oats_vision", *words, low_memory, "--out", tmp_path / name]
         done = subprocess.run([*map(str, command)], **shared)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written:") == 1

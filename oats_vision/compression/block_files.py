@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from oats_vision import ranks
 from oats_vision.machine import give_memory_back
 from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.record import record_of
@@ -20,30 +21,34 @@ from oats_vision.nn.sparse_low_rank import compressed_layers
 class BlockFiles:
     """Where blocks are written once they are compressed; nowhere, of a model that fits in memory.
 
-    on_disk: the model's blocks. storage: precision that they are rounded to. folder: of the files.
+    on_disk: the model's blocks. storage: precision that they are rounded to. folder: of the files. shared: whether all
+    ranks have the same folder, and the main one writes for them.
     """
 
     on_disk: BlocksOnDisk | None
     storage: torch.dtype
     folder: Path | None
+    shared: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, storage: torch.dtype, folder: Path | None, undo: ExitStack) -> "BlockFiles":
         """For a model whose blocks are not touched yet.
 
         Args:
+            folder: the same for all ranks; a temporary one of each rank's own if not given.
             undo: is given what takes the model back to that.
         """
         on_disk = record_of(model).on_disk
         if on_disk is None:
             return cls(None, storage, None)
+        shared = folder is not None
         if folder is None:
             on_disk.finished = tempfile.TemporaryDirectory(prefix="oats_vision_blocks_")
             folder = Path(on_disk.finished.name)
         first = next(iter(on_disk.blocks))
         on_disk.round(first, storage)  # what is not compressed yet must be calibrated as it will be stored
         undo.callback(on_disk.rounded.pop, first, None)
-        return cls(on_disk, storage, folder)
+        return cls(on_disk, storage, folder, shared)
 
     @contextmanager
     def block(self, name: str, block: nn.Module) -> Iterator[None]:
@@ -54,7 +59,10 @@ class BlockFiles:
         file = self.folder / f"{name}.safetensors"
         with self.on_disk.at_work(name):
             yield
-            save_file(self._stored(block), file)
+            if self.shared:
+                ranks.on_main(lambda: save_file(self._stored(block), file))
+            else:
+                save_file(self._stored(block), file)
         self.on_disk.leave(name, file, self.storage)
         give_memory_back()
 

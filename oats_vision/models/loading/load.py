@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from oats_vision import ranks
 from oats_vision.errors import CheckpointError, ModelError
 from oats_vision.machine import available_memory
 from oats_vision.models.bounds import BUILDING, Limits, bounded
@@ -56,7 +57,7 @@ def load_model(
     """
     name, device = os.fspath(name), torch.device(device)
     provider = provider_of(name)
-    room = 0.0 if low_memory else math.inf if low_memory is False else _free(device) / 2
+    room = 0.0 if low_memory else math.inf if low_memory is False else min(ranks.everyones(_free(device))) / 2
     with nullcontext() if pretrained else same_random_weights():
         model, source = provider.load(name, Wanted(pretrained, image_size, trust_remote_code, room))
     structure_of(model)
