@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import shutil
 import signal
@@ -85,8 +86,11 @@ class Watch:
         line: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "block": block, "name": layer.name}
         line |= self._figures(layer) if isinstance(layer, LayerReport) else asdict(layer)
         line["peak_memory"] = peak_memory(self._device)
-        with self._writing(), (self.folder / LAYERS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        with self._writing(), (self.folder / LAYERS).open("a+b") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                stream.write(b"" if stream.read() == b"\n" else b"\n")  # the last line was cut short
+            stream.write(json.dumps(line).encode() + b"\n")
         if isinstance(layer, LayerReport):
             log.info(
                 "%s: error %.4f, rank %d, density %.3f, %.2f bits a weight, %s",

@@ -252,6 +252,8 @@ def test_a_run_that_goes_on_adds_to_the_files_and_counts_on(tmp_path):
     ):
         with pytest.raises(SystemExit):
             some(resumed, *layers)
+        with (folder_of(out) / LAYERS).open("a") as stream:
+            stream.write('{"name": "b", "er')  # as a kill or a full disk leaves it
     lines = read_layers(folder_of(out) / LAYERS)
     assert [(line["name"], line["error"], line["output_error"]) for line in lines] == [
         ("a", 0.1, None),
