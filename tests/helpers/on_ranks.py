@@ -135,7 +135,7 @@ def stays_dense(**options: Any) -> dict[str, Any]:
         def decompose(self, weight: Any, statistic: Any, budget: Any, settings: Any) -> Any:
             if weight.max() > 3:
                 raise ValueError("it is damaged")
-            return methods.find("magnitude").decompose(weight, statistic, budget, settings)  # type: ignore[union-attr]
+            return methods.find("magnitude").decompose(weight, statistic, budget, settings)
 
     try:
         report = ov.compress(model, batches, method="damaged", rate=0.5, on_bad_layer="dense", **options).report
