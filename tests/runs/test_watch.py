@@ -1,5 +1,6 @@
 """What a run says of itself while it goes on, and what `inspect` shows of it."""
 
+import fcntl
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from oats_vision.core.oats import Factors
 from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 from oats_vision.progress import Step
 from oats_vision.runs.watch import watching
-from oats_vision.under_way import LAYERS, RUN_LOG, STATUS, folder_of, is_held, read_layers, under_way
+from oats_vision.under_way import LAYERS, RUN_LOG, STATUS, folder_of, is_held, lock_of, read_layers, under_way
 from tests.helpers.command import run
 
 QUICK = ["--data", "demo", "--samples", 20, "--iterations", 3, "--no-report"]
@@ -311,3 +312,14 @@ def test_a_lock_is_held_as_long_as_its_owner_lives(tmp_path):
         assert is_held(tmp_path / "out")
         assert is_held(Path(os.path.relpath(tmp_path / "out")))
     assert not is_held(tmp_path / "out")
+
+
+def test_a_run_may_begin_while_another_process_looks_whether_one_is_there(tmp_path, monkeypatch):
+    from oats_vision.checkpoint import place
+
+    looking = os.open(lock_of(tmp_path / "out"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(place.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    with place.locked(tmp_path / "out"):
+        assert is_held(tmp_path / "out")
+    os.close(looking)
