@@ -18,7 +18,7 @@ from oats_vision import ranks
 
 SCRIPT = Path(on_ranks.__file__)
 QUICK = ("vit fast", "vit best", "llama fast", "llama best", "demo fast", "top1", "features", "perplexity")
-OTHERS = ("vit wanda", "vit dsnot", "vit median", "vit owl", "mixtral fast", "mixtral best", "demo best")
+OTHERS = ("vit wanda", "vit dsnot", "vit median", "vit owl", "mixtral fast", "mixtral best", "demo best", "gaps")
 
 
 def _start(world: int, *words: object) -> list[subprocess.Popen[str]]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -144,6 +144,19 @@ def stays_dense(**options: Any) -> dict[str, Any]:
     return {"tensors": digest(model.state_dict()), "exceptions": report.exceptions_made}
 
 
+class Gaps:
+    """Batches of one picture, some of which cannot be read: these have no number on one rank, and one on several."""
+
+    def __init__(self) -> None:
+        self.batches = [None if number % 5 == 1 else picture for number, picture in enumerate(random(48, 1, 3, 32, 32))]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (batch for batch in self.batches if batch is not None)
+
+    def mine(self) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((number, batch) for number, batch in ranks.mine(self.batches) if batch is not None)
+
+
 class Stopped(BaseException):
     """As a signal does it."""
 
@@ -197,6 +210,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "mixtral fast": lambda: text(tiny_mixtral(), padded=False, quality="fast"),
     "stays dense": lambda: stays_dense(),
     "stays dense, with targets": lambda: stays_dense(targets=True),
+    "gaps": lambda: compressed(tiny_vit(), Gaps(), quality="fast", budget="measured"),
     "goes on": goes_on,
     "demo fast": lambda: of_demo(quality="fast"),
     "demo best": lambda: of_demo(),
