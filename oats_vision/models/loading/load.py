@@ -49,7 +49,8 @@ def load_model(
         dtype: of the model's weights and arithmetic; buffers that are computed and not stored keep theirs.
         trust_remote_code: allow code from a hub to run.
         low_memory: leave the weights of its blocks in their files, which must be safetensors, and read those of a block
-            when it is called. None: where they would take more than half of the memory that is free.
+            when it is called. None: where they would take more than half of the memory that is free; ranks decide that
+            together.
 
     Raises:
         ModelError: unknown name, a model that cannot be loaded, or one of no supported family; or one that cannot be
