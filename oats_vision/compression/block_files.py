@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from oats_vision import ranks
+from oats_vision.errors import CheckpointError
+from oats_vision.files import why
 from oats_vision.machine import give_memory_back
 from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.record import record_of
@@ -52,7 +55,11 @@ class BlockFiles:
 
     @contextmanager
     def block(self, name: str, block: nn.Module) -> Iterator[None]:
-        """Hold a block with its weights while it is compressed; then its layers are written, and its memory is free."""
+        """Hold a block with its weights while it is compressed; then its layers are written, and its memory is free.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
         if self.on_disk is None or self.folder is None:
             yield
             return
@@ -60,11 +67,17 @@ class BlockFiles:
         with self.on_disk.at_work(name):
             yield
             if self.shared:
-                ranks.on_main(lambda: save_file(self._stored(block), file))
+                ranks.on_main(lambda: self._write(block, file))
             else:
-                save_file(self._stored(block), file)
+                self._write(block, file)
         self.on_disk.leave(name, file, self.storage)
         give_memory_back()
+
+    def _write(self, block: nn.Module, file: Path) -> None:
+        try:
+            save_file(self._stored(block), file)
+        except (OSError, SafetensorError) as problem:
+            raise CheckpointError(f"{file} cannot be written: {why(problem)}") from problem
 
     def _stored(self, block: nn.Module) -> dict[str, Tensor]:
         """The compressed layers' tensors, by their names in the block."""
