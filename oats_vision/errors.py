@@ -39,10 +39,9 @@ def saying(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError:
-        raise
     except BaseException as stopped:
-        if not notes(stopped) and (words := how_to_go_on()):
+        wrong = isinstance(stopped, ConfigError) or isinstance(stopped.__cause__, ConfigError)
+        if not wrong and not notes(stopped) and (words := how_to_go_on()):
             stopped.__notes__ = [words]  # type: ignore[attr-defined]  # as `add_note` of Python 3.11 does
         raise
 

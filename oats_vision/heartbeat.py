@@ -46,7 +46,7 @@ class Heartbeat(threading.Thread):
         store.set(f"place/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
         places = [json.loads(store.get(f"place/{other}")) for other in range(world)]
         # processes of this machine are looked for among its processes
-        self._here = {r: pid for r, (host, pid) in enumerate(places) if host == socket.gethostname()}
+        self.here = {r: pid for r, (host, pid) in enumerate(places) if host == socket.gethostname()}
         self.machines = len({host for host, _ in places})
 
     def run(self) -> None:
@@ -77,8 +77,8 @@ class Heartbeat(threading.Thread):
         """Whether another rank is gone, and has not said goodbye."""
         if other == self.rank:
             return False
-        if other in self._here:
-            gone = not _alive(self._here[other])
+        if other in self.here:
+            gone = not _alive(self.here[other])
         elif self.rank and other:
             return False  # the first rank listens to all, and all to it
         else:
@@ -107,7 +107,7 @@ class Heartbeat(threading.Thread):
     def wait_for(self, rank: int, seconds: float) -> None:
         """Until a rank has ended, so that what it has to say is said before this process ends, but not for ever."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and (rank not in self._here or _alive(self._here[rank])):
+        while time.monotonic() < end and (rank not in self.here or _alive(self.here[rank])):
             time.sleep(0.1)
 
 

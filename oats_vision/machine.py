@@ -14,6 +14,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from oats_vision import ranks
 from oats_vision.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,14 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that are free: of the GPU; of the machine, or of what the process's control group may use."""
+    """Bytes that are free: of the GPU; of the machine, or of what the process's control group may use.
+
+    Of a machine that several ranks share, it is the share of one.
+    """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     free = min(float(psutil.virtual_memory().available), _group_limit() - memory_in_use(device))
-    return max(free, 0.0)
+    return max(free, 0.0) / ranks.beside()
 
 
 def _group_limit() -> float:

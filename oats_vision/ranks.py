@@ -93,6 +93,11 @@ def rank() -> int:
     return _group.rank if _group else 0
 
 
+def beside() -> int:
+    """How many of them are on this machine, this process among them, and share its memory."""
+    return len(_group.heartbeat.here) if _group else 1
+
+
 def is_main() -> bool:
     """Whether this is the rank that prints, writes and locks."""
     return rank() == 0

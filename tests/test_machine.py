@@ -1,11 +1,12 @@
 import gc
 import mmap
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from oats_vision import machine
+from oats_vision import machine, ranks
 from oats_vision.machine import memory_in_use, peak_memory, slow_dtype_warning
 
 CPU = torch.device("cpu")
@@ -39,6 +40,15 @@ def test_memory_in_use_follows_what_is_allocated():
 def test_what_is_free_is_within_what_there_is():
     free = machine.available_memory(CPU)
     assert 0 < free <= psutil.virtual_memory().total
+
+
+def test_ranks_of_one_machine_share_what_is_free(monkeypatch):
+    monkeypatch.setattr(machine, "_group_limit", lambda: float(9 << 30))
+    monkeypatch.setattr(machine, "memory_in_use", lambda device: 1 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 << 30))
+    assert machine.available_memory(CPU) == 8 << 30
+    monkeypatch.setattr(ranks, "beside", lambda: 4)
+    assert machine.available_memory(CPU) == 2 << 30
 
 
 def test_a_control_group_limits_what_is_free(monkeypatch):

@@ -158,7 +158,7 @@ def capture_block_calls(
         found.calls.append(calls)
         found.masks.append(mask)
         found.names.append(names)
-        if max(number, samples) < INPUTS_KEPT:  # with several ranks it may turn out to be too late
+        if samples < INPUTS_KEPT:  # with several ranks `place` leaves those that come too late
             found.inputs.append(inputs)
         hidden.append(done.hidden)
         sizes[number] = len(done.hidden), done.hidden.shape[:-1].numel()

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 from torch import nn
 
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.origin import NotFiniteError, Origin, origin_of
+from oats_vision.models.structure import sharing_weights
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def explained(
     Raises:
         NotFiniteError: what was raised, with its origin.
     """
-    before = None if dense is None else deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())})
+    before = None if dense is None else sharing_weights(block)
     try:
         yield
     except NotFiniteError as problem:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -33,6 +34,7 @@ _UNFINISHED = (f".{MERGED}.writing-", f".{REPORT}.", f".{PAGE}.")  # beginnings 
 # in TOKENIZER and MERGED
 _OURS_BELOW = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab")
 _TEMPLATES = "additional_chat_templates"
+MOMENT = 0.3  # seconds
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of some network file systems
 
 
@@ -61,7 +63,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _lock(file: Path) -> int:
-    """Raises BlockingIOError if it is taken."""
+    """Raises BlockingIOError if it is taken, and not only for the moment in which `inspect` looks whether it is."""
+    end = time.monotonic() + MOMENT
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -71,6 +74,9 @@ def _lock(file: Path) -> int:
                 log.warning("%s: this file system has no locks: see that no two runs write there", file.parent)
                 return handle
             os.close(handle)
+            if isinstance(problem, BlockingIOError) and time.monotonic() < end:
+                time.sleep(MOMENT / 10)
+                continue
             raise
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(handle).st_ino == file.stat().st_ino:

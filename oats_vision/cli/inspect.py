@@ -72,7 +72,7 @@ def _show_run(directory: Path, html: Path | None, as_json: bool) -> bool:
     if (directory / "config.json").is_file() and not (run.running and run.status):
         what = "a run that was to replace it was stopped"
         if run.status.get("written") is True:
-            what = "its run was stopped while it measured it"
+            what = "its run was stopped after it was written, and the same command does the rest"
         messages.print(f"{directory}: {'a run is at work on it' if run.running else what}", soft_wrap=True)
         return False
     if html:

@@ -22,6 +22,7 @@ from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerException, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.stream import linear_of
+from oats_vision.core.joint import Correlations
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError
 from oats_vision.models.families import Residual, Structure
@@ -287,6 +288,15 @@ def decomposed(
     if settings.rank_ratio == "auto":
         choices = candidates(parts, linear.in_features, settings.allocation)
     factors_of: list[list[tuple[str, Factors]]] = []
+
+    def decompose(one: tuple[Tensor, PartBudget, Correlations | None]) -> Factors | str:
+        """A part's factors, or why there are none: one rank alone must not leave where others wait for it."""
+        weight, part, outputs = one
+        try:
+            return job.method.decompose_for_output(weight, given.statistic, part.budget, settings, outputs)
+        except UNUSABLE as problem:
+            return str(problem) or type(problem).__name__
+
     try:
         target = given.target(linear.weight)
         weights = (linear.weight if target is None else target).split(rows)
@@ -295,12 +305,11 @@ def decomposed(
             for n, end in zip(rows, accumulate(rows), strict=True)
         ]
         for choice in choices:
-            found = ranks.each(
-                lambda one: job.method.decompose_for_output(one[0], given.statistic, one[1].budget, settings, one[2]),
-                list(zip(weights, choice, asked, strict=True)),
-                rows,
-            )
-            factors_of.append([(part.name, factors) for part, factors in zip(parts, found, strict=True)])
+            found = ranks.each(decompose, list(zip(weights, choice, asked, strict=True)), rows)
+            of_parts = [(part.name, factors) for part, factors in zip(parts, found, strict=True)]
+            if reason := next((factors for _, factors in of_parts if isinstance(factors, str)), ""):
+                raise UnusableLayerError(full, reason)
+            factors_of.append([(name, factors) for name, factors in of_parts if isinstance(factors, Factors)])
     except UNUSABLE as problem:
         raise UnusableLayerError(full, str(problem)) from None
     layers = [SparseLowRankLinear.from_factors(factors, linear.bias, job.storage) for factors in factors_of]

@@ -68,7 +68,8 @@ def compress(
         layer_done: called with a block's name and what became of one of its linears, as soon as that is known.
         journal: keeps each block as soon as it is finished, and those that it has already are not compressed again.
             Slicing keeps nothing, and begins again.
-        finished_blocks: folder for those of a model that is read block by block; a temporary one if not given.
+        finished_blocks: folder for those of a model that is read block by block, the same for all ranks; a temporary
+            one if not given.
 
     Returns:
         The settings, and each layer's budget and error.

@@ -116,8 +116,9 @@ def recover(
         outputs = {b: _through(blocks, calls, b, hidden[b]) for b in streams.judged}  # of the one-shot model
         done = RecoveryReport(steps, seed, _samples(hidden, streams.learnt), _samples(hidden, streams.judged))
         journal = recovery_journal(
-            state, model, dense, {"steps": steps, "seed": seed}, data.digests, blocks=len(blocks) + 1
+            state, model, dense, {"recover": steps, "seed": seed}, data.digests, blocks=len(blocks)
         )
+        teller = _Teller(progress, len(blocks), steps)
         for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):
             with torch.no_grad():
                 for b in range(len(wanted)):
@@ -135,7 +136,7 @@ def recover(
                         steps=steps,
                         storage=precision,
                         seed=seed,
-                        tell=_teller(progress, i, len(blocks), 1, steps, start),
+                        tell=teller.of_block(i),
                     )
                     keep(journal, i, found)
                 _put(block, found.weights)
@@ -163,7 +164,7 @@ def recover(
                 steps=steps,
                 storage=precision,
                 seed=seed,
-                tell=_teller(progress, len(blocks), len(blocks), len(blocks), steps, start),
+                tell=teller.of_all(),
             )
             keep(journal, len(blocks), together)
         _put(whole, together.weights)
@@ -263,19 +264,29 @@ def _put(block: nn.Module, weights: dict[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def _teller(
-    progress: Callable[[Step], None], block: int, blocks: int, trained: int, steps: int, start: float
-) -> Callable[[int, float], None]:
-    """Turns the steps of a block, or of as many as are trained together, into those of the whole.
+class _Teller:
+    """Turns steps of a block, or of all, into those of the whole. Blocks that were done before take no time.
 
-    Args:
-        block: how many were trained before; all of them once, and then together, which takes about as long again.
+    All blocks are trained once, and then together, which takes about as long again.
     """
 
-    def tell(step: int, error: float) -> None:
-        done = (block + trained * step / steps) / (2 * blocks)
-        left = (time.perf_counter() - start) * (1 - done) / done
-        what = "recovering" if trained == 1 else "recovering all blocks"
-        progress(Step(done, min(block + 1, blocks), blocks, what, error, f"step {step} of {steps}", left))
+    def __init__(self, progress: Callable[[Step], None], blocks: int, steps: int) -> None:
+        self.progress, self.blocks, self.steps = progress, blocks, steps
+        self._begun: tuple[float, float] | None = None  # when training began, and what was done by then
 
-    return tell
+    def of_block(self, block: int) -> Callable[[int, float], None]:
+        """Told of the steps of one, by its number from 0."""
+        return lambda step, error: self._tell(block, 1, "recovering", step, error)
+
+    def of_all(self) -> Callable[[int, float], None]:
+        """Told of the steps of all together."""
+        return lambda step, error: self._tell(self.blocks, self.blocks, "recovering all blocks", step, error)
+
+    def _tell(self, before: int, trained: int, what: str, step: int, error: float) -> None:
+        """Of `trained` blocks, with `before` behind them."""
+        now, done = time.perf_counter(), (before + trained * step / self.steps) / (2 * self.blocks)
+        self._begun = self._begun or (now, done)
+        start, first = self._begun
+        left = (now - start) * (1 - done) / (done - first) if done > first else None
+        block = min(before + 1, self.blocks)
+        self.progress(Step(done, block, self.blocks, what, error, f"step {step} of {self.steps}", left))

@@ -26,7 +26,8 @@ def recovery_journal(
     """What is kept of a recovery in a folder, which is made if it is not there; without a folder nothing is.
 
     Args:
-        model: compressed, as it was before. data: the digests of their batches.
+        model: compressed, as it was before. data: the digests of their batches. blocks: how many there are; what is
+            kept of all together comes after them.
 
     Raises:
         ConfigError: what is there is of other settings, models or data; the message says which.

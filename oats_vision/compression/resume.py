@@ -18,14 +18,13 @@ from oats_vision.compression.blocks import Job, apply_block
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.journal import Block, Journal
 from oats_vision.compression.record import LayerException, LayerReport
-from oats_vision.compression.sequence import sharing_weights
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.sharing import Parts
 from oats_vision.core.budget import Budget, Pattern
 from oats_vision.data.batches import Inputs
 from oats_vision.machine import machine
 from oats_vision.models.record import record_of
-from oats_vision.models.structure import floating
+from oats_vision.models.structure import floating, sharing_weights
 from oats_vision.models.values import round_to
 from oats_vision.models.weights import weights_digest
 from oats_vision.nn.sparse_low_rank import LayerSpec, LowRank, PackedSparse, SparseLowRankLinear, compressed_layers

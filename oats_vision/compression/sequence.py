@@ -5,7 +5,6 @@ inputs of the same linear are computed beside them; from both, the linear's targ
 """
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +28,7 @@ from oats_vision.compression.blocks import (
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.stream import Writer, linear_of, writers
 from oats_vision.core.target import propagated_target
-from oats_vision.models.structure import in_experts
+from oats_vision.models.structure import in_experts, sharing_weights
 from oats_vision.models.values import round_to
 
 # how much must be known before it changes the weight, as a share of the features' mean square: of text there is less
@@ -211,8 +210,3 @@ def gather(
         cross.update(wanted, x)
         beside.release()
     return found
-
-
-def sharing_weights(block: nn.Module) -> nn.Module:
-    """A copy of a block with the same tensors, in which linears can be called as they are now."""
-    return deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})

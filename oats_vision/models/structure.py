@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -96,3 +97,8 @@ def all_called(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
 def in_experts(name: str) -> bool:
     """Whether a module's name says that it belongs to an expert."""
     return any("expert" in part for part in name.lower().split("."))
+
+
+def sharing_weights(block: nn.Module) -> nn.Module:
+    """A copy of a block with the same tensors, in which linears can be called as they are now."""
+    return deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})

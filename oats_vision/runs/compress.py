@@ -236,6 +236,8 @@ def compress(
         raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
+    if recover:
+        ranks.refuse("recover")
     if recover and record_of(model).on_disk:
         raise ConfigError("recover needs the whole model: load it with `low_memory=False`")
     if recover and isinstance(calibration, Iterator):
@@ -252,7 +254,8 @@ def compress(
     with ExitStack() as held:
         journal = None
         if resume is not None:
-            held.enter_context(checkpoint.locked(Path(resume)))
+            if ranks.is_main():
+                held.enter_context(checkpoint.locked(Path(resume)))
             journal = Journal(Path(resume))
         with nullcontext(progress) if callable(progress) else display.compression() as step:
             report = pipeline.compress(

@@ -239,7 +239,8 @@ def _block_by_block(
     # first calibration batch, the search for budgets, and the compression
     times = asked * (1 + runs) * batches + -(-held_out // batch_size) + 5 + (settings.budget != "uniform")
     allowed = available_memory(on_disk.device) + memory_in_use(on_disk.device)
-    return BlockByBlock(on_disk.bytes, times, sizes.total, int(allowed))
+    # finished blocks are there twice: for a stopped run to go on from, and to be read
+    return BlockByBlock(on_disk.bytes, times, 2 * sizes.layers, int(allowed))
 
 
 def _recovery(steps: int, plan: Plan, hidden: Tensor, samples: int, memory: Memory) -> Recovery:

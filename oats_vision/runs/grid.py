@@ -19,7 +19,17 @@ OUT = Path("oats_sweep")
 AXES = ("method", "rate", "rank_ratio", "pattern")
 OF_QUALITY = ("quality", "refit", "joint", "sensitivity")  # settings of methods that have a quality
 # settings that mean nothing here
-FOR_ONE_RUN = ("overwrite", "restart", "merge", "recover", "max_drop", "drop_of", "target_mb")
+FOR_ONE_RUN = (
+    "overwrite",
+    "restart",
+    "merge",
+    "recover",
+    "max_drop",
+    "drop_of",
+    "target_mb",
+    "tensorboard",
+    "low_memory",
+)
 
 
 class Extent(BaseModel):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,8 +145,9 @@ def run(config: RunConfig, display: Display) -> FinishedRun:
         journal = journal_of(config.out)
         if config.restart:
             journal.restart()
-        ranks.on_main(lambda: checkpoint.check_target(config.out, config.overwrite or has_written(journal, config.out)))
-        watched = watching(config.out, config.tensorboard, resumed=journal.done > 0)
+        own = ranks.on_main(lambda: has_written(journal, config.out))
+        ranks.on_main(lambda: checkpoint.check_target(config.out, config.overwrite or own))
+        watched = watching(config.out, config.tensorboard, resumed=journal.done > 0, written=own)
         with watched if ranks.is_main() else nullcontext() as watch:
             finished = _run(config, journal, display, watch)
             if watch:
@@ -288,7 +290,8 @@ def compress_and_write(
     Args:
         journal: keeps what is done; it is to be removed once the run needs it no more.
     """
-    with saying(lambda: journal.how_to_go_on), checkpoint.beside(config.out) as finished_blocks:
+    beside = checkpoint.beside(config.out) if ranks.is_main() else nullcontext()
+    with saying(lambda: journal.how_to_go_on), beside as folder:
         with display.compression() as progress:
             report = compress(
                 model,
@@ -298,7 +301,7 @@ def compress_and_write(
                 progress=watch.telling(progress) if watch else progress,
                 layer_done=watch.layer_done if watch else nobody,
                 journal=journal,
-                finished_blocks=finished_blocks,
+                finished_blocks=ranks.broadcast(folder),
             )
         ranks.on_main(lambda: write_noted(model, config, prepared.tokenizer, journal, display))
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0
@@ -313,12 +316,17 @@ def written(
         config=config,
         settings=settings,
         result=result,
-        files={file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()},
+        files=ranks.on_main(lambda: _sizes(config.out)),
         skipped=skipped,
         task=prepared.task,
         protocol=prepared.protocol,
         machine=machine(prepared.device),
     )
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """Bytes of each file."""
+    return {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
 
 
 def recover_and_write(
@@ -354,7 +362,7 @@ def recover_and_write(
         write_noted(one_shot.model, config, prepared.tokenizer, journal, display)
     finished.result = describe(one_shot.model, record(one_shot.model).report, prepared.parameters)
     finished.result.one_shot, finished.one_shot = one_shot.cost, finished.evaluation
-    finished.files = {file.name: file.stat().st_size for file in config.out.iterdir() if file.is_file()}
+    finished.files = _sizes(config.out)
 
 
 def measure_stored(

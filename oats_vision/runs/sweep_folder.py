@@ -26,7 +26,7 @@ CELLS, CSV, PAGE = "cells", "sweep.csv", "sweep.html"
 Sort = Literal["sweep", "search"]
 ROW = TypeVar("ROW", bound=BaseModel)
 # settings that either may be continued with other values of: no figure depends on them
-_FREE = {"out", "workers", "activation_memory", "report", "dry_run"}
+_FREE = {"out", "workers", "activation_memory", "low_memory", "report", "dry_run"}
 FREE = {"sweep": {*_FREE, *AXES, *FOR_ONE_RUN}, "search": {*_FREE, "overwrite", "restart", "merge", "max_drop"}}
 
 

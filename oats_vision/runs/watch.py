@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import shutil
 import signal
@@ -85,8 +86,11 @@ class Watch:
         line: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "block": block, "name": layer.name}
         line |= self._figures(layer) if isinstance(layer, LayerReport) else asdict(layer)
         line["peak_memory"] = peak_memory(self._device)
-        with self._writing(), (self.folder / LAYERS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        with self._writing(), (self.folder / LAYERS).open("a+b") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                stream.write(b"" if stream.read() == b"\n" else b"\n")  # the last line was cut short
+            stream.write(json.dumps(line).encode() + b"\n")
         if isinstance(layer, LayerReport):
             log.info(
                 "%s: error %.4f, rank %d, density %.3f, %.2f bits a weight, %s",
@@ -94,12 +98,14 @@ class Watch:
                 duration(layer.seconds),
             )
             if self.board:
-                self.board.layer(number, line)
+                with self._writing():
+                    self.board.layer(number, line)
 
     def recovered(self, report: RecoveryReport | None) -> None:
         """A recovery is done."""
         if self.board and report:
-            self.board.recovery(report)
+            with self._writing():
+                self.board.recovery(report)
 
     def move(self, folder: Path) -> None:
         """Go on in another folder, with what was written so far."""
@@ -152,13 +158,16 @@ class Watch:
 
 
 @contextmanager
-def watching(out: Path, tensorboard: Path | None = None, *, resumed: bool = False) -> Iterator[Watch]:
+def watching(
+    out: Path, tensorboard: Path | None = None, *, resumed: bool = False, written: bool = False
+) -> Iterator[Watch]:
     """Write what a run says of itself, beside its output; of a run that fails before its first linear nothing stays.
 
     Args:
         out: the run's output, whose lock it holds.
         tensorboard: a folder for TensorBoard.
-        resumed: whether the run goes on where it was stopped, and adds to what is there.
+        resumed: whether the run goes on where it was stopped, and adds to what is there. written: whether the
+            checkpoint in `out` is this run's own.
 
     Raises:
         ConfigError: TensorBoard is missing.
@@ -168,7 +177,7 @@ def watching(out: Path, tensorboard: Path | None = None, *, resumed: bool = Fals
     for name in (RUN_LOG, LAYERS):
         if not resumed:
             (folder / name).unlink(missing_ok=True)
-        elif (out / name).is_file() and not (folder / name).exists():  # it was stopped after the checkpoint was written
+        elif written and (out / name).is_file() and not (folder / name).exists():  # it was stopped while it measured
             shutil.move(out / name, folder / name)
     with ExitStack() as end:
         if board:
@@ -179,7 +188,7 @@ def watching(out: Path, tensorboard: Path | None = None, *, resumed: bool = Fals
         except BaseException as problem:
             if not isinstance(problem, GeneratorExit):
                 log.error("stopped by %s", _why(problem), extra=logs.SHOWN)
-            if (folder / LAYERS).is_file():
+            if (folder / LAYERS).is_file() or (watch.folder != folder and _goes_on(folder)):
                 raise
             if watch.folder == folder:
                 (folder / RUN_LOG).unlink(missing_ok=True)
@@ -193,6 +202,11 @@ def _why(problem: BaseException) -> str:
     if isinstance(problem, SystemExit) and isinstance(problem.code, int) and problem.code > 128:
         return signal.Signals(problem.code - 128).name
     return " ".join(f"{type(problem).__name__}: {problem}".split())
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether something is kept for the same command to go on, besides what a run says of itself."""
+    return folder.is_dir() and any(entry.name != STATUS for entry in folder.iterdir())
 
 
 def _leave(folder: Path) -> None:

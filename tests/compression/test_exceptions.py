@@ -11,11 +11,13 @@ import oats_vision as ov
 from oats_vision.calibration.statistics import Gram
 from oats_vision.compression import methods
 from oats_vision.compression.exceptions import no_better_than_zeros, weighted_error
+from oats_vision.compression.journal import Journal
 from oats_vision.compression.methods import LinearMethod, register
 from oats_vision.compression.methods.oats import OATS
 from oats_vision.core.joint import Correlations
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.progress import Step
 
 QUICK = {"rate": 0.5, "iterations": 3}
 FAST = QUICK | {"quality": "fast"}
@@ -84,6 +86,34 @@ def test_a_layer_that_cannot_be_decomposed_stops_the_run_or_stays_dense(tiny_vit
     (exception,) = report.exceptions
     assert (exception.name, exception.dense, exception.parameters) == ("blocks.1.mlp.fc1", True, 192 * 48)
     assert isinstance(tiny_vit.blocks[1].mlp.fc1, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_what_stays_dense_is_known_to_a_run_that_goes_on(tiny_vit, pictures, damaged, targets, tmp_path):
+    whole, options = copy.deepcopy(tiny_vit), {"method": "damaged", "rate": 0.5, "targets": targets}
+    expected = ov.compress(whole, pictures, **options, on_bad_layer="dense").report
+
+    def stop(step: Step) -> None:
+        if step.block == 3:
+            raise KeyboardInterrupt
+
+    for on_bad_layer, error in (("stop", DataError), ("dense", KeyboardInterrupt)):  # the second goes on from the first
+        with pytest.raises(error):
+            ov.compress(
+                copy.deepcopy(tiny_vit),
+                pictures,
+                **options,
+                on_bad_layer=on_bad_layer,
+                resume=tmp_path / "kept",
+                progress=stop,
+            )
+    done = Journal(tmp_path / "kept").done
+    report = ov.compress(tiny_vit, pictures, **options, on_bad_layer="stop", resume=tmp_path / "kept").report
+    assert done == 2
+    assert report.exceptions == expected.exceptions
+    assert report.rate == expected.rate
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tiny_vit.state_dict()[name], tensor), name
 
 
 def test_what_stays_dense_is_in_the_checkpoint_and_the_rate_says_so(tiny_vit, pictures, damaged, tmp_path, caplog):

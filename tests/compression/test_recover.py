@@ -159,9 +159,13 @@ def test_the_same_seed_gives_the_same_bits_and_a_stopped_run_goes_on(twins, tmp_
     with pytest.raises(Stopped):
         recovered(state=tmp_path / "state", progress=stop)
     assert [file.name for file in sorted((tmp_path / "state").iterdir())] == ["0000.safetensors", "run.json"]
-    trained: list[int] = []
-    resumed = recovered(state=tmp_path / "state", progress=lambda step: trained.append(step.block))
-    assert 1 not in trained  # the first block was read
+    steps: list[Step] = []
+    resumed = recovered(state=tmp_path / "state", progress=steps.append)
+    assert 1 not in [step.block for step in steps]  # the first block was read
+    trained = [step for step in steps if step.activity.startswith("recovering")]
+    assert trained[0].left is None  # what was done before says nothing of how long the rest takes
+    assert all(step.left is not None for step in trained[1:])
+    assert [step.done for step in trained] == sorted(step.done for step in trained)
     again = recovered(state=tmp_path / "state")
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
@@ -170,7 +174,10 @@ def test_the_same_seed_gives_the_same_bits_and_a_stopped_run_goes_on(twins, tmp_
     assert not torch.equal(other["blocks.0.mlp.fc1.sparse.values"], whole["blocks.0.mlp.fc1.sparse.values"])
 
     model = copy.deepcopy(twins[0])
-    for options, message in (({"steps": 7}, "`steps` was 6 and is 7"), ({"seed": 3}, "`seed` was 0 and is 3")):
+    for options, message in (
+        ({"steps": 7}, "after block 3 of 3, .*`recover` was 6 and is 7"),
+        ({"seed": 3}, "`seed` was 0 and is 3"),
+    ):
         with pytest.raises(ConfigError, match=message):
             recover(model, dense, data, **{"steps": 6, "state": tmp_path / "state"} | options)
     with pytest.raises(ConfigError, match="SHA-256 of the calibration data differs"):

@@ -201,3 +201,6 @@ def test_what_stops_a_run_says_how_to_go_on(begun):
         with pytest.raises(error) as raised, saying(lambda: "outside"), saying(lambda: journal.how_to_go_on):
             raise error
         assert notes(raised.value) == said
+    with pytest.raises(CheckpointError) as raised, saying(lambda: journal.how_to_go_on):
+        raise CheckpointError("it is complete; what comes after it failed") from ConfigError()
+    assert not notes(raised.value)

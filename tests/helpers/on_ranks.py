@@ -3,7 +3,9 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ import torch
 
 import oats_vision as ov
 from oats_vision import ranks
+from oats_vision.compression import methods
+from oats_vision.compression.journal import Journal
+from oats_vision.compression.methods import LinearMethod
 from oats_vision.data.pictures import load_pictures
 from oats_vision.evaluation.features import extract_features
 from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.knn import knn
 from oats_vision.evaluation.perplexity import perplexity
 from oats_vision.evaluation.top1 import evaluate_top1
+from oats_vision.progress import Step
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -116,6 +122,62 @@ def words() -> dict[str, Any]:
     return {"perplexity": found.value, "losses": found.losses.tolist()}
 
 
+def stays_dense(**options: Any) -> dict[str, Any]:
+    """One linear cannot be decomposed, by the one rank that tries."""
+    model, batches = tiny_vit(), list(random(19, 3, 32, 32).split(4))
+    model.blocks[1].mlp.fc1.weight.data[0, 0] = 5.0  # by which it is known
+
+    @methods.register
+    class Damaged(LinearMethod):
+        name = "damaged"
+        citation = "None, 2026"
+
+        def decompose(self, weight: Any, statistic: Any, budget: Any, settings: Any) -> Any:
+            if weight.max() > 3:
+                raise ValueError("it is damaged")
+            return methods.find("magnitude").decompose(weight, statistic, budget, settings)
+
+    try:
+        report = ov.compress(model, batches, method="damaged", rate=0.5, on_bad_layer="dense", **options).report
+    finally:
+        methods.unregister("damaged")
+    return {"tensors": digest(model.state_dict()), "exceptions": report.exceptions_made}
+
+
+class Gaps:
+    """Batches of one picture, some of which cannot be read: these have no number on one rank, and one on several."""
+
+    def __init__(self) -> None:
+        self.batches = [None if number % 5 == 1 else picture for number, picture in enumerate(random(48, 1, 3, 32, 32))]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (batch for batch in self.batches if batch is not None)
+
+    def mine(self) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((number, batch) for number, batch in ranks.mine(self.batches) if batch is not None)
+
+
+class Stopped(BaseException):
+    """As a signal does it."""
+
+
+def goes_on() -> dict[str, Any]:
+    """A compression that is stopped in its second block, and goes on."""
+
+    def stop(step: Step) -> None:
+        if step.block == 2 and step.activity == "decomposing":
+            raise Stopped
+
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.broadcast(own)) / "kept"
+        with suppress(Stopped):
+            pictures(resume=folder, progress=stop)
+        done = Journal(folder).done
+        found = pictures(resume=folder) | {"blocks": done}
+        ranks.everyones(None)  # the folder is the first rank's
+    return found
+
+
 def for_ever() -> None:
     """Says that it has begun, and then the last rank computes while the others wait for it."""
     pictures(quality="fast")
@@ -146,12 +208,17 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "llama fast": lambda: text(tiny_llama(), quality="fast"),
     "mixtral best": lambda: text(tiny_mixtral(), padded=False),
     "mixtral fast": lambda: text(tiny_mixtral(), padded=False, quality="fast"),
+    "stays dense": lambda: stays_dense(),
+    "stays dense, with targets": lambda: stays_dense(targets=True),
+    "gaps": lambda: compressed(tiny_vit(), Gaps(), quality="fast", budget="measured"),
+    "goes on": goes_on,
     "demo fast": lambda: of_demo(quality="fast"),
     "demo best": lambda: of_demo(),
     "top1": top1,
     "features": features,
     "perplexity": words,
     "for ever": for_ever,
+    "recovers": lambda: pictures(recover=2),
     "broken": broken,
 }
 

@@ -1,11 +1,15 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from oats_vision.compression import block_files
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError
+from oats_vision.errors import CheckpointError, ConfigError, notes
 from oats_vision.runs import run as whole_run
 from oats_vision.runs.config import load_run_config
 from oats_vision.runs.run import dry_run, run
@@ -64,3 +68,18 @@ def test_what_needs_the_whole_model_is_refused(model_directory, tmp_path, given)
         load_run_config(None, options | given | {"low_memory": True})
     config = load_run_config(None, options | given)
     assert config.block_by_block is False
+
+
+def test_a_disk_that_is_full_of_finished_blocks_is_said_and_the_run_goes_on(model_directory, tmp_path, monkeypatch):
+    config = _config(model_directory, tmp_path / "out", low_memory=True, eval=False)
+
+    def full(*given):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(block_files, "save_file", full)
+        with pytest.raises(CheckpointError, match="cannot be written: the disk is full: free some space") as stopped:
+            run(config, Display())
+    assert notes(stopped.value) == ["the same command goes on after block 1 of 2"]
+    run(config, Display())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -16,6 +16,7 @@ from oats_vision.runs import run as runs
 from oats_vision.runs import search, sweep
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import sweep_config
+from oats_vision.under_way import LAYERS, read_layers, under_way
 
 FIELDS = {"data": "demo", "samples": 16, "iterations": 3, "quality": "fast"}
 FEW = FIELDS | {"eval": False, "report": False}
@@ -108,6 +109,8 @@ def test_a_run_that_was_stopped_while_it_measured_goes_on(model_directory, tmp_p
     assert notes(stopped.value) == ["all blocks are kept, and the same command does the rest"]
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert not (tmp_path / "out" / "report.json").exists()
+    assert under_way(tmp_path / "out").status["written"] is True
+    assert len(read_layers(tmp_path / "out" / LAYERS)) == 8
     monkeypatch.setattr(runs, "measure_stored", measure)
     with pytest.raises(ConfigError, match="`seed` was 42 and is 1"):
         runs.run(config.model_copy(update={"seed": 1}), Display())
@@ -116,6 +119,7 @@ def test_a_run_that_was_stopped_while_it_measured_goes_on(model_directory, tmp_p
     assert compressed == []
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "out" / "report.json").read_text())["cost"]
+    assert len(read_layers(tmp_path / "out" / LAYERS)) == 8
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

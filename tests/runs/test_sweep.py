@@ -107,6 +107,8 @@ WRONG = {
     "seeds": ({"seeds": 0}, "seeds must be at least 1"),
     "samples": ({"samples": 0}, "samples"),
     "for one run": ({"merge": True}, "merge is not a setting of a sweep"),
+    "one board": ({"tensorboard": "board"}, "tensorboard is not a setting of a sweep"),
+    "one model": ({"low_memory": True}, "low_memory is not a setting of a sweep"),
     "nothing that can be": (
         {"pattern": "2:4", "rate": 0.7},
         "no cell of the grid is possible: oats, pattern 2:4, rate 0.7",

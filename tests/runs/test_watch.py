@@ -1,5 +1,6 @@
 """What a run says of itself while it goes on, and what `inspect` shows of it."""
 
+import fcntl
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from oats_vision.core.oats import Factors
 from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 from oats_vision.progress import Step
 from oats_vision.runs.watch import watching
-from oats_vision.under_way import LAYERS, RUN_LOG, STATUS, folder_of, is_held, read_layers, under_way
+from oats_vision.under_way import LAYERS, RUN_LOG, STATUS, folder_of, is_held, lock_of, read_layers, under_way
 from tests.helpers.command import run
 
 QUICK = ["--data", "demo", "--samples", 20, "--iterations", 3, "--no-report"]
@@ -210,6 +211,29 @@ def test_of_a_run_that_measures_its_checkpoint_the_files_are_read_there(tmp_path
         sys.exit(143)
 
 
+def test_a_run_that_is_stopped_while_it_measures_is_shown_and_takes_up_its_own_files_alone(tmp_path):
+    out = tmp_path / "out"
+
+    def stop() -> None:
+        with watching(out) as watch:
+            (folder_of(out) / LAYERS).write_text('{"name": "a"}\n')
+            (folder_of(out) / "run.json").write_text("{}")  # as a journal leaves it
+            out.mkdir()
+            watch.move(out)
+            sys.exit(143)
+
+    with pytest.raises(SystemExit):
+        stop()
+    found = under_way(out)
+    assert found is not None
+    assert (found.running, found.status["written"], found.layers) == (False, True, [{"name": "a"}])
+    with watching(out, resumed=True):  # what is there is another run's
+        assert not (folder_of(out) / LAYERS).exists()
+    with watching(out, resumed=True, written=True):
+        assert read_layers(folder_of(out) / LAYERS) == [{"name": "a"}]
+        assert not (out / LAYERS).exists()
+
+
 def test_a_run_that_goes_on_adds_to_the_files_and_counts_on(tmp_path):
     out, board = tmp_path / "out", tmp_path / "board"
 
@@ -229,6 +253,8 @@ def test_a_run_that_goes_on_adds_to_the_files_and_counts_on(tmp_path):
     ):
         with pytest.raises(SystemExit):
             some(resumed, *layers)
+        with (folder_of(out) / LAYERS).open("a") as stream:
+            stream.write('{"name": "b", "er')  # as a kill or a full disk leaves it
     lines = read_layers(folder_of(out) / LAYERS)
     assert [(line["name"], line["error"], line["output_error"]) for line in lines] == [
         ("a", 0.1, None),
@@ -286,3 +312,14 @@ def test_a_lock_is_held_as_long_as_its_owner_lives(tmp_path):
         assert is_held(tmp_path / "out")
         assert is_held(Path(os.path.relpath(tmp_path / "out")))
     assert not is_held(tmp_path / "out")
+
+
+def test_a_run_may_begin_while_another_process_looks_whether_one_is_there(tmp_path, monkeypatch):
+    from oats_vision.checkpoint import place
+
+    looking = os.open(lock_of(tmp_path / "out"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(place.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+    with place.locked(tmp_path / "out"):
+        assert is_held(tmp_path / "out")
+    os.close(looking)

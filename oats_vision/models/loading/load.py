@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from oats_vision import ranks
 from oats_vision.errors import CheckpointError, ModelError
 from oats_vision.machine import available_memory
 from oats_vision.models.bounds import BUILDING, Limits, bounded
@@ -48,7 +49,8 @@ def load_model(
         dtype: of the model's weights and arithmetic; buffers that are computed and not stored keep theirs.
         trust_remote_code: allow code from a hub to run.
         low_memory: leave the weights of its blocks in their files, which must be safetensors, and read those of a block
-            when it is called. None: where they would take more than half of the memory that is free.
+            when it is called. None: where they would take more than half of the memory that is free; ranks decide that
+            together.
 
     Raises:
         ModelError: unknown name, a model that cannot be loaded, or one of no supported family; or one that cannot be
@@ -56,7 +58,7 @@ def load_model(
     """
     name, device = os.fspath(name), torch.device(device)
     provider = provider_of(name)
-    room = 0.0 if low_memory else math.inf if low_memory is False else _free(device) / 2
+    room = 0.0 if low_memory else math.inf if low_memory is False else min(ranks.everyones(_free(device))) / 2
     with nullcontext() if pretrained else same_random_weights():
         model, source = provider.load(name, Wanted(pretrained, image_size, trust_remote_code, room))
     structure_of(model)
