@@ -62,8 +62,9 @@ class Correlations:
 
 
 def _equal_share(count: int, largest: int) -> int:
-    """The largest number up to `largest` that divides a count."""
-    return next(size for size in range(largest, 0, -1) if count % size == 0)
+    """The largest number up to `largest` that divides a count; the count itself where only small ones do."""
+    size = next(size for size in range(min(largest, count), 0, -1) if count % size == 0)
+    return size if 4 * size >= largest else count
 
 
 def times(blocks: Tensor, X: Tensor) -> Tensor:

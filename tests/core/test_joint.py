@@ -124,3 +124,10 @@ def test_inputs_that_are_always_zero_take_no_budget(weight):
 def test_moments_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="second moments are not finite"):
         Correlations(torch.full((2, 2), torch.nan, dtype=torch.float64), torch.float32)
+
+
+def test_outputs_are_cut_into_equal_blocks_unless_only_small_ones_divide_them():
+    sizes = {
+        count: Correlations(torch.eye(count).double(), torch.float32, 0.1, 16).C.shape for count in (8, 16, 48, 37)
+    }
+    assert sizes == {8: (1, 8, 8), 16: (1, 16, 16), 48: (3, 16, 16), 37: (1, 37, 37)}
