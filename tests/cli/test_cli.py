@@ -201,7 +201,7 @@ def test_files_of_others_are_seen_before_the_work(quick, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_is_refused_and_a_stopped_one_leaves_nothing(quick, tmp_path):
+def test_a_second_run_is_refused_and_a_stopped_one_leaves_only_what_it_goes_on_from(quick, tmp_path):
     (tmp_path / "tmp").mkdir()
     slow = [*quick, "--iterations", 10**6, "--tolerance", 0, "--out", tmp_path / "out"]
     command = [sys.executable, "-m", "oats_vision", *map(str, slow)]
@@ -219,7 +219,7 @@ def test_a_second_run_is_refused_and_a_stopped_one_leaves_nothing(quick, tmp_pat
     assert first.returncode == 130
     assert "Traceback" not in errors
     assert errors.count("stopped by SIGINT") == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["tmp"]
+    assert {entry.name for entry in tmp_path.iterdir()} - {"out.partial"} == {"tmp"}  # it may not have begun
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
