@@ -132,7 +132,7 @@ def beside(path: Path) -> Iterator[Path]:
     try:
         folder = tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.writing-")
     except OSError as problem:
-        raise CheckpointError(f"{path} cannot be written: {problem}") from problem
+        raise CheckpointError(f"{path} cannot be written: {why(problem)}") from problem
     with folder as name:
         yield Path(name)
 

@@ -80,8 +80,7 @@ def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M
 
     Args:
         target, S, mask: (out_features, in_features); S is where to start.
-        H: (in_features, in_features); M: its diagonal blocks, (blocks, size, size): symmetric and
-            positive.
+        H: (in_features, in_features); M: its diagonal blocks, (blocks, size, size). Symmetric and positive.
     """
 
     def image(X: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: flo
         gram: G, mean of x x^T, (in_features, in_features), float64.
         wanted: mean of t x^T, (out_features, in_features), float64.
         damping: lambda as a share of the features' mean square, above 0: how much must be known of a direction of the
-            inputs before it changes W. Features that are
-            always zero do not count in that mean, and outliers as ten times the median.
+            inputs before it changes W. Features that are always zero do not count in that mean, and outliers as ten
+            times the median.
 
     Returns:
         T, float64.

@@ -31,7 +31,6 @@ class SliceGPT(BlockMethod):
         from oats_vision.compression.slicing import plan_slicing
 
         ranks.refuse("method slicegpt")
-
         return plan_slicing(blocks, structure, settings.rate)
 
     def compress(
