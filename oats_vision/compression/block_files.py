@@ -17,7 +17,7 @@ from oats_vision.files import why
 from oats_vision.machine import give_memory_back
 from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.record import record_of
-from oats_vision.nn.sparse_low_rank import compressed_layers
+from oats_vision.nn.sparse_low_rank import layer_tensors
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,7 @@ class BlockFiles:
 
     def _stored(self, block: nn.Module) -> dict[str, Tensor]:
         """The compressed layers' tensors, by their names in the block."""
-        tensors = {
-            f"{name}.{key}": tensor
-            for name, layer in compressed_layers(block).items()
-            for key, tensor in layer.state_dict().items()
-        }
         return {
             name: (tensor.to(self.storage) if tensor.is_floating_point() else tensor).cpu().contiguous()
-            for name, tensor in tensors.items()
+            for name, tensor in layer_tensors(block).items()
         }

@@ -5,6 +5,7 @@ made of the dense model's own hidden states, so that the error that comes in is 
 towards the final features. Neither labels nor texts to predict are needed.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +23,13 @@ from oats_vision.calibration.capture import BlockCalls, capture_block_calls, che
 from oats_vision.compression.block_training import Streams, relative, train_block
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
-from oats_vision.compression.recovery_journal import digest_of, keep, recovery_journal, trained
+from oats_vision.compression.recovery_journal import keep, recovery_journal, trained
 from oats_vision.compression.together import WholeStreams, train_together
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.record import set_record, structure_of
 from oats_vision.models.structure import check_device, floating
+from oats_vision.models.weights import tensor_bytes
 from oats_vision.nn.sparse_low_rank import compressed_layers
 from oats_vision.progress import Step
 
@@ -216,7 +218,7 @@ class _Read:
 
     def _pieces(self, data: Any, reader: Reader) -> Iterator[Any]:
         for piece in chain.from_iterable(map(_split, read_batches(data, reader))):
-            self.digests.append(digest_of(piece.tensor))
+            self.digests.append(hashlib.sha256(tensor_bytes(piece.tensor)).hexdigest())
             yield piece.values if piece.by_name else piece.tensor
 
 

@@ -6,13 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oats_vision.compression.block_training import Trained
 from oats_vision.compression.journal import Journal
 from oats_vision.machine import machine
 from oats_vision.models.structure import floating
+from oats_vision.models.weights import tensor_bytes
 
 
 def recovery_journal(
@@ -68,11 +68,5 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(digest_of(tensor).encode())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def digest_of(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

@@ -26,8 +26,8 @@ from oats_vision.machine import machine
 from oats_vision.models.record import record_of
 from oats_vision.models.structure import floating, sharing_weights
 from oats_vision.models.values import round_to
-from oats_vision.models.weights import weights_digest
-from oats_vision.nn.sparse_low_rank import LayerSpec, LowRank, PackedSparse, SparseLowRankLinear, compressed_layers
+from oats_vision.models.weights import tensor_bytes, weights_digest
+from oats_vision.nn.sparse_low_rank import LayerSpec, LowRank, PackedSparse, SparseLowRankLinear, layer_tensors
 
 WEIGHTS, DATA = "SHA-256 of the dense weights", "SHA-256 of the calibration data"
 
@@ -106,11 +106,7 @@ def keep(
     Raises:
         CheckpointError: it cannot be written.
     """
-    tensors = {
-        f"{name}.{key}": _stored(tensor, job.storage)
-        for name, layer in compressed_layers(block).items()
-        for key, tensor in layer.state_dict().items()
-    }
+    tensors = {name: _stored(tensor, job.storage) for name, tensor in layer_tensors(block).items()}
     figures = {
         "layers": [layer.to_dict() for layer in layers],
         "exceptions": list(map(asdict, exceptions)),
@@ -173,7 +169,6 @@ def _digest(inputs: Inputs) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(inputs.values.items()):
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(value))
     return digest.hexdigest()

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from oats_vision import ranks
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
-from oats_vision.evaluation.fingerprint import model_fingerprint, tensor_bytes
+from oats_vision.evaluation.fingerprint import model_fingerprint
 from oats_vision.evaluation.top1 import autocast
 from oats_vision.files import replacing
 from oats_vision.models.families import Structure
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
+from oats_vision.models.weights import tensor_bytes
 from oats_vision.nn.outputs import first_output
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from oats_vision.models.weights import tensor_bytes
+
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of what a model computes: its tensors, and the classes and settings of its modules.
@@ -78,8 +80,3 @@ def _plain(value: Any, seen: dict[int, Any]) -> Any:
 
 def _name(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values, to be hashed; no copy where it lies contiguous on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -20,7 +20,6 @@ from oats_vision.data.batches import Inputs, Reader, read_mine
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
 from oats_vision.evaluation.features import pooled
-from oats_vision.evaluation.fingerprint import tensor_bytes
 from oats_vision.evaluation.intervals import mean, proportion, relative_error
 from oats_vision.evaluation.paired import paired_ratio
 from oats_vision.evaluation.perplexity import Perplexity
@@ -30,6 +29,7 @@ from oats_vision.models.head import class_logits, has_head
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
 from oats_vision.models.transforms import Transform
+from oats_vision.models.weights import tensor_bytes
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sparse_low_rank import other_parameter
 

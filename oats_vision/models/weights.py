@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from oats_vision.models.record import read_values
 
@@ -22,10 +22,15 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of a model's state dict in the order of its names: name, shape and values, floating ones as float32."""
     digest = hashlib.sha256()
     for name, tensor in read_values(model, sorted(model.state_dict().items())):
-        values = (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        values = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(values))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values, to be hashed; no copy where it lies contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -243,6 +243,15 @@ def compressed_layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLowRankLinear)}
 
 
+def layer_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's compressed layers, by name."""
+    return {
+        f"{name}.{key}": tensor
+        for name, layer in compressed_layers(model).items()
+        for key, tensor in layer.state_dict().items()
+    }
+
+
 def other_parameter(model: nn.Module) -> nn.Parameter | None:
     """A floating parameter outside of the compressed layers, which has the dtype that the model computes in."""
     compressed = tuple(f"{name}." for name in compressed_layers(model))
