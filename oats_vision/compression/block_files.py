@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from oats_vision import ranks
 from oats_vision.errors import CheckpointError
 from oats_vision.files import why
-from oats_vision.machine import give_memory_back
 from oats_vision.models.on_disk import BlocksOnDisk
 from oats_vision.models.record import record_of
 from oats_vision.nn.sparse_low_rank import layer_tensors
@@ -71,7 +70,6 @@ class BlockFiles:
             else:
                 self._write(block, file)
         self.on_disk.leave(name, file, self.storage)
-        give_memory_back()
 
     def _write(self, block: nn.Module, file: Path) -> None:
         try:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from oats_vision.errors import ModelError
+from oats_vision.machine import give_memory_back
 from oats_vision.models.bounds import BUILDING
 from oats_vision.models.families import Structure
 
@@ -164,6 +165,7 @@ class BlocksOnDisk:
         away = {id(tensor) for local, tensor in tensors.items() if f"{name}.{local}" in self.places}
         with torch.inference_mode(False), torch.no_grad():  # whatever the caller has set
             block._apply(lambda tensor: tensor.to("meta") if id(tensor) in away else tensor)
+        give_memory_back()  # or what is read for a hundred blocks leaves a hundred megabytes of gaps
 
     def _watch(self, name: str) -> None:
         """Have a block's weights read when it is called."""

@@ -70,7 +70,7 @@ def test_a_model_three_times_as_large_as_its_memory_is_compressed_within_it():
     groups = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
     files = ["memory.limit_in_bytes", "cgroup.subtree_control"]
     limited = any(os.access(group / file, os.W_OK) for group, file in zip(groups, files, strict=True))
-    options = ["--depth", 100, "--quality", "plain", "--iterations", 1, "--samples", 16]
+    options = ["--depth", 50, "--quality", "plain", "--iterations", 1, "--samples", 16]
     output = _script("low_memory.py", *options, *([] if limited else ["--no-limit"]))
     assert "weights are equal to the byte" in output
     weights, allowed = (int(number) for number in re.findall(r"(\d+) MB", output.splitlines()[0]))
