@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from oats_vision.checkpoint import read_config
+import torch
+
+from oats_vision.checkpoint import measure, read_config
 from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionSettings
@@ -51,16 +53,15 @@ class ComparedModel:
         config, measured = read_config(directory), read_report(directory)
         report = config.report
         with WeightsFile(directory) as file:
-            stored = sum(tensor.end - tensor.start for tensor in file.tensors.values())
-        removed = (report.dense_parameters - report.parameters) * config.storage_dtype.itemsize
-        positions = sum(spec.out_features * spec.row_bytes for spec in config.specs.values())
+            tensors = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in file.tensors.values()]
+        sizes = measure(tensors, report, config.storage_dtype)
         source = config.source
         return cls(
             name=directory.resolve().name,
             model=source.origin_name,
             settings=report.settings,
-            bytes=stored,
-            dense_bytes=stored - positions + removed,
+            bytes=sizes.total,
+            dense_bytes=sizes.dense_total,
             speed=measured.speed,
             cost=measured.cost,
             labelled=measured.labelled,

@@ -233,8 +233,9 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
     storage = sizes.dense_layers / max(report.dense_parameters, 1)
     low_rank = sum(layer.spec.parameters - layer.spec.nonzeros for layer in report.layers)
     budget: list[tuple[str, float, int | None]] = [
-        ("S, values", sum(layer.spec.nonzeros for layer in report.layers) * storage, 0),
-        ("S, bitmask", sizes.positions, 4),
+        ("S, values", sizes.layers - sizes.positions - sizes.scales - low_rank * storage, 0),
+        *([("S, bitmask", sizes.positions, 4)] if sizes.positions else []),
+        *([("S, scales", sizes.scales, 3)] if sizes.scales else []),
         ("U and V", low_rank * storage, 1),
         ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]

@@ -40,7 +40,10 @@ class Inspection:
             "parameters of the layers": f"{done.parameters:,} of {done.dense_parameters:,} "
             f"({done.parameters / done.dense_parameters:.1%})",
             "bytes of the layers": f"{megabytes(sizes.layers)} of {megabytes(sizes.dense_layers)} "
-            f"({sizes.layer_ratio:.3f}), of which bitmask of S {megabytes(sizes.positions)}",
+            f"({sizes.layer_ratio:.3f}), of which bitmask of S {megabytes(sizes.positions)}"
+            + f", scales {megabytes(sizes.scales)}"
+            * bool(sizes.scales),
+            "bits a weight": f"{sizes.bits:.2f}",
             "bytes of the model": f"{megabytes(sizes.total)} of {megabytes(sizes.dense_total)}",
         }
 

@@ -47,7 +47,10 @@ def one_term(model: nn.Module, view: str) -> nn.Module:
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, SparseLowRankLinear):
-            (module.low_rank.U if view == "sparse" else module.sparse.values).data.zero_()
+            if view == "sparse":
+                module.low_rank.U.data.zero_()
+            else:
+                module.sparse.clear()
     return model
 
 

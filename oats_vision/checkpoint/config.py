@@ -15,7 +15,8 @@ from oats_vision.models.source import ModelSource
 from oats_vision.nn.sparse_low_rank import LayerSpec
 
 CONFIG = "config.json"
-FORMAT, FORMAT_VERSION = "oats_vision", 1
+FORMAT = "oats_vision"
+VERSIONS = (1, 2)  # that are read; 2 has values of few bits, all else is written as 1
 DIGEST = "config_sha256"
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -41,11 +42,18 @@ class _Part(_Closed):
     nonzeros: Count
 
 
+class _Grid(_Closed):
+    bits: Literal[2, 3, 4, 6, 8]
+    group_size: Annotated[int, Field(ge=0, lt=1 << 31, multiple_of=16)]
+    symmetric: bool
+
+
 class _Spec(_Closed):
     in_features: Size
     out_features: Size
     bias: bool
     parts: Annotated[list[_Part], Field(min_length=1)]
+    grid: _Grid | None = None
 
 
 class _Layer(_Fields):
@@ -178,10 +186,10 @@ def read_config(path: Path) -> Config:
         raise CheckpointError(f"{file} is damaged: {problem}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a config of oats_vision")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in VERSIONS:
         raise CheckpointError(
-            f"{file} has format version {config.get('format_version')!r} and this release reads {FORMAT_VERSION}: "
-            "update oats_vision"
+            f"{file} has format version {config.get('format_version')!r} and this release reads {VERSIONS[0]} to "
+            f"{VERSIONS[-1]}: update oats_vision"
         )
     if DIGEST in config and config[DIGEST] != config_digest(config):
         raise CheckpointError(f"{file} is damaged: its {DIGEST} is not that of its other fields")

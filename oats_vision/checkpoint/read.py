@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oats_vision.checkpoint.config import Config, read_config
 from oats_vision.checkpoint.shapes import difference, make_room
-from oats_vision.checkpoint.weights import WeightsFile, check_bitmask
+from oats_vision.checkpoint.weights import WeightsFile, check_layer
 from oats_vision.compression.record import CompressionRecord
 from oats_vision.errors import CheckpointError
 from oats_vision.models.bounds import BUILDING, MEMORY, Limits, bounded
@@ -80,7 +80,7 @@ def load(
             places |= {name: Place(file.path.resolve(), name) for name in file.tensors if name.startswith(inside)}
         tensors = file.read(config.weights_sha256, convert, lambda name: name not in buffers)
     for name, spec in specs.items():
-        check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
+        check_layer(tensors, name, spec, f"{file.path}: {name}")
     tensors |= {name: tensors[owner] for name, owner in config.tied.items()}
     with BUILDING:  # parameters are assigned, which another thread may have patched
         model.load_state_dict(tensors, assign=True)
@@ -111,7 +111,7 @@ def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
         file.check_layers(specs, config.storage_dtype)
         tensors = file.read(config.weights_sha256, is_parameter=lambda name: name.startswith(compressed))
     for name, spec in specs.items():
-        check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, f"{file.path}: {name}")
+        check_layer(tensors, name, spec, f"{file.path}: {name}")
     return tensors
 
 

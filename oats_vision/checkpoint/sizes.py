@@ -15,9 +15,11 @@ class Sizes:
 
     total: int  # the whole model, compressed
     dense_total: int  # the whole model, dense
-    layers: int  # compressed layers: values, positions, U and V
+    layers: int  # compressed layers: values, positions, scales, U and V
     dense_layers: int  # the same layers dense
     positions: int  # the bitmasks' share of `layers`
+    scales: int  # that of the scales of values of few bits
+    bits: float  # of `layers`, a weight
 
     @property
     def layer_ratio(self) -> float:
@@ -31,10 +33,14 @@ def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch
         tensors: all of the compressed model's state dict.
         report: of its compression.
     """
-    compressed = report.parameters * storage.itemsize
-    positions = sum(layer.spec.out_features * layer.spec.row_bytes for layer in report.layers)
+    positions = sum(layer.spec.bitmask_bytes for layer in report.layers)
+    scales = sum(layer.spec.scale_bytes for layer in report.layers)
+    layers = sum(layer.spec.stored_bytes(storage.itemsize) for layer in report.layers)
+    if report.slicing:
+        layers = report.parameters * storage.itemsize
     dense = report.dense_parameters * storage.itemsize
     # tied weights are stored once; on the meta device they are one tensor
     once = {(tensor.data_ptr() or id(tensor), tensor.shape): tensor for tensor in tensors}.values()
     stored = sum(tensor.numel() * (storage if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in once)
-    return Sizes(stored, stored - compressed - positions + dense, compressed + positions, dense, positions)
+    bits = 8 * layers / max(report.dense_parameters, 1)
+    return Sizes(stored, stored - layers + dense, layers, dense, positions, scales, bits)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from oats_vision.errors import CheckpointError
-from oats_vision.models.values import broken
+from oats_vision.kernels.codes import packed_bytes
+from oats_vision.models.values import LARGEST, broken
 from oats_vision.nn.sparse_low_rank import LayerSpec
 
 WEIGHTS = "model.safetensors"
@@ -120,9 +121,8 @@ class WeightsFile:
             CheckpointError: it has not.
         """
         for name, spec in specs.items():
-            for key, (shape, packed) in layer_shapes(spec).items():
+            for key, (shape, dtype) in layer_shapes(spec, storage).items():
                 found = self.tensors.get(f"{name}.{key}")
-                dtype = torch.uint8 if packed else storage
                 if found is None:
                     raise CheckpointError(f"{self.path} is damaged: {name}.{key} is missing")
                 if (found.shape, found.dtype) != (shape, dtype):
@@ -162,16 +162,43 @@ def _entry(fields: Any) -> Stored:
     return Stored(dtype, tuple(shape), start, end)
 
 
-def layer_shapes(spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Shapes of a compressed layer's tensors, by their names in the layer, and whether they are packed bits."""
+def layer_shapes(spec: LayerSpec, storage: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of a compressed layer's tensors, by their names in the layer."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if spec.grid:
+        groups = spec.out_features, spec.grid.groups(spec.in_features)
+        shapes["sparse.codes"] = (packed_bytes(spec.nonzeros, spec.grid.bits),), torch.uint8
+        shapes["sparse.scales"] = groups, torch.int16
+        if not spec.grid.symmetric:
+            shapes["sparse.zeros"] = groups, torch.uint8
+    else:
+        shapes["sparse.values"] = (spec.nonzeros,), storage
+    if spec.has_bitmask:
+        shapes["sparse.bitmask"] = (spec.out_features, spec.row_bytes), torch.uint8
     ranks = [part.rank for part in spec.parts]
-    shapes: dict[str, tuple[tuple[int, ...], bool]] = {
-        "sparse.values": ((spec.nonzeros,), False),
-        "sparse.bitmask": ((spec.out_features, spec.row_bytes), True),
-        "low_rank.U": ((spec.out_features, max(ranks)), False),
-        "low_rank.V": ((sum(ranks), spec.in_features), False),
-    }
-    return shapes | ({"bias": ((spec.out_features,), False)} if spec.bias else {})
+    shapes["low_rank.U"] = (spec.out_features, max(ranks)), storage
+    shapes["low_rank.V"] = (sum(ranks), spec.in_features), storage
+    return shapes | ({"bias": ((spec.out_features,), storage)} if spec.bias else {})
+
+
+def check_layer(tensors: Mapping[str, Tensor], name: str, spec: LayerSpec, where: str) -> None:
+    """See that a compressed layer's positions agree with its values, and that its values can be made of its codes.
+
+    Args:
+        tensors: of the whole model, by their names. name: of the layer.
+
+    Raises:
+        CheckpointError: they do not, or cannot.
+    """
+    if spec.has_bitmask:
+        check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, where)
+    if spec.grid is None:
+        return
+    scales = tensors[f"{name}.sparse.scales"].view(torch.bfloat16)
+    if not (scales.isfinite().all() and scales.float().abs().max() <= LARGEST):
+        raise CheckpointError(f"{where} is damaged: a scale is not finite, or beyond {LARGEST:g}")
+    if not spec.grid.symmetric and int(tensors[f"{name}.sparse.zeros"].max()) >= spec.grid.levels:
+        raise CheckpointError(f"{where} is damaged: a zero is beyond the {spec.grid.levels} levels")
 
 
 def check_bitmask(bitmask: Tensor, spec: LayerSpec, where: str) -> None:

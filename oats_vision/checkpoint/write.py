@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, FORMAT_VERSION, config_digest
+from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, VERSIONS, config_digest
 from oats_vision.checkpoint.place import check_target, locked, new_directory
 from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.stream import write_tensors
@@ -93,7 +93,7 @@ def content(
     generation = getattr(model, "generation_config", None)
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": VERSIONS[any(layer.spec.grid for layer in report.layers)],
         "written_by": f"oats_vision {version('oats_vision')}",
         "source": source_of(model).to_dict(),
         "dtype": str(dtype).removeprefix("torch."),

@@ -48,6 +48,6 @@ def fastest(
         tokens: that come at a time, in `dtype`.
     """
     allowed = [i for i, error in enumerate(errors) if error <= (1 + tolerance) * min(errors)]
-    x = torch.randn(tokens, layers[0].in_features, device=layers[0].sparse.values.device).to(dtype)
+    x = torch.randn(tokens, layers[0].in_features, device=layers[0].low_rank.U.device).to(dtype)
     seconds = side_by_side({str(i): lambda layer=layers[i]: layer(x) for i in allowed}, REPEATS)  # type: ignore[misc]
     return min(allowed, key=lambda i: seconds[str(i)])

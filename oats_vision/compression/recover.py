@@ -24,6 +24,7 @@ from oats_vision.compression.block_training import Streams, relative, train_bloc
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
 from oats_vision.compression.recovery_journal import keep, recovery_journal, trained
+from oats_vision.compression.settings import NO_RECOVERY
 from oats_vision.compression.together import WholeStreams, train_together
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
@@ -82,6 +83,8 @@ def recover(
     if not activation_memory > 0:
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
     start, report = time.perf_counter(), record(model).report
+    if report.settings.values:
+        raise ConfigError(NO_RECOVERY)
     blocks, twins = _twin_blocks(model, dense)
     model.eval()
     dense.eval()

@@ -27,7 +27,7 @@ from oats_vision.models.record import record_of
 from oats_vision.models.structure import floating, sharing_weights
 from oats_vision.models.values import round_to
 from oats_vision.models.weights import tensor_bytes, weights_digest
-from oats_vision.nn.sparse_low_rank import LayerSpec, LowRank, PackedSparse, SparseLowRankLinear, layer_tensors
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, layer_tensors
 
 WEIGHTS, DATA = "SHA-256 of the dense weights", "SHA-256 of the calibration data"
 
@@ -146,8 +146,9 @@ def put_back(
 
 
 def _layer(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:
-    sparse = PackedSparse(tensors["sparse.values"], tensors["sparse.bitmask"], spec.in_features)
-    return SparseLowRankLinear(spec, sparse, LowRank(tensors["low_rank.U"], tensors["low_rank.V"]), tensors.get("bias"))
+    layer = SparseLowRankLinear.empty(spec, tensors["low_rank.U"].dtype)
+    layer.load_state_dict(tensors, assign=True)
+    return layer
 
 
 def _stored(tensor: Tensor, storage: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """How to compress: what a user may give, and the settings that follow from it, each with its range and default."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -9,12 +9,16 @@ from oats_vision.core.budget import Allocation, Pattern
 from oats_vision.errors import ConfigError, did_you_mean
 from oats_vision.fields import OneOf, what_is_wrong
 
+if TYPE_CHECKING:
+    from oats_vision.core.grid import Grid
+
 Scaling = Literal["second_moment", "median", "none"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Solver = Literal["fast", "exact"]
 Quality = Literal["best", "fast", "plain"]
 Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
 OnBadLayer = Literal["stop", "dense"]
+Values = Literal["int8", "int6", "int4", "int3", "int2"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
 # by what is used of these, and how budgets are shared out
@@ -23,6 +27,7 @@ QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
     (("refit",), "uniform"): "fast",
     ((), "uniform"): "plain",
 }
+NO_RECOVERY = "recover trains floating values: leave out `values`, or recover"
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
@@ -41,6 +46,16 @@ class _Shared(BaseModel):
     targets: bool | None
     sensitivity: bool | None
     budget: Budgets | None
+    values: Values | None = Field(None, description="bits of the values of S [default: floating; rtn, gptq: int4]")
+    density: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="in place of the rate: share of the weights that S keeps; 1: all, without positions",
+    )
+    group_size: int = Field(64, ge=0, description="with values: columns that share a scale; 0: a whole row")
+    symmetric: bool = Field(True, description="with values: levels symmetric about 0; else each group has its own zero")
+    act_order: bool = Field(False, description="method gptq: columns of the largest inputs first")
     error_tolerance: float = Field(
         0.05, ge=0, description="with rank ratio auto: share by which a layer's error may exceed the lowest"
     )
@@ -61,6 +76,13 @@ class _Shared(BaseModel):
     skip: tuple[str, ...] = Field(
         (), description="linears or blocks to leave dense, such as '*.mlp.fc2'; may be repeated"
     )
+
+    @field_validator("group_size")
+    @classmethod
+    def _whole_words(cls, group_size: int) -> int:
+        if group_size % 16:
+            raise ValueError(f"group_size must be 0 or a multiple of 16, got {group_size}")
+        return group_size
 
     @field_validator("skip", mode="before")
     @classmethod
@@ -93,6 +115,13 @@ class CompressionSettings(_Shared):
         return Allocation(self.rate, ratio, Pattern.parse(self.pattern))
 
     @property
+    def grid(self) -> "Grid | None":
+        """That the values of S are rounded to, if they have few bits."""
+        from oats_vision.core.grid import Grid
+
+        return Grid(int(self.values[3:]), self.group_size, self.symmetric) if self.values else None
+
+    @property
     def quality(self) -> Quality | None:
         """The one that its levers and its budget are those of; None of others."""
         used = tuple(lever for lever in LEVERS if getattr(self, lever))
@@ -102,12 +131,20 @@ class CompressionSettings(_Shared):
     def summary(self) -> str:
         """Method, quality, rate, rank ratio and pattern in words."""
         share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
+        kept = (
+            f", rate {self.rate:.3g}" if self.density is None else f", density {self.density:.3g}" * (self.density < 1)
+        )
+        if self.values:
+            own = "" if self.symmetric else ", own zeros"
+            kept += f", {self.values} in groups of {self.group_size or 'a row'}{own}{', act order' * self.act_order}"
         skipped = f", without {' '.join(self.skip)}" if self.skip else ""
         if self.quality:
-            return f"{self.method} {self.quality}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{skipped}"
+            return f"{self.method} {self.quality}{kept}, rank ratio {share}, {self.pattern}{skipped}"
         levers = "".join(f" + {name}" for name in LEVERS if getattr(self, name))
         shared = f", {self.budget} budgets" * (self.budget != "uniform")
-        return f"{self.method}{levers}, rate {self.rate:.3g}, rank ratio {share}, {self.pattern}{shared}{skipped}"
+        if self.density == 1 and not self.rank_ratio:
+            return f"{self.method}{levers}{kept}{shared}{skipped}"
+        return f"{self.method}{levers}{kept}, rank ratio {share}, {self.pattern}{shared}{skipped}"
 
 
 class CompressionOptions(_Shared):
@@ -166,7 +203,10 @@ class CompressionOptions(_Shared):
         method.check(self)
         pattern = Pattern.parse(self.pattern or method.pattern)
         ratio = self.rank_ratio if isinstance(self.rank_ratio, float) else method.rank_ratio
-        allocation = Allocation.of(self.rate, ratio, pattern)
+        density = method.density if self.density is None else self.density
+        allocation = Allocation.of(self.rate, ratio, pattern, density)
+        values = self.values or method.values
+        storage = self.storage_dtype or ("float16" if values else None)
         return CompressionSettings(
             **{name: getattr(self, name) for name in _Shared.model_fields}
             | {
@@ -174,6 +214,9 @@ class CompressionOptions(_Shared):
                 "rank_ratio": "auto" if self.rank_ratio == "auto" else allocation.rank_ratio,
                 "pattern": str(pattern),
                 "budget": self.budget or method.budget(self),
+                "values": values,
+                "density": density,
+                "storage_dtype": storage,
                 **method.levers(self),
             }
         )

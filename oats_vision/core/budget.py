@@ -56,7 +56,7 @@ class Budget:
 class Allocation:
     """How the parameters of each layer are shared out.
 
-    rate: share removed, in (0, 1). rank_ratio: share of those kept that goes to the low-rank term, in [0, 1].
+    rate: share removed, below 1. rank_ratio: share of those kept that goes to the low-rank term, in [0, 1].
     pattern: where S may keep its non-zeros. `of` makes one from what a user gives; its values are trusted.
     """
 
@@ -66,11 +66,17 @@ class Allocation:
 
     @classmethod
     def of(
-        cls, rate: float | None = None, rank_ratio: float | None = None, pattern: Pattern = Pattern()
+        cls,
+        rate: float | None = None,
+        rank_ratio: float | None = None,
+        pattern: Pattern = Pattern(),
+        density: float | None = None,
     ) -> "Allocation":
         """Complete and check what is given: N:M fixes the density of S, so that rate and rank ratio give each other.
 
-        Defaults are rate 0.5 and rank_ratio 0.2. For N:M, `1 - rate = (N/M) / (1 - rank_ratio)`.
+        Defaults are rate 0.5 and rank_ratio 0.2. For N:M, `1 - rate = (N/M) / (1 - rank_ratio)`, and so for a density
+        that is given; the rate is below 0 where U and V come on top of all weights. At density 1 the default of
+        rank_ratio is 0.
 
         Raises:
             ValueError: out of range, or a rate and a rank ratio that N:M cannot both meet.
@@ -82,6 +88,8 @@ class Allocation:
             raise ValueError(f"rate must be in (0, 1), got {rate:g}")
         if rank_ratio is not None and not 0 <= rank_ratio <= 1:
             raise ValueError(f"rank_ratio must be in [0, 1], got {rank_ratio:g}")
+        if density is not None:
+            return cls._of_density(density, rate, rank_ratio, pattern)
         if pattern.kind != "n:m":
             return cls(0.5 if rate is None else rate, 0.2 if rank_ratio is None else rank_ratio, pattern)
 
@@ -100,6 +108,21 @@ class Allocation:
                 f"got {rank_ratio:g}"
             )
         return cls(rate, implied, pattern)
+
+    @classmethod
+    def _of_density(
+        cls, density: float, rate: float | None, rank_ratio: float | None, pattern: Pattern
+    ) -> "Allocation":
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {density:g}")
+        if rate is not None:
+            raise ValueError(f"density {density:g} and rate {rate:g} say the same thing: leave one of them out")
+        if pattern.kind == "n:m":
+            raise ValueError(f"density must be left out with pattern {pattern}, which fixes it")
+        rank_ratio = (0.0 if density == 1 else 0.2) if rank_ratio is None else rank_ratio
+        if rank_ratio >= 1:
+            raise ValueError("rank_ratio must be below 1 with a density")
+        return cls(1 - density / (1 - rank_ratio), rank_ratio, pattern)
 
     def budget(self, out_features: int, in_features: int) -> Budget:
         """Rank and non-zeros of one layer (OATS, section 3.1); row-wise budgets are rounded down to whole rows.

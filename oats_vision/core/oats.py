@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oats_vision.core.budget import Budget
+from oats_vision.core.grid import Quantised
 from oats_vision.core.lowrank import WarmLowRank, exact_low_rank
 from oats_vision.core.threshold import SparseTerm, keep_largest
 
@@ -27,6 +28,7 @@ class Factors:
     iterations: of alternating thresholding, that were run.
     output_error: relative error of the layer's output, |(W - S - U V) X| / |W X|, if the method knows the inputs'
         full second moments.
+    quantised: what S is made of, if its values have few bits.
     """
 
     S: Tensor
@@ -35,6 +37,7 @@ class Factors:
     error: float
     iterations: int
     output_error: float | None = None
+    quantised: Quantised | None = None
 
     @classmethod
     def sparse(cls, W: Tensor, S: Tensor, D: Tensor) -> "Factors":

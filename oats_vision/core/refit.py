@@ -40,25 +40,48 @@ def refit(
     Raises:
         ValueError: `gram` is not finite.
     """
-    if not gram.isfinite().all():
-        raise ValueError("the inputs' second moments are not finite")
     W = arithmetic(weight)
-    H = normalised(gram).to(W)
-    D = H.diagonal().sqrt()
-    H.diagonal().mul_(1 + damping).masked_fill_(H.diagonal() <= 0, DEAD)
+    H, D = damped(gram, W, damping)
     M = None if outputs is None else outputs.moments().to(W)
     S, U, V = factors.S.clone(), factors.U, factors.V
     mask = (S != 0).to(W)
     for _ in range(rounds):
-        if U.shape[1]:
-            rest = W - S
-            VH = V @ H
-            U = rest @ VH.T @ _inverse(VH @ V.T)
-            UM = U.T if M is None else times(M, U).T
-            V = _inverse(UM @ U) @ (UM @ rest)
+        U, V = fit_factors(W - S, U, V, H, M)
         S = fit_values(W - U @ V, H, S, mask, steps, M)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.iterations, of_output)
+
+
+def damped(gram: Tensor, W: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """H as shares of the features' mean square, its diagonal grown by a share of each entry; and D, the root of that.
+
+    Args:
+        gram: H, (in_features, in_features). W: of the dtype and on the device of the results.
+
+    Raises:
+        ValueError: `gram` is not finite.
+    """
+    if not gram.isfinite().all():
+        raise ValueError("the inputs' second moments are not finite")
+    H = normalised(gram).to(W)
+    D = H.diagonal().sqrt()
+    H.diagonal().mul_(1 + damping).masked_fill_(H.diagonal() <= 0, DEAD)
+    return H, D
+
+
+def fit_factors(rest: Tensor, U: Tensor, V: Tensor, H: Tensor, M: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The U that is best with this V, and the V that is best with that one, for W - S by its outputs.
+
+    Args:
+        rest: W - S, (out_features, in_features). U: (out_features, rank). V: (rank, in_features).
+        H: (in_features, in_features); M: its diagonal blocks, (blocks, size, size); see `fit_values`.
+    """
+    if not U.shape[1]:
+        return U, V
+    VH = V @ H
+    U = rest @ VH.T @ _inverse(VH @ V.T)
+    UM = U.T if M is None else times(M, U).T
+    return U, _inverse(UM @ U) @ (UM @ rest)
 
 
 def _inverse(K: Tensor) -> Tensor:

@@ -111,10 +111,19 @@ def _product(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _by_dense(x: Tensor, weight: PackedWeight) -> Tensor:
-    """By a dense product; U (V x) on its own where that is less work than U V."""
-    S = expand(weight.values, weight.bitmask, weight.in_features).to(x.dtype)
+    """By a dense product."""
+    return by_dense(x, expand(weight.values, weight.bitmask, weight.in_features).to(x.dtype), weight)
+
+
+def by_dense(x: Tensor, S: Tensor, weight: PackedWeight) -> Tensor:
+    """S x + U (V x) + b, with S spread out.
+
+    Args:
+        x: (..., in_features).
+        S: (out_features, in_features), in the dtype of x; of the weight only U, V and the bias count.
+    """
     tokens = x.numel() // max(x.shape[-1], 1)
-    if tokens * sum(S.shape) < S.numel():
+    if tokens * sum(S.shape) < S.numel():  # U (V x) is less work than U V
         y = _low_rank(x.reshape(-1, x.shape[-1]), weight)
         return F.linear(x, S) + y.view(*x.shape[:-1], len(S))
     return F.linear(x, dense_weight(S, weight), None if weight.bias is None else weight.bias.to(x.dtype))

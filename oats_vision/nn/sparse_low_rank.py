@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oats_vision.core.grid import Grid, Quantised
 from oats_vision.core.oats import Factors
+from oats_vision.kernels.codes import packed_bytes
 from oats_vision.kernels.matrix import MatrixCache
-from oats_vision.kernels.packed import PackedWeight, unpack
-from oats_vision.kernels.product import dense_weight, expand, sparse_low_rank_linear
+from oats_vision.kernels.packed import PackedWeight
+from oats_vision.kernels.product import by_dense, dense_weight, sparse_low_rank_linear
+from oats_vision.nn.sparse import PackedSparse, QuantisedSparse, pack_mask
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,16 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """All that fixes the shapes of a `SparseLowRankLinear`, as stored in a checkpoint's config."""
+    """All that fixes the shapes of a `SparseLowRankLinear`, as stored in a checkpoint's config.
+
+    grid: of the values of S, if these have few bits.
+    """
 
     in_features: int
     out_features: int
     bias: bool
     parts: tuple[PartSpec, ...]
+    grid: Grid | None = None
 
     @property
     def nonzeros(self) -> int:
@@ -54,57 +61,52 @@ class LayerSpec:
     def dense_parameters(self) -> int:
         return self.out_features * self.in_features
 
+    @property
+    def has_bitmask(self) -> bool:
+        """Whether positions are stored: not where values have few bits and all are kept."""
+        return self.grid is None or self.nonzeros < self.dense_parameters
+
+    @property
+    def bitmask_bytes(self) -> int:
+        return self.out_features * self.row_bytes if self.has_bitmask else 0
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales and zeros of values of few bits."""
+        if self.grid is None:
+            return 0
+        return self.out_features * self.grid.groups(self.in_features) * (2 if self.grid.symmetric else 3)
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Bytes of the weight: values, positions, scales, U and V; not of the bias.
+
+        Args:
+            itemsize: bytes of a floating value.
+        """
+        factors = (self.parameters - self.nonzeros) * itemsize
+        values = packed_bytes(self.nonzeros, self.grid.bits) if self.grid else self.nonzeros * itemsize
+        return values + factors + self.bitmask_bytes + self.scale_bytes
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON: without a grid as in files of format version 1."""
+        fields = asdict(self)
+        if self.grid is None:
+            del fields["grid"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LayerSpec":
         """Raises KeyError, TypeError or ValueError if a field is missing, unknown or impossible."""
-        spec = cls(**{**fields, "parts": tuple(PartSpec(**part) for part in fields["parts"])})
+        grid = Grid(**fields["grid"]) if fields.get("grid") else None
+        spec = cls(**{**fields, "parts": tuple(PartSpec(**part) for part in fields["parts"]), "grid": grid})
         counts = [spec.in_features, spec.out_features, *(x for p in spec.parts for x in (p.rank, p.nonzeros))]
         if any(not isinstance(count, int) or count < 0 for count in counts):
             raise ValueError(f"counts must be whole numbers, got {counts}")
         if sum(part.out_features for part in spec.parts) != spec.out_features:
             raise ValueError(f"the parts do not make up {spec.out_features} rows")
+        if spec.nonzeros > spec.dense_parameters:
+            raise ValueError(f"{spec.nonzeros} values do not fit into {spec.dense_parameters} places")
         return spec
-
-
-class PackedSparse(nn.Module):
-    """A sparse matrix S (out_features, in_features).
-
-    Args:
-        values: (nonzeros,), any floating dtype: its non-zeros in row order.
-        bitmask: (out_features, ceil(in_features / 8)), uint8: where they are, as in `PackedWeight`.
-        in_features: the columns of S.
-    """
-
-    bitmask: Tensor
-
-    def __init__(self, values: Tensor, bitmask: Tensor, in_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.values = nn.Parameter(values, requires_grad=False)
-        self.register_buffer("bitmask", bitmask)
-
-    @classmethod
-    def pack(cls, S: Tensor, dtype: torch.dtype) -> "PackedSparse":
-        """Pack a dense S (out_features, in_features); values are rounded to `dtype`."""
-        mask = S != 0
-        bits = F.pad(mask, (0, -S.shape[1] % 8)).view(len(S), -1, 8).to(torch.uint8)
-        weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=S.device)
-        return cls(S[mask].to(dtype), (bits * weights).sum(-1, dtype=torch.uint8), S.shape[1])
-
-    def mask(self) -> Tensor:
-        """Where the non-zeros are: bool (out_features, in_features)."""
-        return unpack(self.bitmask, self.in_features)
-
-    def dense(self) -> Tensor:
-        """S with its zeros, (out_features, in_features), dtype of the values.
-
-        Raises:
-            ValueError: the bitmask does not fit the values.
-        """
-        return expand(self.values, self.bitmask, self.in_features)
 
 
 class LowRank(nn.Module):
@@ -133,7 +135,9 @@ class SparseLowRankLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, spec: LayerSpec, sparse: PackedSparse, low_rank: LowRank, bias: Tensor | None) -> None:
+    def __init__(
+        self, spec: LayerSpec, sparse: PackedSparse | QuantisedSparse, low_rank: LowRank, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.sparse = sparse
@@ -151,13 +155,30 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight and bias as the kernels take them: these very tensors, no copies."""
+        """The weight and bias as the kernels take them: these very tensors, no copies.
+
+        Values of few bits are spread out to the dtype of U and V.
+        """
+        if self.spec.grid:
+            return self._spread_out()
         # nn.Module looks up each attribute in several places, which for one token takes as long as the product
         modules: dict[str, Any] = self._modules
         sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
         values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
         U, V, bias = low_rank["U"], low_rank["V"], self._parameters["bias"]
         return PackedWeight(values, bitmask, U, V, bias, self.spec.parts, self._cache)
+
+    def _spread_out(self) -> PackedWeight:
+        mask = self.sparse.mask()
+        return self._weight(self.sparse.dense()[mask].to(self.low_rank.U.dtype), pack_mask(mask))
+
+    def _besides_S(self) -> PackedWeight:
+        """U, V and the bias, for what is given S."""
+        nothing = self.low_rank.U.new_empty(0)
+        return self._weight(nothing, nothing)
+
+    def _weight(self, values: Tensor, bitmask: Tensor) -> PackedWeight:
+        return PackedWeight(values, bitmask, self.low_rank.U, self.low_rank.V, self.bias, self.spec.parts)
 
     @classmethod
     def from_factors(
@@ -175,17 +196,24 @@ class SparseLowRankLinear(nn.Module):
         V = torch.cat([factors.V for _, factors in parts])
         # what rounds to zero is no non-zero: the count must be that of the stored values
         S = [factors.S.to(dtype) for _, factors in parts]
+        rounded = [factors.quantised for _, factors in parts if factors.quantised]
+        kept = [
+            _count(factors.quantised) if factors.quantised else int(torch.count_nonzero(s))
+            for (_, factors), s in zip(parts, S, strict=True)
+        ]
         spec = LayerSpec(
             in_features=V.shape[1],
             out_features=U.shape[0],
             bias=bias is not None,
             parts=tuple(
-                PartSpec(name, factors.U.shape[0], factors.U.shape[1], int(torch.count_nonzero(s)))
-                for (name, factors), s in zip(parts, S, strict=True)
+                PartSpec(name, factors.U.shape[0], factors.U.shape[1], count)
+                for (name, factors), count in zip(parts, kept, strict=True)
             ),
+            grid=rounded[0].scales.grid if rounded else None,
         )
         bias = None if bias is None else bias.detach().to(dtype).clone()
-        return cls(spec, PackedSparse.pack(torch.cat(S), dtype), LowRank(U.to(dtype), V.to(dtype)), bias)
+        sparse = QuantisedSparse.pack(rounded) if rounded else PackedSparse.pack(torch.cat(S), dtype)
+        return cls(spec, sparse, LowRank(U.to(dtype), V.to(dtype)), bias)
 
     @classmethod
     def empty(cls, spec: LayerSpec, dtype: torch.dtype, device: torch.device | str = "meta") -> "SparseLowRankLinear":
@@ -193,7 +221,20 @@ class SparseLowRankLinear(nn.Module):
         rank = max(part.rank for part in spec.parts)
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         bitmask = torch.empty(spec.out_features, spec.row_bytes, dtype=torch.uint8, device=device)
-        sparse = PackedSparse(torch.empty(spec.nonzeros, **options), bitmask, spec.in_features)
+        sparse: PackedSparse | QuantisedSparse
+        if spec.grid:
+            groups = spec.out_features, spec.grid.groups(spec.in_features)
+            sparse = QuantisedSparse(
+                spec.grid,
+                torch.empty(packed_bytes(spec.nonzeros, spec.grid.bits), dtype=torch.uint8, device=device),
+                torch.empty(groups, dtype=torch.int16, device=device),
+                None if spec.grid.symmetric else torch.empty(groups, dtype=torch.uint8, device=device),
+                bitmask if spec.has_bitmask else None,
+                spec.nonzeros,
+                spec.in_features,
+            )
+        else:
+            sparse = PackedSparse(torch.empty(spec.nonzeros, **options), bitmask, spec.in_features)
         U = torch.empty(spec.out_features, rank, **options)
         V = torch.empty(sum(part.rank for part in spec.parts), spec.in_features, **options)
         return cls(spec, sparse, LowRank(U, V), torch.empty(spec.out_features, **options) if spec.bias else None)
@@ -207,6 +248,10 @@ class SparseLowRankLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        if isinstance(self.sparse, QuantisedSparse):
+            wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+            S = self.sparse.dense(wide).to(x.dtype)
+            return by_dense(x, S, self._besides_S())
         return sparse_low_rank_linear(x, self.packed)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,10 +260,10 @@ class SparseLowRankLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""
-        stored = self.sparse.values.dtype
+        stored = self.low_rank.U.dtype
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             S = self.sparse.dense().to(torch.promote_types(stored, torch.float32))
-            return dense_weight(S, self.packed).to(dtype or stored)
+            return dense_weight(S, self._besides_S()).to(dtype or stored)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary nn.Linear with the weight S + U V in `dtype` (or the layer's): full size, for any backend."""
@@ -236,6 +281,11 @@ class SparseLowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"nonzeros={self.spec.nonzeros}, rank={ranks}, bias={self.bias is not None}"
         )
+
+
+def _count(found: Quantised) -> int:
+    """Values that are kept."""
+    return found.codes.numel() if found.kept is None else int(found.kept.sum())
 
 
 def compressed_layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:

@@ -19,7 +19,7 @@ from oats_vision.compression import methods, pipeline
 from oats_vision.compression import recover as recovery
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import CompressionReport
-from oats_vision.compression.settings import CompressionOptions, resolve
+from oats_vision.compression.settings import NO_RECOVERY, CompressionOptions, resolve
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.reference import Reference
@@ -112,7 +112,9 @@ class Result:
             ["parameters", *(f"{count / 1e6:.2f} M" for count in self.parameters), ratio(*self.parameters)],
             _bytes_row("bytes on disk", sizes.dense_total, sizes.total),
             _bytes_row("  compressed layers", sizes.dense_layers, sizes.layers),
-            ["  of which bitmask of S", "", megabytes(sizes.positions), ""],
+            *([["  of which bitmask of S", "", megabytes(sizes.positions), ""]] if sizes.positions else []),
+            *([["  of which scales", "", megabytes(sizes.scales), ""]] if sizes.scales else []),
+            ["  bits a weight", f"{sizes.bits / sizes.layer_ratio:.3g}", f"{sizes.bits:.2f}", ""],
         ]
 
     @property
@@ -145,6 +147,11 @@ def compress(
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
+    values: Literal["int8", "int6", "int4", "int3", "int2"] | None = None,
+    density: float | None = None,
+    group_size: int = 64,
+    symmetric: bool = True,
+    act_order: bool = False,
     budget: Literal["uniform", "measured", "owl", "alphapruning"] | None = None,
     skip: str | Sequence[str] = (),
     storage_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
@@ -181,6 +188,13 @@ def compress(
         rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the ratio
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
+        values: bits of the values of S, which all count in the file; floating ones if not given (`rtn` and `gptq`:
+            int4). U, V and all else are stored in float16 then, unless `storage_dtype` says otherwise.
+        density: in place of the rate, share of the weights that S keeps, in (0, 1]; at 1 no positions are stored, and
+            rank_ratio is 0 if not given.
+        group_size: with values: columns of a row that share a scale, a multiple of 16; 0: all.
+        symmetric: with values: levels symmetric about 0; else each group has a zero of its own.
+        act_order: of `gptq`: columns of the largest inputs first.
         budget: how the rate is shared out over the linears; as much is kept in all. `uniform`: each loses the same
             share; `measured`: those lose more whose errors cost the model's output less; `owl`, `alphapruning`: blocks
             by their outliers, or by their weights' spectra.
@@ -236,6 +250,8 @@ def compress(
         raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
+    if recover and settings.values:
+        raise ConfigError(NO_RECOVERY)
     if recover:
         ranks.refuse("recover")
     if recover and record_of(model).on_disk:

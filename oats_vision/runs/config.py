@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from oats_vision.compression import methods
-from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype
+from oats_vision.compression.settings import NO_RECOVERY, CompressionOptions, CompressionSettings, Dtype
 from oats_vision.errors import ConfigError, DataError, did_you_mean, near
 from oats_vision.evaluation.tasks.options import DataOptions
 from oats_vision.fields import validated
@@ -70,6 +70,8 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
         if self.recover and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
+        if self.recover and self._settings.values:
+            raise ValueError(NO_RECOVERY)
         if self.low_memory and (why := self._needs_whole_model):
             raise ValueError(f"low_memory is given, and {why} needs the whole model: leave one of them out")
         self._check_search()
@@ -88,6 +90,8 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError("max_drop and `target_mb` are both given: each decides the rate, leave one of them out")
         if self.rate is not None:
             raise ValueError(f"rate is given, and {wanted} finds the rate: leave one of them out")
+        if self._settings.density is not None:
+            raise ValueError(f"{wanted.strip('`')} finds the rate, and method {self.method} with this density has none")
         if self.tensorboard:
             raise ValueError(f"tensorboard is for a run whose rate is given, and {wanted} finds the rate: leave it out")
         if self.recover:
@@ -153,7 +157,7 @@ class RunConfig(DataOptions, CompressionOptions):
         Args:
             storage_dtype: where none was given.
         """
-        return self._settings.model_copy(update={"storage_dtype": self.storage_dtype or storage_dtype})
+        return self._settings.model_copy(update={"storage_dtype": self._settings.storage_dtype or storage_dtype})
 
 
 class _Loader(yaml.SafeLoader):

@@ -130,8 +130,7 @@ class Watch:
             self.move(before)
 
     def _figures(self, layer: LayerReport) -> dict[str, Any]:
-        spec, size = layer.spec, self._storage.itemsize * 8
-        bits = size * spec.parameters + 8 * spec.out_features * spec.row_bytes
+        spec = layer.spec
         return {
             "error": layer.error,
             "errors": layer.errors,
@@ -140,7 +139,7 @@ class Watch:
             "rank": max(part.rank for part in spec.parts),
             "nonzeros": spec.nonzeros,
             "density": spec.parameters / spec.dense_parameters,
-            "bits": bits / spec.dense_parameters,
+            "bits": 8 * spec.stored_bytes(self._storage.itemsize) / spec.dense_parameters,
             "iterations": layer.iterations,
             "seconds": layer.seconds,
             "tokens": layer.tokens,

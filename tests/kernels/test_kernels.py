@@ -19,7 +19,8 @@ from oats_vision.core.threshold import keep_largest
 from oats_vision.errors import ConfigError
 from oats_vision.kernels import PackedWeight, Part, expand, native, sparse_low_rank_linear
 from oats_vision.kernels.matrix import Matrix, MatrixCache
-from oats_vision.nn.sparse_low_rank import PackedSparse, SparseLowRankLinear
+from oats_vision.nn.sparse import PackedSparse
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # of a sum: one rounding to the input's dtype, after about 1e-6 of float32 accumulation

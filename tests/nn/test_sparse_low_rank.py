@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ModelError
 from oats_vision.nn.semi_structured import is_two_of_four, to_semi_structured
-from oats_vision.nn.sparse_low_rank import LayerSpec, PackedSparse, SparseLowRankLinear
+from oats_vision.nn.sparse import PackedSparse
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 
 
 def _factors(m: int, n: int, rank: int, density: float, seed: int = 0) -> Factors:

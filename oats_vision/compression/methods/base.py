@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.activations import ActivationStore
     from oats_vision.calibration.capture import BlockCalls
     from oats_vision.calibration.statistics import Statistic
-    from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings
+    from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings, Values
     from oats_vision.core.budget import Budget
     from oats_vision.core.joint import Correlations
     from oats_vision.core.oats import Factors
@@ -27,7 +27,8 @@ class Method(ABC):
     name: as `method` is given. citation: the paper, in a line. pattern: of the non-zeros. rank_ratio: the only one that
     it has; None: the user's choice. keeps_sparse: whether it has a sparse term, of which the pattern may be chosen.
     keeps_shapes: whether each layer keeps its inputs and outputs, so that it can be left dense or merged. has_quality:
-    whether `quality` may be chosen.
+    whether `quality` may be chosen. takes_values: whether `values` of few bits may be; values: those that it has where
+    the user says nothing. density: the only one that it has. orders_columns: whether `act_order` may be chosen.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,10 @@ class Method(ABC):
     keeps_sparse: ClassVar[bool] = True
     keeps_shapes: ClassVar[bool] = True
     has_quality: ClassVar[bool] = False
+    takes_values: ClassVar[bool] = False
+    values: ClassVar[Values | None] = None
+    density: ClassVar[float | None] = None
+    orders_columns: ClassVar[bool] = False
 
     def check(self, options: CompressionOptions) -> None:
         """See that options fit the method.
@@ -54,6 +59,10 @@ class Method(ABC):
             self._check_budget(options)
         if options.quality and not self.has_quality:
             raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
+        if options.values and not self.takes_values:
+            raise ValueError(f"values must be left out with method {self.name}: it does not round what it keeps")
+        if options.act_order and not self.orders_columns:
+            raise ValueError(f"act_order must be left out with method {self.name}: it is for method gptq")
         for lever, used in self.levers(options).items():
             if getattr(options, lever) and not used:
                 raise ValueError(f"{lever} {self.needs(lever)}")
@@ -81,6 +90,8 @@ class Method(ABC):
             raise ValueError(
                 f"budget must be uniform with pattern {options.pattern}, which fixes every layer's density"
             )
+        if options.density is not None:
+            raise ValueError("budget must be uniform with a density, which is every layer's")
         if options.rank_ratio == "auto":
             raise ValueError("budget must be uniform with rank_ratio auto, which tries each layer at one size")
 
@@ -125,6 +136,24 @@ class LinearMethod(Method):
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         """What a decomposition works with: float32 matrices of the weight's size, bytes for each pair of inputs."""
         return 6, 0
+
+
+class RoundingMethod(LinearMethod):
+    """A method that keeps all weights, in few bits."""
+
+    keeps_sparse = False
+    takes_values = True
+    values = "int4"
+    density = 1.0
+
+    def check(self, options: CompressionOptions) -> None:
+        super().check(options)
+        for name in ("rate", "density"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} must be left out with method {self.name}: it keeps all weights")
+
+    def _check_budget(self, options: CompressionOptions) -> None:
+        raise ValueError(f"budget must be uniform with method {self.name}: it keeps all weights")
 
 
 class BlockMethod(Method):

@@ -27,10 +27,16 @@ class OATS(LinearMethod):
     citation = "Zhang & Papyan, OATS: Outlier-Aware Pruning Through Sparse and Low Rank Decomposition, ICLR 2025"
     rank_ratio = None
     has_quality = True
+    takes_values = True
 
     def check(self, options: CompressionOptions) -> None:
-        """Raises ValueError if rank ratio auto is asked for with N:M, which fixes it."""
+        """Raises ValueError if rank ratio auto is asked for with N:M, which fixes it, or values without moments."""
         super().check(options)
+        levers = self.levers(options)
+        if options.values and not (levers["refit"] or levers["joint"]):
+            raise ValueError("values are rounded by the inputs' second moments: use quality best or fast, or refit")
+        if options.rank_ratio == "auto" and (options.values or options.density):
+            raise ValueError("rank_ratio auto is for floating values and a rate")
         if options.rank_ratio == "auto" and options.pattern not in (None, "row", "layer"):
             raise ValueError("rank_ratio auto is for method oats with pattern row or layer")
 
@@ -48,7 +54,7 @@ class OATS(LinearMethod):
 
     def budget(self, options: CompressionOptions) -> Budgets:
         """Measured with sensitivity, unless the pattern fixes each layer's density, or speed its rank ratio."""
-        free = options.pattern in (None, "row", "layer") and options.rank_ratio != "auto"
+        free = options.pattern in (None, "row", "layer") and options.rank_ratio != "auto" and options.density is None
         return "measured" if free and self.levers(options)["sensitivity"] else "uniform"
 
     def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
@@ -72,6 +78,7 @@ class OATS(LinearMethod):
         from oats_vision.calibration.statistics import Gram
         from oats_vision.core.joint import joint
         from oats_vision.core.oats import oats
+        from oats_vision.core.quantise import quantised
         from oats_vision.core.refit import refit
         from oats_vision.kernels.thresholding import sparse_term
 
@@ -90,6 +97,9 @@ class OATS(LinearMethod):
             if settings.refit:
                 rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
                 factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
+            if settings.grid:
+                kept = None if budget.nonzeros == weight.numel() else factors.S != 0
+                factors = quantised(weight, factors, statistic.compute(), settings.grid, kept)
         return factors
 
     def decompose_roughly(

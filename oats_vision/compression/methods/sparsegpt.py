@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.statistics import Statistic
     from oats_vision.compression.settings import CompressionSettings
     from oats_vision.core.budget import Budget
+    from oats_vision.core.grid import Grid
     from oats_vision.core.oats import Factors
 
 
@@ -23,6 +24,7 @@ class SparseGPT(LinearMethod):
     name = "sparsegpt"
     citation = "Frantar & Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, ICML 2023"
     pattern = "layer"
+    takes_values = True
 
     def statistic(self, settings: CompressionSettings, in_features: int, device: torch.device) -> Statistic:
         from oats_vision.calibration.statistics import Gram
@@ -30,18 +32,27 @@ class SparseGPT(LinearMethod):
         return Gram(in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
-        return sparsegpt(weight, statistic.compute(), budget)
+        return sparsegpt(weight, statistic.compute(), budget, grid=settings.grid)
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         return 6, 5 * 8 + 4  # H, with damping, its factors and its inverse in float64; the last factor in float32
 
 
-def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int = 128, damping: float = 0.01) -> Factors:
+def sparsegpt(
+    weight: Tensor,
+    gram: Tensor,
+    budget: Budget,
+    *,
+    grid: Grid | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> Factors:
     """Prune column by column, and let the columns to the right make up for each loss.
 
     Frantar & Alistarh, "SparseGPT" (ICML 2023), Algorithm 1: with H the damped second moments of the inputs
     and C the upper Cholesky factor of its inverse, the mask of a block of columns keeps the largest
-    W_ij^2 / C_jj^2, and a pruned w_j moves the rest of its row by -w_j / C_jj times row j of C.
+    W_ij^2 / C_jj^2, and a pruned w_j moves the rest of its row by -w_j / C_jj times row j of C. With a grid a kept
+    w_j is rounded in the same pass (section 3.5), and what it loses moves the rest in the same way.
 
     Args:
         weight: (out_features, in_features).
@@ -49,6 +60,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
         budget: with pattern `layer` the mask is chosen over all rows of a block of columns, as in the paper.
         damping: added to the diagonal of H, as a share of each entry (of its mean in the paper, which a few outlier
             features set far above all others).
+        grid: that values are rounded to; None: they are not.
 
     Raises:
         ValueError: `gram` is not finite.
@@ -59,6 +71,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
 
     from oats_vision.core.budget import Budget
     from oats_vision.core.oats import Factors, arithmetic, output_error
+    from oats_vision.core.quantise import Rounding, inverse_cholesky
     from oats_vision.core.threshold import keep_largest
 
     W = arithmetic(weight).clone()
@@ -70,7 +83,9 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
     D = H.diagonal().clamp_min(0).sqrt().to(W)
     H.diagonal()[dead] = 1.0
     W[:, dead] = 0.0
-    C = _inverse_cholesky(H, damping).to(W)  # (in, in), upper
+    C = inverse_cholesky(H, damping).to(W)  # (in, in), upper
+    known = torch.ones_like(W, dtype=torch.bool)  # which weights are kept, as far as that is known
+    rounding = Rounding(grid, W, D.square()) if grid else None
     if pattern.kind == "n:m":
         block_size = max(pattern.m, block_size - block_size % pattern.m)
     for start in range(0, columns, block_size):
@@ -83,16 +98,24 @@ def sparsegpt(weight: Tensor, gram: Tensor, budget: Budget, *, block_size: int =
             mask = keep_largest(scores, _share(budget, len(W), columns, start, end)) != 0
         else:
             mask = torch.zeros_like(block, dtype=torch.bool)
-        for j in range(end - start):
+        known[:, start:end] = mask if pattern.kind != "n:m" else True
+        for j, column in enumerate(range(start, end)):
             if pattern.kind == "n:m" and j % pattern.m == 0:  # with the weights as updated so far
                 group = slice(j, j + pattern.m)
                 mask[:, group] = keep_largest(block[:, group] / diagonal[group], Budget(0, 0, pattern)) != 0
-            errors[:, j] = block[:, j].masked_fill(mask[:, j], 0.0) / diagonal[j]
+                known[:, start:end][:, group] = mask[:, group]
+            kept = block[:, j].masked_fill(~mask[:, j], 0.0)
+            if rounding:
+                if column % rounding.size == 0:
+                    rounding.find(column, W, known)
+                kept = rounding.round(column, kept) * mask[:, j]
+            errors[:, j] = (block[:, j] - kept) / diagonal[j]
             block[:, j:] -= errors[:, j, None] * C_block[j, j:]
-            block[:, j].masked_fill_(~mask[:, j], 0.0)
+            block[:, j] = kept
         W[:, end:] -= errors @ C[start:end, end:]
     factors = Factors.sparse(original, W, D)
-    return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram))
+    found = rounding.found(known) if rounding else None
+    return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram), quantised=found)
 
 
 def _share(budget: Budget, rows: int, columns: int, start: int, end: int) -> Budget:
@@ -102,19 +125,3 @@ def _share(budget: Budget, rows: int, columns: int, start: int, end: int) -> Bud
     unit = rows if budget.pattern.kind == "row" else 1
     kept = budget.nonzeros // unit
     return Budget(0, unit * (kept * end // columns - kept * start // columns), budget.pattern)
-
-
-def _inverse_cholesky(H: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of H, with more damping if need be."""
-    import torch
-
-    for attempt in range(8):
-        damped = H.clone()
-        damped.diagonal().mul_(1 + damping * 10**attempt)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed:
-                return upper
-    raise ValueError("the inputs' second moments are not a positive definite matrix")

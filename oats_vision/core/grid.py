@@ -1,0 +1,109 @@
+"""Values of few bits: the grid that they lie on, for each group of a row's columns.
+
+A group is `group_size` neighbouring columns of a row. Its values lie on 2^b equally spaced levels:
+
+    value = (code - zero) * scale,    code in 0 .. 2^b - 1,
+
+with zero = 2^(b-1) where the levels are symmetric about 0, but for one more on the side of the largest value (the
+scale's sign tells which), else a code of the group's own. Scales are bfloat16, whose range no weight leaves, and are
+rounded before values are rounded to them, so that nothing is lost by that.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How values are rounded.
+
+    bits: of a code, 2 to 8. group_size: columns that share a scale; 0: all of a row. symmetric: whether the levels are,
+    about 0.
+    """
+
+    bits: int
+    group_size: int = 64
+    symmetric: bool = True
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    def groups(self, in_features: int) -> int:
+        """Scales of a row."""
+        return -(-in_features // (self.group_size or in_features)) if in_features else 0
+
+    def by_group(self, W: Tensor) -> Tensor:
+        """Columns in their groups, (rows, groups, size): zeros where the last group is shorter."""
+        groups = self.groups(W.shape[1])
+        size = self.group_size or W.shape[1]
+        return torch.nn.functional.pad(W, (0, groups * size - W.shape[1])).view(len(W), groups, size)
+
+    def by_column(self, X: Tensor, in_features: int) -> Tensor:
+        """What is known of each group, (rows, groups), for each column: (rows, in_features)."""
+        if X.shape[1] == 1:
+            return X  # of all columns
+        return X.repeat_interleave(self.group_size, dim=1)[:, :in_features]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of a matrix: scale (rows, groups), bfloat16, not 0; zero (rows, groups), uint8, None where symmetric."""
+
+    grid: Grid
+    scale: Tensor
+    zero: Tensor | None
+
+    @classmethod
+    def empty(cls, grid: Grid, W: Tensor) -> "Scales":
+        """Of a matrix (rows, in_features), to be filled."""
+        shape = len(W), grid.groups(W.shape[1])
+        zero = None if grid.symmetric else W.new_empty(shape, dtype=torch.uint8)
+        return cls(grid, W.new_empty(shape, dtype=torch.bfloat16), zero)
+
+    def codes(self, W: Tensor) -> Tensor:
+        """The nearest levels of a matrix (rows, in_features), uint8."""
+        scale, zero = self._by_column(W.shape[1], W.dtype)
+        return (W / scale + zero).round_().clamp_(0, self.grid.levels - 1).to(torch.uint8)
+
+    def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What codes (rows, in_features) stand for."""
+        scale, zero = self._by_column(codes.shape[1], dtype)
+        return (codes.to(dtype) - zero).mul_(scale)
+
+    def of_group(self, group: int) -> "Scales":
+        """Of the columns of one group."""
+        here = slice(group, group + 1)
+        zero = None if self.zero is None else self.zero[:, here]
+        return Scales(replace(self.grid, group_size=0), self.scale[:, here], zero)
+
+    def set_group(self, group: int, found: "Scales") -> None:
+        """Take over those of one group."""
+        self.scale[:, group] = found.scale[:, 0]
+        if self.zero is not None and found.zero is not None:
+            self.zero[:, group] = found.zero[:, 0]
+
+    def _by_column(self, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | int]:
+        scale = self.grid.by_column(self.scale.to(dtype), in_features)
+        if self.zero is None:
+            return scale, self.grid.levels // 2
+        return scale, self.grid.by_column(self.zero.to(dtype), in_features)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A sparse or dense matrix of few bits.
+
+    codes: (rows, in_features), uint8. kept: bool of that shape, where it has a value; None: everywhere.
+    """
+
+    codes: Tensor
+    kept: Tensor | None
+    scales: Scales
+
+    def dense(self) -> Tensor:
+        """(rows, in_features), float32, with its zeros."""
+        values = self.scales.values(self.codes)
+        return values if self.kept is None else values * self.kept

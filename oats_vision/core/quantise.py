@@ -1,0 +1,216 @@
+"""Rounding a weight to few bits: RTN, GPTQ, and GPTQ on the support of S.
+
+GPTQ (Frantar et al., ICLR 2023, Algorithm 1) rounds column by column and lets the columns to the right make up for each
+loss, by the upper Cholesky factor C of the inverse of H = E[x x^T]: with the error e = (w_j - q_j) / C_jj of column j,
+the rest of the row moves by -e times row j of C. Outside of the support of S, q_j is 0, as in SparseGPT.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from oats_vision.core.grid import Grid, Quantised, Scales
+from oats_vision.core.oats import Factors, arithmetic, output_error, relative_error
+from oats_vision.core.refit import damped, fit_factors, fit_values
+
+SHRUNK = torch.linspace(1.0, 0.4, 25).tolist()  # ranges that are tried, as shares of the one that holds all values
+FITTED = 5  # steps of conjugate gradients, before values are rounded
+BLOCK = 128  # columns whose losses move those to the right at once
+
+
+def rounded(weight: Tensor, found: Quantised, gram: Tensor | None, D: Tensor) -> Factors:
+    """Of a weight that is rounded as a whole.
+
+    Args:
+        gram: mean of x x^T over the inputs, if it is known. D: weighs the error's columns, (in_features,).
+    """
+    W = arithmetic(weight)
+    of_W = Factors.sparse(W, found.dense(), D.to(W))
+    lost = None if gram is None else output_error(W, of_W.S, of_W.U, of_W.V, gram)
+    return replace(of_W, output_error=lost, quantised=found)
+
+
+def find_scales(W: Tensor, grid: Grid, weights: Tensor | None = None, kept: Tensor | None = None) -> Scales:
+    """For each group the range whose rounding errors are least.
+
+    Args:
+        W: (rows, in_features), float32 or better.
+        weights: (in_features,), of each column's squared error; None: the range that holds all values.
+        kept: bool, (rows, in_features): which values count.
+    """
+    counted = W if kept is None else W * kept
+    groups = grid.by_group(counted)
+    low, high = groups.amin(2), groups.amax(2)
+    if weights is None:
+        return _scales(grid, low, high)
+    cost = weights.to(W).expand_as(W) if kept is None else weights.to(W) * kept
+    best = least = None
+    for share in SHRUNK:
+        scales = _scales(grid, low * share, high * share)
+        lost = grid.by_group((scales.values(scales.codes(counted), W.dtype) - counted).square_().mul_(cost)).sum(2)
+        if best is None or least is None:
+            best, least = scales, lost
+            continue
+        better = lost < least
+        least = torch.where(better, lost, least)
+        zero = None if best.zero is None or scales.zero is None else torch.where(better, scales.zero, best.zero)
+        best = Scales(grid, torch.where(better, scales.scale, best.scale), zero)
+    assert best is not None
+    return best
+
+
+def _scales(grid: Grid, low: Tensor, high: Tensor) -> Scales:
+    """Of levels that reach from `low`, at most 0, to `high`, at least 0."""
+    tiny = torch.finfo(torch.bfloat16).tiny
+    if grid.symmetric:
+        scale = torch.where(high > -low, -high, -low) / (grid.levels // 2)
+        return Scales(grid, torch.where(scale.abs() < tiny, tiny, scale).bfloat16(), None)
+    scale = ((high - low) / (grid.levels - 1)).clamp_min(tiny).bfloat16()
+    return Scales(grid, scale, (-low / scale.to(low)).round_().clamp_(0, grid.levels - 1).to(torch.uint8))
+
+
+def nearest(weight: Tensor, grid: Grid) -> Quantised:
+    """Round each value to the nearest level of a range that holds all of its group (RTN)."""
+    W = arithmetic(weight)
+    scales = find_scales(W, grid)
+    return Quantised(scales.codes(W), None, scales)
+
+
+def gptq(
+    weight: Tensor,
+    gram: Tensor,
+    grid: Grid,
+    kept: Tensor | None = None,
+    *,
+    act_order: bool = False,
+    damping: float = 0.01,
+) -> Quantised:
+    """Round column by column; the columns to the right make up for each loss.
+
+    Args:
+        weight: (out_features, in_features).
+        gram: H, mean of x x^T over the inputs, (in_features, in_features).
+        kept: bool, (out_features, in_features): the others are rounded to 0; None: all are kept.
+        act_order: columns of the largest inputs first, with scales that are found before; else from left to right, each
+            group's scales found when its turn comes.
+        damping: added to the diagonal of H, as a share of each entry.
+
+    Raises:
+        ValueError: `gram` is not finite.
+    """
+    if not gram.isfinite().all():
+        raise ValueError("the inputs' second moments are not finite")
+    W, H = arithmetic(weight).clone(), gram.double()
+    squares = H.diagonal().clamp_min(0)
+    columns = len(H)
+    order = squares.argsort(descending=True, stable=True) if act_order else torch.arange(columns, device=H.device)
+    C = inverse_cholesky(_without(H, squares <= 0)[order][:, order], damping).to(W)
+    rounding = Rounding(grid, W, squares)
+    if act_order:
+        rounding.scales = find_scales(W, grid, rounding.cost, kept)
+    W, support = W[:, order], None if kept is None else kept[:, order]
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.empty_like(W[:, start:end])
+        for i, j in enumerate(order[start:end].tolist(), start):
+            if not act_order and j % rounding.size == 0:
+                last = min(j + rounding.size, columns)
+                if last > end:  # what comes after this block is not moved by it yet
+                    moved = W.clone()
+                    moved[:, end:last] -= errors[:, : i - start] @ C[start:i, end:last]
+                rounding.find(j, moved if last > end else W, kept)
+            w = W[:, i]
+            whole = rounding.round(j, w)
+            if support is not None:
+                whole = whole * support[:, i]
+            errors[:, i - start] = error = (w - whole) / C[i, i]
+            W[:, i + 1 : end].addr_(error, C[i, i + 1 : end], alpha=-1)
+        W[:, end:].addmm_(errors, C[start:end, end:], alpha=-1)
+    return rounding.found(kept)
+
+
+class Rounding:
+    """Columns of a matrix rounded one after another.
+
+    Args:
+        grid: that they are rounded to.
+        W: (rows, in_features), whose shape and dtype it is.
+        squares: (in_features,), mean square of each input: how much a column's squared error counts.
+    """
+
+    def __init__(self, grid: Grid, W: Tensor, squares: Tensor) -> None:
+        self.size = grid.group_size or W.shape[1]
+        self.cost = (squares / squares.mean().clamp_min(torch.finfo(squares.dtype).tiny)).to(W)
+        self.scales = Scales.empty(grid, W)
+        self._codes = torch.zeros_like(W, dtype=torch.uint8)
+
+    def find(self, column: int, W: Tensor, kept: Tensor | None) -> None:
+        """Find the scales of the group that begins with a column, for what its columns have become by now."""
+        group = slice(column, column + self.size)
+        grid = replace(self.scales.grid, group_size=0)
+        found = find_scales(W[:, group], grid, self.cost[group], None if kept is None else kept[:, group])
+        self.scales.set_group(column // self.size, found)
+
+    def round(self, column: int, w: Tensor) -> Tensor:
+        """A column (rows,), rounded."""
+        own = self.scales.of_group(column // self.size)
+        codes = own.codes(w[:, None])
+        self._codes[:, column] = codes[:, 0]
+        return own.values(codes, w.dtype)[:, 0]
+
+    def found(self, kept: Tensor | None) -> Quantised:
+        """What all columns were rounded to; of those that are not kept the code counts for nothing."""
+        return Quantised(self._codes, kept, self.scales)
+
+
+def quantised(
+    weight: Tensor, factors: Factors, gram: Tensor, grid: Grid, kept: Tensor | None, *, rounds: int = 2
+) -> Factors:
+    """Round the values of S, and fit U and V to what rounding leaves.
+
+    Args:
+        weight: W, (out_features, in_features).
+        factors: of the weight.
+        gram: H, mean of x x^T over the inputs, (in_features, in_features).
+        kept: where S has values, as in `gptq`.
+        rounds: of S, and of U and V after it; without these one is enough.
+
+    Raises:
+        ValueError: `gram` is not finite.
+    """
+    W, S, U, V = arithmetic(weight), factors.S, factors.U, factors.V
+    H, D = damped(gram, W)
+    for _ in range(rounds if U.shape[1] else 1):
+        rest = W - U @ V
+        S = rest if kept is None else fit_values(rest, H, S * kept, kept.to(W), FITTED)
+        found = gptq(S, gram, grid, kept)
+        S = found.dense()
+        U, V = fit_factors(W - S, U, V, H)
+    error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
+    return Factors(S, U, V, error, factors.iterations, of_output, found)
+
+
+def _without(H: Tensor, dead: Tensor) -> Tensor:
+    """H with ones on the diagonal for features without inputs."""
+    H = H.clone()
+    H.diagonal()[dead] = 1.0
+    return H
+
+
+def inverse_cholesky(H: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of H, each entry of whose diagonal grows by a share; by more if need be.
+
+    Raises:
+        ValueError: H is far from positive definite.
+    """
+    for attempt in range(8):
+        damped = H.clone()
+        damped.diagonal().mul_(1 + damping * 10**attempt)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return upper
+    raise ValueError("the inputs' second moments are not a positive definite matrix")
