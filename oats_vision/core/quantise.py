@@ -26,7 +26,7 @@ def rounded(weight: Tensor, found: Quantised, gram: Tensor | None, D: Tensor) ->
         gram: mean of x x^T over the inputs, if it is known. D: weighs the error's columns, (in_features,).
     """
     W = arithmetic(weight)
-    of_W = Factors.sparse(W, found.dense(), D.to(W))
+    of_W = Factors.sparse(W, found.dense().to(W), D.to(W))
     lost = None if gram is None else output_error(W, of_W.S, of_W.U, of_W.V, gram)
     return replace(of_W, output_error=lost, quantised=found)
 
@@ -41,7 +41,7 @@ def find_scales(W: Tensor, grid: Grid, weights: Tensor | None = None, kept: Tens
     """
     counted = W if kept is None else W * kept
     groups = grid.by_group(counted)
-    low, high = groups.amin(2), groups.amax(2)
+    low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
     if weights is None:
         return _scales(grid, low, high)
     cost = weights.to(W).expand_as(W) if kept is None else weights.to(W) * kept
@@ -185,7 +185,7 @@ def quantised(
         rest = W - U @ V
         S = rest if kept is None else fit_values(rest, H, S * kept, kept.to(W), FITTED)
         found = gptq(S, gram, grid, kept)
-        S = found.dense()
+        S = found.dense().to(W)
         U, V = fit_factors(W - S, U, V, H)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.iterations, of_output, found)

@@ -35,8 +35,10 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     codes, start = None, 0
     for shift, width in _pieces(bits):
         end = start + -(-count * width // 8)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        piece = ((packed[start:end, None] >> shifts) % (1 << width)).flatten()[:count]
+        piece = packed[start:end]
+        if width < 8:
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+            piece = ((piece[:, None] >> shifts) % (1 << width)).flatten()[:count]  # `&` has no equal in ONNX
         codes = piece if codes is None else codes + piece * (1 << shift)
         start = end
     assert codes is not None

@@ -368,7 +368,7 @@ def _other_dtype(saved):
         (lambda saved: (saved / "config.json").unlink(), "there is no config.json"),
         (lambda saved: (saved / "config.json").write_text('{"format": "oats_'), "config.json is damaged"),
         (lambda saved: (saved / "config.json").write_text("[]"), "not a config of oats_vision"),
-        (lambda saved: _edit(saved, format_version=2), "format version 2 and this release reads 1: update"),
+        (lambda saved: _edit(saved, format_version=3), "format version 3 and this release reads 1 to 2: update"),
         (lambda saved: _edit(saved, layers=[{"name": "x"}]), "config.json is damaged"),
         (lambda saved: _edit(saved, dtype="float99"), "config.json is damaged"),
         (lambda saved: _edit(saved, adapter="alien"), "needs the model family 'alien'"),

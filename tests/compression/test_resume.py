@@ -49,8 +49,9 @@ def timeless(result: ov.Result) -> list[dict]:
         {"rate": 0.5, "iterations": 5},  # the default quality: targets, measured budgets, gradients
         {"rate": 0.5, "iterations": 5, "storage_dtype": "float16", "skip": ["blocks.1", "*.proj"]},
         {"method": "sparsegpt", "rate": 0.5, "pattern": "2:4", "activation_memory": 1e-9},
+        {"method": "gptq", "values": "int3", "targets": True},
     ],
-    ids=["fast", "best", "skip", "sparsegpt"],
+    ids=["fast", "best", "skip", "sparsegpt", "gptq"],
 )
 @pytest.mark.parametrize("block", [2, 3])
 def test_the_same_call_goes_on_and_ends_with_the_same_bits(tiny_vit, pictures, tmp_path, options, block):

@@ -99,6 +99,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "rotary": (_timm("vit_small_patch16_dinov3"), {}),
     "sliced": (_timm("vit_tiny_patch16_224"), {"method": "slicegpt"}),
     "Hugging Face": (_vision, {"storage_dtype": "bfloat16"}),
+    "few bits": (_timm("vit_tiny_patch16_224"), {"values": "int3", "symmetric": False, "quality": "fast"}),
     "language model": (_language, {"storage_dtype": "bfloat16"}),
 }
 

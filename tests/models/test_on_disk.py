@@ -61,8 +61,9 @@ def test_blocks_are_read_when_they_are_called_and_one_is_in_memory(directory):
         {"quality": "best"},
         {"quality": "fast", "storage_dtype": "bfloat16", "budget": "owl"},
         {"quality": "plain", "budget": "alphapruning", "skip": "*.0"},
+        {"quality": "fast", "values": "int4"},
     ],
-    ids=["best", "fast, owl, rounded", "plain, alphapruning"],
+    ids=["best", "fast, owl, rounded", "plain, alphapruning", "int4"],
 )
 def test_the_compressed_files_are_those_of_the_whole_model(directory, settings, tmp_path):
     for name, low_memory in (("whole", False), ("read", True)):

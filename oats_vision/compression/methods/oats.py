@@ -91,15 +91,17 @@ class OATS(LinearMethod):
             tolerance=settings.tolerance,
             sparse_term=sparse_term,
         )
-        if isinstance(statistic, Gram):
-            if settings.joint:
-                factors = joint(weight, factors, budget, statistic.correlations(), outputs)
-            if settings.refit:
-                rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
-                factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
-            if settings.grid:
-                kept = None if budget.nonzeros == weight.numel() else factors.S != 0
-                factors = quantised(weight, factors, statistic.compute(), settings.grid, kept)
+        if not isinstance(statistic, Gram):
+            return factors
+        whole = budget.nonzeros == weight.numel()  # then what U V leave is all in S, and nothing is to be chosen
+        if settings.joint and not whole:
+            factors = joint(weight, factors, budget, statistic.correlations(), outputs)
+        if settings.refit and not whole:
+            rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
+            factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
+        if settings.grid:
+            kept = None if whole else factors.S != 0
+            factors = quantised(weight, factors, statistic.compute(), settings.grid, kept)
         return factors
 
     def decompose_roughly(

@@ -1,0 +1,119 @@
+"""Compressed layers whose values have few bits."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oats_vision.core.grid import Grid
+from oats_vision.core.oats import Factors
+from oats_vision.core.quantise import gptq, nearest
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+
+
+def _factors(m: int, n: int, rank: int, density: float, grid: Grid, seed: int = 0) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(m, n, generator=generator)
+    kept = None if density == 1 else torch.rand(m, n, generator=generator) < density
+    found = nearest(W, grid) if kept is None else gptq(W, torch.eye(n), grid, kept)
+    U, V = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
+    return Factors(found.dense(), U, V, error=0.1, iterations=1, quantised=found)
+
+
+def _layer(density: float = 0.5) -> SparseLowRankLinear:
+    grid = Grid(4, 16)
+    parts = [("q", _factors(8, 40, 3, density, grid, 1)), ("k", _factors(4, 40, 0, density, grid, 2))]
+    return SparseLowRankLinear.from_factors(parts, torch.randn(12), torch.float32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 70),
+    rank=st.integers(0, 4),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    bits=st.sampled_from([2, 3, 4, 6, 8]),
+    group=st.sampled_from([0, 16, 32]),
+    symmetric=st.booleans(),
+    bias=st.booleans(),
+    batch=st.sampled_from([(), (0,), (1,), (3,), (2, 5), (40,)]),
+)
+def test_forward_is_the_dense_product_in_float64(m, n, rank, density, bits, group, symmetric, bias, batch):
+    factors = _factors(m, n, rank, density, Grid(bits, group, symmetric))
+    b = torch.randn(m) if bias else None
+    layer = SparseLowRankLinear.from_factors([("w", factors)], b, torch.float32)
+    x = torch.randn(*batch, n)
+    expected = F.linear(x.double(), factors.S.double() + factors.U.double() @ factors.V.double())
+    expected = expected if b is None else expected + b.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.merge()(x).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.sparse.dense(), factors.S.float())
+    stored = [tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias"]
+    assert sum(stored) == layer.spec.stored_bytes(4)
+    assert ("sparse.bitmask" in layer.state_dict()) == (layer.spec.nonzeros < m * n)
+
+
+def test_fused_weights_keep_each_parts_rows_and_the_spec_says_what_is_stored():
+    for density in (0.5, 1.0):
+        layer = _layer(density)
+        assert LayerSpec.from_dict(layer.spec.to_dict()) == layer.spec
+        assert layer.spec.grid == Grid(4, 16)
+        empty = SparseLowRankLinear.empty(layer.spec, torch.float32)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == shapes
+        empty.load_state_dict(layer.state_dict(), assign=True)
+        x = torch.randn(5, 40)
+        assert torch.equal(empty(x), layer(x))
+
+
+def test_parts_that_keep_all_and_parts_that_do_not_share_a_bitmask():
+    parts = [("q", _factors(8, 40, 0, 1.0, Grid(4, 16), 1)), ("k", _factors(4, 40, 0, 0.5, Grid(4, 16), 2))]
+    layer = SparseLowRankLinear.from_factors(parts, None, torch.float32)
+    torch.testing.assert_close(layer.dense_weight(), torch.cat([factors.S for _, factors in parts]).float())
+    assert layer.spec.nonzeros == 8 * 40 + int(parts[1][1].quantised.kept.sum())
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_the_layer_survives_copies_conversions_and_compilation(density):
+    layer, x = _layer(density), torch.randn(6, 40)
+    expected = layer(x)
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(stream, weights_only=False)]
+    for other in copies:
+        assert torch.equal(other(x), expected)
+    half = copy.deepcopy(layer).half()
+    assert torch.equal(half.sparse.dense(), layer.sparse.dense())  # what has few bits stays as it is
+    torch.testing.assert_close(half(x.half()).float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(copy.deepcopy(layer).double()(x.double()).float(), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), expected, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_go_through_to_the_inputs_and_the_factors():
+    layer, x = _layer(), torch.randn(6, 40, requires_grad=True)
+    layer.low_rank.requires_grad_()
+    layer(x).square().sum().backward()
+    W = layer.dense_weight()
+    y = F.linear(x.detach(), W, layer.bias)
+    torch.testing.assert_close(x.grad, 2 * y @ W, rtol=1e-4, atol=1e-4)
+    assert layer.low_rank.U.grad.isfinite().all()
+
+
+def test_spreading_out_gives_what_kernels_take():
+    layer, x = _layer(), torch.randn(6, 40)
+    packed = layer.packed
+    assert packed.values.dtype == layer.low_rank.U.dtype
+    from oats_vision.kernels.product import sparse_low_rank_linear
+
+    torch.testing.assert_close(sparse_low_rank_linear(x, packed), layer(x), rtol=1e-4, atol=1e-4)
