@@ -40,6 +40,7 @@ SETTINGS = {
         "method": "METHOD",
         "pattern": "PATTERN",
         "quality": "QUALITY",
+        "bits": "X",
         "values": "FORMAT",
         "density": "X",
         "targets": "",

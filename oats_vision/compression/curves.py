@@ -1,7 +1,8 @@
 """What each linear's decomposition costs the model's output, by how much of the linear is kept."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from oats_vision.calibration.statistics import Gram, Statistic
 from oats_vision.compression.allocation import Point
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.core.budget import Budget
 from oats_vision.core.oats import arithmetic, normalised
 
 # densities at which a curve is measured, as multiples of the global one: no linear gets more, or less, than the ends.
@@ -49,43 +51,68 @@ class Seen:
         return self.own.scale()
 
 
-def error_curve(
-    weight: Tensor,
-    sensitivity: Tensor,
-    own: Statistic,
-    gram: Tensor,
-    method: LinearMethod,
-    settings: CompressionSettings,
-) -> list[Point]:
-    """The points (parameters kept, error of the model's output) of one weight, by rough decompositions.
+@dataclass(frozen=True)
+class Weight:
+    """One weight, and what is known of it.
 
-    Of a weight with many rows some are decomposed, evenly spaced, and counted for all.
+    W: (out_features, in_features). sensitivity: s, of the model's output to its outputs, (out_features,).
+    own: what the method knows of its inputs. gram: their second moments G, (in_features, in_features).
+    """
 
-    The error is sum_i s_i (E G E^T)_ii, with E that of the weight, G the second moments of its inputs and s the
-    output's sensitivity: see `output_sensitivity`. Rates that leave the weight no rank, or no non-zeros, are left out.
+    W: Tensor
+    sensitivity: Tensor
+    own: Statistic
+    gram: Tensor
 
-    Args:
-        weight: (out_features, in_features). sensitivity: s, (out_features,).
-        own: what the method knows of the inputs. gram: G, (in_features, in_features).
+
+def error_curve(weight: Weight, method: LinearMethod, settings: CompressionSettings) -> list[Point]:
+    """The points (parameters kept, error of the model's output) of one weight.
+
+    Rates that leave the weight no rank, or no non-zeros, are left out.
 
     Raises:
         ValueError: it cannot be decomposed.
     """
-    step = max(len(weight) // ROWS, 1)
-    share, weight, sensitivity = len(weight[::step]) / len(weight), weight[::step], sensitivity[::step]
-    W, (m, n) = arithmetic(weight), weight.shape
-    H, size = normalised(gram).to(W), gram.diagonal().mean()  # G is their product
-    points: list[Point] = []
     lowest = min(LOWEST, settings.rate)
-    for rate in sorted({max(1 - multiple * (1 - settings.rate), lowest) for multiple in DENSITIES}):
+    rates = sorted({max(1 - multiple * (1 - settings.rate), lowest) for multiple in DENSITIES})
+    found = costs(weight, method, settings, [replace(settings.allocation, rate=rate).budget for rate in rates])
+    return [(budget.parameters(*shape) * len(weight.W) / shape[0], cost) for budget, shape, cost in found]
+
+
+def costs(
+    weight: Weight,
+    method: LinearMethod,
+    settings: CompressionSettings,
+    budgets: Sequence[Callable[[int, int], Budget]],
+) -> list[tuple[Budget, tuple[int, int], float]]:
+    """What each of some budgets costs the model's output, by rough decompositions.
+
+    Of a weight with many rows some are decomposed, evenly spaced, and counted for all. The cost is
+    sum_i s_i (E G E^T)_ii, with E the weight's error: see `output_sensitivity`.
+
+    Args:
+        budgets: from the shape of a weight; those that raise ValueError for it are left out.
+
+    Returns:
+        Of each: the budget and the shape of what was decomposed, and the cost.
+
+    Raises:
+        ValueError: it cannot be decomposed.
+    """
+    step = max(len(weight.W) // ROWS, 1)
+    rows, sensitivity = weight.W[::step], weight.sensitivity[::step]
+    share, W, (m, n) = len(rows) / len(weight.W), arithmetic(rows), rows.shape
+    H, size = normalised(weight.gram).to(W), weight.gram.diagonal().mean()  # G is their product
+    found = []
+    for budget_of in budgets:
         try:
-            budget = replace(settings.allocation, rate=rate).budget(m, n)
+            budget = budget_of(m, n)
         except ValueError:
             continue
-        E = W - method.decompose_roughly(weight, own, budget, settings).dense()
+        E = W - method.decompose_roughly(rows, weight.own, budget, settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
         cost = float(size * (errors @ sensitivity)) / share
         if not math.isfinite(cost):
             raise ValueError("what it is decomposed into is not finite")
-        points.append((budget.parameters(m, n) / share, cost))
-    return points
+        found.append((budget, (m, n), cost))
+    return found

@@ -83,7 +83,7 @@ def recover(
     if not activation_memory > 0:
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
     start, report = time.perf_counter(), record(model).report
-    if report.settings.values:
+    if report.settings.values or report.settings.bits:
         raise ConfigError(NO_RECOVERY)
     blocks, twins = _twin_blocks(model, dense)
     model.eval()

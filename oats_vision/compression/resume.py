@@ -21,6 +21,7 @@ from oats_vision.compression.record import LayerException, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.sharing import Parts
 from oats_vision.core.budget import Budget, Pattern
+from oats_vision.core.grid import Grid
 from oats_vision.data.batches import Inputs
 from oats_vision.machine import machine
 from oats_vision.models.record import record_of
@@ -158,11 +159,16 @@ def _stored(tensor: Tensor, storage: torch.dtype) -> Tensor:
 
 
 def _plain(part: PartBudget) -> list[Any]:
-    return [part.name, part.out_features, part.budget.rank, part.budget.nonzeros, str(part.budget.pattern)]
+    budget = part.budget
+    grid = asdict(budget.grid) if budget.grid else None
+    return [part.name, part.out_features, budget.rank, budget.nonzeros, str(budget.pattern), grid]
 
 
-def _part(name: str, out_features: int, rank: int, nonzeros: int, pattern: str) -> PartBudget:
-    return PartBudget(name, out_features, Budget(rank, nonzeros, Pattern.parse(pattern)))
+def _part(
+    name: str, out_features: int, rank: int, nonzeros: int, pattern: str, grid: dict[str, Any] | None = None
+) -> PartBudget:
+    known = Grid(**grid) if grid else None
+    return PartBudget(name, out_features, Budget(rank, nonzeros, Pattern.parse(pattern), known))
 
 
 def _digest(inputs: Inputs) -> str:

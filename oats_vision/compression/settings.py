@@ -53,6 +53,12 @@ class _Shared(BaseModel):
         le=1,
         description="in place of the rate: share of the weights that S keeps; 1: all, without positions",
     )
+    bits: float | None = Field(
+        None,
+        ge=2.25,
+        le=8.25,
+        description="in place of a rate: bits a weight, all counted; each layer gets the format that errors say",
+    )
     group_size: int = Field(64, ge=0, description="with values: columns that share a scale; 0: a whole row")
     symmetric: bool = Field(True, description="with values: levels symmetric about 0; else each group has its own zero")
     act_order: bool = Field(False, description="method gptq: columns of the largest inputs first")
@@ -112,14 +118,18 @@ class CompressionSettings(_Shared):
     def allocation(self) -> Allocation:
         """How each layer's parameters are shared out; of rank ratio auto a first guess."""
         ratio = FIRST_GUESS if self.rank_ratio == "auto" else self.rank_ratio
-        return Allocation(self.rate, ratio, Pattern.parse(self.pattern))
+        return Allocation(self.rate, ratio, Pattern.parse(self.pattern), self.grid)
 
     @property
     def grid(self) -> "Grid | None":
         """That the values of S are rounded to, if they have few bits."""
+        if not (self.values or self.bits):
+            return None
         from oats_vision.core.grid import Grid
 
-        return Grid(int(self.values[3:]), self.group_size, self.symmetric) if self.values else None
+        if self.bits:  # before formats are chosen: the largest that fits
+            return Grid(max(bits for bits in (2, 3, 4, 6, 8) if bits + 0.25 <= self.bits), 64)
+        return Grid(int(str(self.values)[3:]), self.group_size, self.symmetric)
 
     @property
     def quality(self) -> Quality | None:
@@ -131,6 +141,13 @@ class CompressionSettings(_Shared):
     def summary(self) -> str:
         """Method, quality, rate, rank ratio and pattern in words."""
         share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
+        if self.bits:
+            used = (
+                f" {self.quality}" if self.quality else "".join(f" + {name}" for name in LEVERS if getattr(self, name))
+            )
+            return (
+                f"{self.method}{used}, {self.bits:g} bits a weight{', without ' * bool(self.skip)}{' '.join(self.skip)}"
+            )
         kept = (
             f", rate {self.rate:.3g}" if self.density is None else f", density {self.density:.3g}" * (self.density < 1)
         )
@@ -203,10 +220,10 @@ class CompressionOptions(_Shared):
         method.check(self)
         pattern = Pattern.parse(self.pattern or method.pattern)
         ratio = self.rank_ratio if isinstance(self.rank_ratio, float) else method.rank_ratio
-        density = method.density if self.density is None else self.density
+        density = 1.0 if self.bits else method.density if self.density is None else self.density
         allocation = Allocation.of(self.rate, ratio, pattern, density)
         values = self.values or method.values
-        storage = self.storage_dtype or ("float16" if values else None)
+        storage = self.storage_dtype or ("float16" if values or self.bits else None)
         return CompressionSettings(
             **{name: getattr(self, name) for name in _Shared.model_fields}
             | {

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,12 @@ from oats_vision.calibration.gradients import output_sensitivity
 from oats_vision.calibration.sensitivity import OutputGradients
 from oats_vision.calibration.statistics import SecondMoment, Statistic
 from oats_vision.compression import methods
-from oats_vision.compression.allocation import Point, allocate, refined
+from oats_vision.compression.allocation import allocate, refined
 from oats_vision.compression.block_rates import alpha_rates, hill_exponent, outlier_ratio, owl_rates
 from oats_vision.compression.budgets import PartBudget
-from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, error_curve
+from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, Weight, error_curve
 from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError
+from oats_vision.compression.formats import in_formats, offered
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan
 from oats_vision.compression.settings import CompressionSettings
@@ -42,6 +45,7 @@ SEED = 0  # of the random projections
 SHARE_OF_GRADIENTS = 0.3  # of the time that measuring takes, about
 Parts = dict[str, dict[str, list[PartBudget]]]
 Tell = Callable[[float], None]
+T = TypeVar("T")
 
 
 def share_out(
@@ -69,8 +73,21 @@ def share_out(
     if settings.budget == "uniform":
         return plan.parts
     with torch.no_grad():
+        measured = partial(_measured, model, structure, plan, settings, hidden, calls, gradients, tell)
+        if settings.bits:
+            found = measured(lambda weight, method: offered(weight, method, settings))
+            widths = {
+                block: {name: _weight(model, f"{block}.{name}").shape[1] for name in linears}
+                for block, linears in plan.parts.items()
+            }
+            return in_formats(plan.parts, widths, settings.bits, found)
         if settings.budget == "measured":
-            wanted = _measured(model, structure, plan, settings, hidden, calls, gradients, tell)
+            curves_found = measured(lambda weight, method: error_curve(weight, method, settings))
+            given = [
+                [(part.budget.parameters(part.out_features, width), 0.0)] for _, part, width in _each(model, plan.parts)
+            ]
+            curves = [own if curve is None else curve for curve, own in zip(curves_found, given, strict=True)]
+            wanted = allocate([refined(curve) for curve in curves], _total(model, plan.parts))
         else:
             wanted = _by_block(model, plan, settings, hidden, calls, tell)
     shapes = [(part.out_features, width) for _, part, width in _each(model, plan.parts)]
@@ -156,8 +173,9 @@ def _measured(
     calls: BlockCalls,
     gradients: OutputGradients | None,
     tell: Tell,
-) -> list[float]:
-    """The parameters that each part keeps where the sum of all errors of the model's output is least."""
+    look: Callable[[Weight, LinearMethod], T],
+) -> list[T | None]:
+    """What is found out by a look at each part, in order; None where nothing is known, or the part is unusable."""
     method = methods.find(settings.method)
     assert isinstance(method, LinearMethod)
     first = 0.0 if gradients else SHARE_OF_GRADIENTS
@@ -168,37 +186,34 @@ def _measured(
             model, structure, plan.parts, calls, seed=SEED, tell=lambda share: tell(SHARE_OF_GRADIENTS * share)
         )
     )
-    curves: list[list[Point]] = []
+    found: list[T | None] = []
 
     def new_statistic(in_features: int, device: torch.device) -> Statistic:
         return Seen(method, settings, in_features, device)
 
+    def of_part(job: tuple[str, Weight, bool]) -> T | None:
+        full, weight, known = job
+        try:
+            return look(weight, method) if known else None
+        except UNUSABLE as unusable:
+            if settings.on_bad_layer == "stop":
+                raise UnusableLayerError(full, str(unusable)) from None
+            return None
+
     for done, (block_name, block, statistics) in enumerate(_dense_pass(plan, hidden, calls, new_statistic)):
-
-        def curve(
-            part: PartBudget, full: str, W: Tensor, s: Tensor, seen: Seen, known: bool, method: LinearMethod = method
-        ) -> list[Point]:
-            if not known:
-                return [(part.budget.parameters(*W.shape), 0.0)]
-            try:
-                return error_curve(W, s, seen.own, seen.gram.compute(), method, settings)
-            except UNUSABLE as unusable:
-                if settings.on_bad_layer == "stop":
-                    raise UnusableLayerError(full, str(unusable)) from None
-                return [(part.budget.parameters(*W.shape), 0.0)]
-
         jobs = []
         for name, seen in statistics.items():
             assert isinstance(seen, Seen)
-            parts, full = plan.parts[block_name][name], f"{block_name}.{name}"
-            rows = [part.out_features for part in parts]
+            full = f"{block_name}.{name}"
+            rows = [part.out_features for part in plan.parts[block_name][name]]
             weights, s = _weight(block, name).split(rows), sensitivities[full].split(rows)
             # of an expert nothing may be known
             known = bool(seen.gram.tokens and sensitivities[full].any())
-            jobs += [(part, full, W, of_part, seen, known) for part, W, of_part in zip(parts, weights, s, strict=True)]
-        curves += ranks.each(lambda job: curve(*job), jobs, [job[2].numel() for job in jobs])
+            moments = seen.gram.compute() if known else torch.empty(0)
+            jobs += [(full, Weight(W, own, seen.own, moments), known) for W, own in zip(weights, s, strict=True)]
+        found += ranks.each(of_part, jobs, [job[1].W.numel() for job in jobs])
         tell(first + (1 - first) * (done + 1) / len(plan.blocks))
-    return allocate([refined(curve) for curve in curves], _total(model, plan.parts))
+    return found
 
 
 def _by_block(

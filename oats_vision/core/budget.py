@@ -1,9 +1,14 @@
 """How many parameters the sparse and the low-rank term of a layer may keep."""
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from oats_vision.core.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Pattern:
     m: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> "Pattern":
+    def parse(cls, text: str) -> Pattern:
         """Read `row`, `layer` or N:M such as `2:4`.
 
         Raises:
@@ -41,11 +46,15 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Budget:
-    """The size of one decomposition: rank of L, and non-zeros of S in the whole matrix."""
+    """The size of one decomposition: rank of L, and non-zeros of S in the whole matrix.
+
+    grid: that the values of S are rounded to, if they have few bits.
+    """
 
     rank: int
     nonzeros: int
     pattern: Pattern = Pattern()
+    grid: Grid | None = None
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """Parameters kept: non-zeros of S and entries of U and V (the bitmask of S not counted)."""
@@ -57,12 +66,14 @@ class Allocation:
     """How the parameters of each layer are shared out.
 
     rate: share removed, below 1. rank_ratio: share of those kept that goes to the low-rank term, in [0, 1].
-    pattern: where S may keep its non-zeros. `of` makes one from what a user gives; its values are trusted.
+    pattern: where S may keep its non-zeros. grid: of the values of S, if they have few bits. `of` makes one from what a
+    user gives; its values are trusted.
     """
 
     rate: float
     rank_ratio: float
     pattern: Pattern = Pattern()
+    grid: Grid | None = None
 
     @classmethod
     def of(
@@ -71,7 +82,7 @@ class Allocation:
         rank_ratio: float | None = None,
         pattern: Pattern = Pattern(),
         density: float | None = None,
-    ) -> "Allocation":
+    ) -> Allocation:
         """Complete and check what is given: N:M fixes the density of S, so that rate and rank ratio give each other.
 
         Defaults are rate 0.5 and rank_ratio 0.2. For N:M, `1 - rate = (N/M) / (1 - rank_ratio)`, and so for a density
@@ -110,9 +121,7 @@ class Allocation:
         return cls(rate, implied, pattern)
 
     @classmethod
-    def _of_density(
-        cls, density: float, rate: float | None, rank_ratio: float | None, pattern: Pattern
-    ) -> "Allocation":
+    def _of_density(cls, density: float, rate: float | None, rank_ratio: float | None, pattern: Pattern) -> Allocation:
         if not 0 < density <= 1:
             raise ValueError(f"density must be in (0, 1], got {density:g}")
         if rate is not None:
@@ -134,7 +143,7 @@ class Allocation:
             ValueError: a rank ratio above 0 (below 1) leaves rank 0 (no non-zeros).
 
         >>> Allocation(rate=0.5, rank_ratio=0.25).budget(1024, 1024)
-        Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0))
+        Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0), grid=None)
         """
         m, n, rank_ratio, pattern = out_features, in_features, self.rank_ratio, self.pattern
         kept = (1 - self.rate) * m * n
@@ -156,7 +165,7 @@ class Allocation:
                 f"rank_ratio {rank_ratio:g} at rate {self.rate:g} leaves no non-zeros for a {m} x {n} weight: "
                 "use rank_ratio 1 (no sparse term) or a smaller one"
             )
-        return Budget(rank, nonzeros, pattern)
+        return Budget(rank, nonzeros, pattern, self.grid)
 
 
 def _floor(x: float) -> int:

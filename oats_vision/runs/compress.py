@@ -149,6 +149,7 @@ def compress(
     pattern: str | None = None,
     values: Literal["int8", "int6", "int4", "int3", "int2"] | None = None,
     density: float | None = None,
+    bits: float | None = None,
     group_size: int = 64,
     symmetric: bool = True,
     act_order: bool = False,
@@ -192,6 +193,8 @@ def compress(
             int4). U, V and all else are stored in float16 then, unless `storage_dtype` says otherwise.
         density: in place of the rate, share of the weights that S keeps, in (0, 1]; at 1 no positions are stored, and
             rank_ratio is 0 if not given.
+        bits: in place of a rate: bits a weight of all compressed linears, all counted, from 2.25 to 8.25. Each linear
+            gets the format that measured errors say.
         group_size: with values: columns of a row that share a scale, a multiple of 16; 0: all.
         symmetric: with values: levels symmetric about 0; else each group has a zero of its own.
         act_order: of `gptq`: columns of the largest inputs first.
@@ -250,7 +253,7 @@ def compress(
         raise ConfigError(f"recover must be a whole number of steps from 0 on, got {recover!r}")
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
-    if recover and settings.values:
+    if recover and settings.grid:
         raise ConfigError(NO_RECOVERY)
     if recover:
         ranks.refuse("recover")

@@ -70,7 +70,7 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
         if self.recover and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
-        if self.recover and self._settings.values:
+        if self.recover and (self._settings.values or self.bits):
             raise ValueError(NO_RECOVERY)
         if self.low_memory and (why := self._needs_whole_model):
             raise ValueError(f"low_memory is given, and {why} needs the whole model: leave one of them out")

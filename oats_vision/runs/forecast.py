@@ -308,7 +308,9 @@ def _emptied(shell: nn.Module, structure: Structure, plan: Plan, settings: Compr
             stored = tuple(
                 PartSpec(part.name, part.out_features, part.budget.rank, part.budget.nonzeros) for part in parts
             )
-            spec = LayerSpec(linear.in_features, linear.out_features, linear.bias is not None, stored)
+            spec = LayerSpec(
+                linear.in_features, linear.out_features, linear.bias is not None, stored, parts[0].budget.grid
+            )
             report.layers.append(LayerReport(f"{block}.{name}", spec, {}, {}, {}, 0.0, 0))
             shell.set_submodule(f"{block}.{name}", SparseLowRankLinear.empty(spec, linear.weight.dtype))
     return report

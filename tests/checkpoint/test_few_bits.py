@@ -140,7 +140,7 @@ def test_damaged_checkpoints_are_clear_errors(saved, damage, message):
     [
         ({"values": "int4", "method": "wanda"}, "values must be left out with method wanda"),
         ({"values": "int5"}, "values must be int8, int6, int4, int3 or int2, got 'int5'"),
-        ({"values": "int4", "quality": "plain"}, "values are rounded by the inputs' second moments"),
+        ({"values": "int4", "quality": "plain"}, "values rounds by the inputs' second moments"),
         ({"values": "int4", "group_size": 20}, "group_size must be 0 or a multiple of 16, got 20"),
         ({"values": "int4", "recover": 5}, "recover trains floating values"),
         ({"method": "gptq", "rate": 0.5}, "rate must be left out with method gptq"),

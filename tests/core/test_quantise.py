@@ -1,5 +1,7 @@
 """Rounding against float64 restatements, one weight at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -135,7 +137,7 @@ def test_features_without_inputs_or_with_enormous_ones_do_no_harm(problem):
 def test_sparse_gpt_rounds_in_the_same_pass(problem):
     W, H = map(torch.from_numpy, problem)
     budget, grid = Budget(0, OUT * IN // 2), Grid(4, 16)
-    joint = sparsegpt(W, H, budget, grid=grid)
+    joint = sparsegpt(W, H, replace(budget, grid=grid))
     assert joint.quantised is not None
     torch.testing.assert_close(joint.quantised.dense(), joint.S.float())
     assert int(joint.quantised.kept.sum()) == budget.nonzeros

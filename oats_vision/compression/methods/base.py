@@ -59,6 +59,8 @@ class Method(ABC):
             self._check_budget(options)
         if options.quality and not self.has_quality:
             raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
+        if options.bits and self.name != "oats":
+            raise ValueError(f"bits must be left out with method {self.name}: it is for method oats")
         if options.values and not self.takes_values:
             raise ValueError(f"values must be left out with method {self.name}: it does not round what it keeps")
         if options.act_order and not self.orders_columns:

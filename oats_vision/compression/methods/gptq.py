@@ -33,9 +33,9 @@ class GPTQ(RoundingMethod):
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
         from oats_vision.core.quantise import gptq, rounded
 
-        assert settings.grid is not None
+        assert budget.grid is not None
         gram = statistic.compute()
-        found = gptq(weight, gram, settings.grid, act_order=settings.act_order)
+        found = gptq(weight, gram, budget.grid, act_order=settings.act_order)
         return rounded(weight, found, gram, statistic.scale())
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:

@@ -33,12 +33,28 @@ class OATS(LinearMethod):
         """Raises ValueError if rank ratio auto is asked for with N:M, which fixes it, or values without moments."""
         super().check(options)
         levers = self.levers(options)
-        if options.values and not (levers["refit"] or levers["joint"]):
-            raise ValueError("values are rounded by the inputs' second moments: use quality best or fast, or refit")
+        if options.bits:
+            self._check_bits(options)
+        if (options.values or options.bits) and not (levers["refit"] or levers["joint"]):
+            given = "values" if options.values else "bits"
+            raise ValueError(f"{given} rounds by the inputs' second moments: use quality best or fast, or refit")
         if options.rank_ratio == "auto" and (options.values or options.density):
             raise ValueError("rank_ratio auto is for floating values and a rate")
         if options.rank_ratio == "auto" and options.pattern not in (None, "row", "layer"):
             raise ValueError("rank_ratio auto is for method oats with pattern row or layer")
+
+    def _check_bits(self, options: CompressionOptions) -> None:
+        for name in ("rate", "values", "density", "rank_ratio", "pattern"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name} and `bits` are both given, and bits chooses it: leave one of them out")
+        if options.budget not in (None, "measured"):
+            raise ValueError(f"budget must be measured (or left out) with bits, got {options.budget}")
+        if options.group_size != 64 or not options.symmetric:
+            raise ValueError("group_size and symmetric must be left out with bits, which chooses the format")
+        if options.storage_dtype == "float32":
+            raise ValueError(
+                "storage_dtype must be float16 or bfloat16 with bits, which counts 16 for an entry of U or V"
+            )
 
     def levers(self, options: CompressionOptions) -> dict[str, bool]:
         """By quality, where none is named; all but targets need the second moments that scaling second_moment takes."""
@@ -54,6 +70,8 @@ class OATS(LinearMethod):
 
     def budget(self, options: CompressionOptions) -> Budgets:
         """Measured with sensitivity, unless the pattern fixes each layer's density, or speed its rank ratio."""
+        if options.bits:
+            return "measured"
         free = options.pattern in (None, "row", "layer") and options.rank_ratio != "auto" and options.density is None
         return "measured" if free and self.levers(options)["sensitivity"] else "uniform"
 
@@ -99,9 +117,9 @@ class OATS(LinearMethod):
         if settings.refit and not whole:
             rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
             factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
-        if settings.grid:
+        if budget.grid:
             kept = None if whole else factors.S != 0
-            factors = quantised(weight, factors, statistic.compute(), settings.grid, kept)
+            factors = quantised(weight, factors, statistic.compute(), budget.grid, kept)
         return factors
 
     def decompose_roughly(
@@ -109,13 +127,17 @@ class OATS(LinearMethod):
     ) -> Factors:
         from oats_vision.calibration.statistics import Gram
         from oats_vision.core.oats import oats
+        from oats_vision.core.quantise import quantised
         from oats_vision.core.refit import refit
         from oats_vision.kernels.thresholding import sparse_term
 
-        few = min(settings.iterations, ROUGH_ITERATIONS)
+        few, whole = min(settings.iterations, ROUGH_ITERATIONS), budget.nonzeros == weight.numel()
         factors = oats(weight, statistic.scale(), budget, iterations=few, sparse_term=sparse_term)
-        if isinstance(statistic, Gram) and settings.refit:
+        if isinstance(statistic, Gram) and settings.refit and not whole:
             factors = refit(weight, factors, statistic.compute(), rounds=1)
+        if isinstance(statistic, Gram) and budget.grid:
+            kept = None if whole else factors.S != 0
+            factors = quantised(weight, factors, statistic.compute(), budget.grid, kept, rounds=1)
         return factors
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:

@@ -26,5 +26,5 @@ class RTN(RoundingMethod):
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
         from oats_vision.core.quantise import nearest, rounded
 
-        assert settings.grid is not None
-        return rounded(weight, nearest(weight, settings.grid), None, statistic.scale())
+        assert budget.grid is not None
+        return rounded(weight, nearest(weight, budget.grid), None, statistic.scale())

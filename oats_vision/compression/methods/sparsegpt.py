@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from oats_vision.calibration.statistics import Statistic
     from oats_vision.compression.settings import CompressionSettings
     from oats_vision.core.budget import Budget
-    from oats_vision.core.grid import Grid
     from oats_vision.core.oats import Factors
 
 
@@ -32,7 +31,7 @@ class SparseGPT(LinearMethod):
         return Gram(in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
-        return sparsegpt(weight, statistic.compute(), budget, grid=settings.grid)
+        return sparsegpt(weight, statistic.compute(), budget)
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         return 6, 5 * 8 + 4  # H, with damping, its factors and its inverse in float64; the last factor in float32
@@ -43,7 +42,6 @@ def sparsegpt(
     gram: Tensor,
     budget: Budget,
     *,
-    grid: Grid | None = None,
     block_size: int = 128,
     damping: float = 0.01,
 ) -> Factors:
@@ -60,7 +58,6 @@ def sparsegpt(
         budget: with pattern `layer` the mask is chosen over all rows of a block of columns, as in the paper.
         damping: added to the diagonal of H, as a share of each entry (of its mean in the paper, which a few outlier
             features set far above all others).
-        grid: that values are rounded to; None: they are not.
 
     Raises:
         ValueError: `gram` is not finite.
@@ -85,7 +82,7 @@ def sparsegpt(
     W[:, dead] = 0.0
     C = inverse_cholesky(H, damping).to(W)  # (in, in), upper
     known = torch.ones_like(W, dtype=torch.bool)  # which weights are kept, as far as that is known
-    rounding = Rounding(grid, W, D.square()) if grid else None
+    rounding = Rounding(budget.grid, W, D.square()) if budget.grid else None
     if pattern.kind == "n:m":
         block_size = max(pattern.m, block_size - block_size % pattern.m)
     for start in range(0, columns, block_size):

@@ -1,0 +1,165 @@
+"""`bits`: a number format, a density and a rank for each linear, by what each costs the model's output.
+
+Every linear is decomposed roughly in each of a few formats, and the one that costs least is taken under one total: that
+of so many bits a weight in all linears, everything counted (values, positions, scales, U and V).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from oats_vision.compression.allocation import lower_hull
+from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.curves import Weight, costs
+from oats_vision.compression.methods import LinearMethod
+from oats_vision.compression.settings import CompressionSettings
+from oats_vision.core.budget import Allocation, Budget
+from oats_vision.core.grid import Grid
+from oats_vision.errors import ConfigError
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
+
+log = logging.getLogger(__name__)
+
+FACTOR_BYTES = 2  # of an entry of U or V, which are stored in 16 bits
+
+
+@dataclass(frozen=True)
+class Format:
+    """Of a linear: how the values of S are rounded, and how many there are besides U and V."""
+
+    grid: Grid
+    density: float = 1.0
+    rank_ratio: float = 0.0
+
+    def budget(self, out_features: int, in_features: int) -> Budget:
+        """Of one weight. Raises ValueError if it is too small for the rank or the density."""
+        allocation = Allocation.of(None, self.rank_ratio, density=self.density)
+        return replace(allocation, grid=self.grid).budget(out_features, in_features)
+
+    def __str__(self) -> str:
+        sparse = f", density {self.density:g}" * (self.density < 1)
+        low_rank = f", rank ratio {self.rank_ratio:g}" * (self.rank_ratio > 0)
+        return f"int{self.grid.bits} in groups of {self.grid.group_size}{sparse}{low_rank}"
+
+
+FORMATS = (
+    Format(Grid(2, 64)),
+    Format(Grid(2, 32)),
+    Format(Grid(3, 64)),
+    Format(Grid(3, 32)),
+    Format(Grid(4, 64)),
+    Format(Grid(4, 32)),
+    Format(Grid(6, 64)),
+    Format(Grid(8, 64)),
+)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A linear in one format: bytes that are stored, and what it costs the model's output.
+
+    format: None where nothing is known of the linear, which stays as it was planned.
+    """
+
+    format: Format | None
+    bytes: int
+    cost: float
+
+    @classmethod
+    def of(cls, format: Format, in_features: int, parts: Sequence[PartBudget], cost: float) -> "Offer":
+        """Of a linear all of whose parts have a format."""
+        budgets = [format.budget(part.out_features, in_features) for part in parts]
+        return cls(format, stored_bytes(in_features, parts, budgets), cost)
+
+
+def stored_bytes(in_features: int, parts: Sequence[PartBudget], budgets: Sequence[Budget]) -> int:
+    """Of a linear whose parts have these budgets, with one grid."""
+    specs = tuple(
+        PartSpec(part.name, part.out_features, budget.rank, budget.nonzeros)
+        for part, budget in zip(parts, budgets, strict=True)
+    )
+    rows = sum(part.out_features for part in parts)
+    return LayerSpec(in_features, rows, False, specs, budgets[0].grid).stored_bytes(FACTOR_BYTES)
+
+
+def choose(offers: Sequence[Sequence[Offer]], total: int) -> list[Offer]:
+    """One offer for each linear, so that the costs' sum is least, or nearly: whole steps down each lower hull.
+
+    Args:
+        total: bytes of all.
+
+    Raises:
+        ConfigError: even the smallest take more.
+    """
+    hulls = [
+        [min((o for o in of_one if (o.bytes, o.cost) == point), key=lambda o: o.bytes) for point in hull]
+        for of_one in offers
+        for hull in [lower_hull([(o.bytes, o.cost) for o in of_one])]
+    ]
+    chosen = [0] * len(hulls)
+    left = total - sum(hull[0].bytes for hull in hulls)
+    if left < 0:
+        raise ConfigError(f"the smallest formats take {total - left:,} bytes, and `bits` leaves {total:,}: give more")
+    steps = sorted(
+        ((b.cost - a.cost) / (b.bytes - a.bytes), i, k + 1)
+        for i, hull in enumerate(hulls)
+        for k, (a, b) in enumerate(pairwise(hull))
+    )
+    for _, i, k in steps:  # those first that save most by the byte; one that does not fit ends its linear's way
+        more = hulls[i][k].bytes - hulls[i][k - 1].bytes
+        if chosen[i] == k - 1 and more <= left:
+            chosen[i], left = k, left - more
+    return [hull[k] for hull, k in zip(hulls, chosen, strict=True)]
+
+
+def offered(weight: Weight, method: LinearMethod, settings: CompressionSettings) -> dict[Format, float]:
+    """What each format costs that the weight can have."""
+    found: dict[Format, float] = {}
+    for one in FORMATS:
+        for _, _, cost in costs(weight, method, settings, [one.budget]):
+            found[one] = cost
+    return found
+
+
+def in_formats(
+    planned: dict[str, dict[str, list[PartBudget]]],
+    widths: dict[str, dict[str, int]],
+    bits: float,
+    found: Sequence[dict[Format, float] | None],
+) -> dict[str, dict[str, list[PartBudget]]]:
+    """The budgets of all parts, by block and linear; those of a linear are in one format.
+
+    Args:
+        planned: what they would be without a choice. widths: in_features of each linear.
+        bits: a weight, in all. found: what each format costs, of each part in order; None where that is not known.
+
+    Raises:
+        ConfigError: there are not bits enough.
+    """
+    of_parts = iter(found)
+    offers: list[list[Offer]] = []
+    names = [(block, name) for block, linears in planned.items() for name in linears]
+    weights = 0
+    for block, name in names:
+        width, parts = widths[block][name], planned[block][name]
+        weights += width * sum(part.out_features for part in parts)
+        known = [next(of_parts) for _ in parts]
+        shared = [one for one in FORMATS if all(of_part and one in of_part for of_part in known)]
+        offers.append(
+            [Offer.of(one, width, parts, sum(of_part[one] for of_part in known if of_part)) for one in shared]
+        )
+        if not shared:
+            budgets = [part.budget for part in parts]
+            offers[-1] = [Offer(None, stored_bytes(width, parts, budgets), 0.0)]
+    chosen = choose(offers, int(bits * weights / 8))
+    shared_out: dict[str, dict[str, list[PartBudget]]] = {block: {} for block in planned}
+    for (block, name), offer in zip(names, chosen, strict=True):
+        width = widths[block][name]
+        shared_out[block][name] = [
+            replace(part, budget=offer.format.budget(part.out_features, width)) if offer.format else part
+            for part in planned[block][name]
+        ]
+    for one in FORMATS:
+        log.info("bits %g: %d of %d linears in %s", bits, sum(o.format == one for o in chosen), len(chosen), one)
+    return shared_out
