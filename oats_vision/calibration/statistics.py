@@ -9,6 +9,7 @@ from oats_vision import ranks
 from oats_vision.calibration.sums import Sum
 from oats_vision.core.joint import Correlations
 from oats_vision.core.oats import column_scale
+from oats_vision.core.quantise import inverse_factor
 from oats_vision.models.values import all_finite
 
 
@@ -164,11 +165,12 @@ class Gram:
         self.tokens = 0
         self._mean: Tensor | None = None
         self._correlations: Correlations | None = None
+        self._inverse_factor: Tensor | None = None
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
         tokens = _tokens(inputs, mask)
-        self._mean = self._correlations = None
+        self._mean = self._correlations = self._inverse_factor = None
         for chunk in tokens.chunk(max(1, -(-len(tokens) // 8192))):
             x = chunk if chunk.dtype == torch.float64 else chunk.float()
             for first, block in zip(range(0, x.shape[1], self.BLOCK), self.upper, strict=True):
@@ -182,7 +184,7 @@ class Gram:
         for block in self.upper:
             block.over_ranks()
         self.tokens = sum(ranks.everyones(self.tokens))
-        self._mean = self._correlations = None
+        self._mean = self._correlations = self._inverse_factor = None
 
     def compute(self) -> Tensor:
         """The mean of x x^T, (in_features, in_features), float64; not to be changed.
@@ -210,6 +212,18 @@ class Gram:
         if self._correlations is None:
             self._correlations = Correlations(self.compute(), torch.float32)
         return self._correlations
+
+    def inverse_factor(self) -> Tensor:
+        """What GPTQ passes losses on by, in float32: see `core.quantise`; made once for all that read these inputs.
+
+        Raises:
+            ValueError: no token was seen, or the moments are not finite.
+        """
+        if self._inverse_factor is None:
+            if not self.compute().isfinite().all():
+                raise ValueError("the inputs' second moments are not finite")
+            self._inverse_factor = inverse_factor(self.compute()).float()
+        return self._inverse_factor
 
     def scale(self) -> Tensor:
         """D = sqrt(second moment), finite and positive, (in_features,)."""

@@ -121,6 +121,8 @@ class _Recovery(_Closed):
 class _Content(_Fields):
     """The fields that reading relies on; others are for people."""
 
+    format: Literal["oats_vision"]
+    format_version: Literal[1, 2]
     written_by: str
     source: _Source
     adapter: Name
@@ -220,6 +222,11 @@ def config_digest(config: dict[str, Any]) -> str:
     content = {name: value for name, value in config.items() if name != DIGEST}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the fields that reading relies on."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _Content.model_json_schema()
 
 
 def _no_constant(name: str) -> None:

@@ -84,7 +84,7 @@ def gptq(
     kept: Tensor | None = None,
     *,
     act_order: bool = False,
-    damping: float = 0.01,
+    factor: Tensor | None = None,
 ) -> Quantised:
     """Round column by column; the columns to the right make up for each loss.
 
@@ -94,18 +94,18 @@ def gptq(
         kept: bool, (out_features, in_features): the others are rounded to 0; None: all are kept.
         act_order: columns of the largest inputs first, with scales that are found before; else from left to right, each
             group's scales found when its turn comes.
-        damping: added to the diagonal of H, as a share of each entry.
+        factor: C, by `inverse_factor`, where it is known and columns go from left to right.
 
     Raises:
         ValueError: `gram` is not finite.
     """
     if not gram.isfinite().all():
         raise ValueError("the inputs' second moments are not finite")
-    W, H = arithmetic(weight).clone(), gram.double()
-    squares = H.diagonal().clamp_min(0)
-    columns = len(H)
-    order = squares.argsort(descending=True, stable=True) if act_order else torch.arange(columns, device=H.device)
-    C = inverse_cholesky(_without(H, squares <= 0)[order][:, order], damping).to(W)
+    W, squares, columns = arithmetic(weight).clone(), gram.diagonal().double().clamp_min(0), len(gram)
+    order = squares.argsort(descending=True, stable=True) if act_order else torch.arange(columns, device=W.device)
+    if factor is None or act_order:
+        factor = inverse_factor(gram[order][:, order])
+    C = factor.to(W)
     rounding = Rounding(grid, W, squares)
     if act_order:
         rounding.scales = find_scales(W, grid, rounding.cost, kept)
@@ -165,7 +165,14 @@ class Rounding:
 
 
 def quantised(
-    weight: Tensor, factors: Factors, gram: Tensor, grid: Grid, kept: Tensor | None, *, rounds: int = 2
+    weight: Tensor,
+    factors: Factors,
+    gram: Tensor,
+    grid: Grid,
+    kept: Tensor | None,
+    *,
+    rounds: int = 2,
+    factor: Tensor | None = None,
 ) -> Factors:
     """Round the values of S, and fit U and V to what rounding leaves.
 
@@ -173,7 +180,7 @@ def quantised(
         weight: W, (out_features, in_features).
         factors: of the weight.
         gram: H, mean of x x^T over the inputs, (in_features, in_features).
-        kept: where S has values, as in `gptq`.
+        kept, factor: where S has values, and C, as in `gptq`.
         rounds: of S, and of U and V after it; without these one is enough.
 
     Raises:
@@ -184,18 +191,18 @@ def quantised(
     for _ in range(rounds if U.shape[1] else 1):
         rest = W - U @ V
         S = rest if kept is None else fit_values(rest, H, S * kept, kept.to(W), FITTED)
-        found = gptq(S, gram, grid, kept)
+        found = gptq(S, gram, grid, kept, factor=factor)
         S = found.dense().to(W)
         U, V = fit_factors(W - S, U, V, H)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.iterations, of_output, found)
 
 
-def _without(H: Tensor, dead: Tensor) -> Tensor:
-    """H with ones on the diagonal for features without inputs."""
-    H = H.clone()
-    H.diagonal()[dead] = 1.0
-    return H
+def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """The C of a mean of x x^T, (in_features, in_features); features without inputs count as 1."""
+    H = gram.double().clone()
+    H.diagonal()[H.diagonal() <= 0] = 1.0
+    return inverse_cholesky(H, damping)
 
 
 def inverse_cholesky(H: Tensor, damping: float) -> Tensor:

@@ -4,13 +4,14 @@ import hashlib
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from oats_vision.checkpoint import measure
-from oats_vision.checkpoint.config import config_digest
+from oats_vision.checkpoint.config import config_digest, schema
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.models.loading.load import record_source
 from oats_vision.models.source import ModelSource
@@ -159,3 +160,14 @@ def test_what_does_not_fit_together_is_said(tiny_vit, pictures, given, message):
     with pytest.raises(ConfigError, match=message):
         ov.compress(tiny_vit, pictures, **given)
     assert not any(type(module).__name__ == "SparseLowRankLinear" for module in tiny_vit.modules())
+
+
+def test_the_schema_in_the_documentation_is_that_of_what_is_written(saved):
+    file = Path(__file__).parents[2] / "docs/config.schema.json"
+    made = json.dumps(schema(), indent=2) + "\n"
+    assert file.read_text() == made, "write `json.dumps(schema(), indent=2)` to docs/config.schema.json"
+    jsonschema.validate(json.loads((saved / "config.json").read_text()), schema())
+    config = json.loads((saved / "config.json").read_text())
+    config["layers"][0]["spec"]["grid"]["bits"] = 5
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config, schema())

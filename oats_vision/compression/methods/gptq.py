@@ -31,11 +31,14 @@ class GPTQ(RoundingMethod):
         return Gram(in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
+        from oats_vision.calibration.statistics import Gram
         from oats_vision.core.quantise import gptq, rounded
 
+        assert isinstance(statistic, Gram)
         assert budget.grid is not None
         gram = statistic.compute()
-        found = gptq(weight, gram, budget.grid, act_order=settings.act_order)
+        known = None if settings.act_order else statistic.inverse_factor()
+        found = gptq(weight, gram, budget.grid, act_order=settings.act_order, factor=known)
         return rounded(weight, found, gram, statistic.scale())
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from oats_vision.calibration.statistics import Statistic
+    from oats_vision.calibration.statistics import Gram, Statistic
     from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
     from oats_vision.core.joint import Correlations
     from oats_vision.core.oats import Factors
 
+ROUGH = {"solver": "fast", "tolerance": 0.0}
 ROUGH_ITERATIONS = 10  # of the fast solver: an error 10 to 70% too high, by about the same share in all layers
 
 
@@ -95,51 +96,68 @@ class OATS(LinearMethod):
     ) -> Factors:
         from oats_vision.calibration.statistics import Gram
         from oats_vision.core.joint import joint
-        from oats_vision.core.oats import oats
-        from oats_vision.core.quantise import quantised
         from oats_vision.core.refit import refit
-        from oats_vision.kernels.thresholding import sparse_term
 
-        factors = oats(
-            weight,
-            statistic.scale(),
-            budget,
-            solver=settings.solver,
-            iterations=settings.iterations,
-            tolerance=settings.tolerance,
-            sparse_term=sparse_term,
-        )
+        factors = self._start(weight, statistic, budget, settings, settings.iterations)
         if not isinstance(statistic, Gram):
             return factors
-        whole = budget.nonzeros == weight.numel()  # then what U V leave is all in S, and nothing is to be chosen
+        whole = keeps_all(weight, budget)
         if settings.joint and not whole:
             factors = joint(weight, factors, budget, statistic.correlations(), outputs)
         if settings.refit and not whole:
             rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
             factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
-        if budget.grid:
-            kept = None if whole else factors.S != 0
-            factors = quantised(weight, factors, statistic.compute(), budget.grid, kept)
-        return factors
+        return self._rounded(weight, factors, statistic, budget, rounds=2)
 
     def decompose_roughly(
         self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings
     ) -> Factors:
         from oats_vision.calibration.statistics import Gram
-        from oats_vision.core.oats import oats
-        from oats_vision.core.quantise import quantised
         from oats_vision.core.refit import refit
+
+        few = min(settings.iterations, ROUGH_ITERATIONS)
+        factors = self._start(weight, statistic, budget, settings.model_copy(update=ROUGH), few)
+        if not isinstance(statistic, Gram):
+            return factors
+        if settings.refit and not keeps_all(weight, budget):
+            factors = refit(weight, factors, statistic.compute(), rounds=1)
+        return self._rounded(weight, factors, statistic, budget, rounds=1)
+
+    def _start(
+        self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings, iterations: int
+    ) -> Factors:
+        """The paper's algorithm."""
+        from oats_vision.core.oats import Factors, arithmetic, oats
         from oats_vision.kernels.thresholding import sparse_term
 
-        few, whole = min(settings.iterations, ROUGH_ITERATIONS), budget.nonzeros == weight.numel()
-        factors = oats(weight, statistic.scale(), budget, iterations=few, sparse_term=sparse_term)
-        if isinstance(statistic, Gram) and settings.refit and not whole:
-            factors = refit(weight, factors, statistic.compute(), rounds=1)
-        if isinstance(statistic, Gram) and budget.grid:
-            kept = None if whole else factors.S != 0
-            factors = quantised(weight, factors, statistic.compute(), budget.grid, kept, rounds=1)
-        return factors
+        D = statistic.scale()
+        if keeps_all(weight, budget) and not budget.rank:  # and nothing is to be found
+            return Factors.sparse(arithmetic(weight), arithmetic(weight), D.to(arithmetic(weight)))
+        return oats(
+            weight,
+            D,
+            budget,
+            solver=settings.solver,
+            iterations=iterations,
+            tolerance=settings.tolerance,
+            sparse_term=sparse_term,
+        )
+
+    def _rounded(self, weight: Tensor, factors: Factors, statistic: Gram, budget: Budget, rounds: int) -> Factors:
+        """With values of few bits, where the budget has them."""
+        from oats_vision.core.quantise import quantised
+
+        if not budget.grid:
+            return factors
+        kept = None if keeps_all(weight, budget) else factors.S != 0
+        known = statistic.inverse_factor()
+        return quantised(weight, factors, statistic.compute(), budget.grid, kept, rounds=rounds, factor=known)
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         matrices, moments = (11, 2 * 8 + 4) if settings.refit or settings.joint else (8, 0)
         return matrices + 8 * (settings.rank_ratio == "auto"), moments  # the results for the other rank ratios
+
+
+def keeps_all(weight: Tensor, budget: Budget) -> bool:
+    """Whether S keeps every weight: what U V leave is all in it then, and nothing is to be chosen."""
+    return budget.nonzeros == weight.numel()

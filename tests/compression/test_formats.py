@@ -1,0 +1,85 @@
+"""`bits`: a format for each linear under one total."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oats_vision as ov
+from oats_vision.checkpoint import measure
+from oats_vision.compression.formats import FORMATS, Format, Offer, choose
+from oats_vision.core.grid import Grid
+from oats_vision.errors import ConfigError
+
+FORMAT = FORMATS[0]
+
+
+def _offers(of_one):
+    return [Offer(FORMAT, size, cost) for size, cost in of_one]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lines=st.lists(
+        st.lists(st.tuples(st.integers(1, 20), st.floats(0, 100)), min_size=1, max_size=4, unique_by=lambda o: o[0]),
+        min_size=1,
+        max_size=4,
+    ),
+    spare=st.integers(0, 40),
+)
+def test_the_choice_keeps_to_the_total_and_is_within_a_step_of_the_best(lines, spare):
+    total = sum(min(size for size, _ in of_one) for of_one in lines) + spare
+    chosen = choose([_offers(of_one) for of_one in lines], total)
+    assert sum(offer.bytes for offer in chosen) <= total
+    assert all((offer.bytes, offer.cost) in of_one for offer, of_one in zip(chosen, lines, strict=True))
+    best = min(sum(cost for _, cost in ways) for ways in product(*lines) if sum(size for size, _ in ways) <= total)
+    # what a whole step of one linear may still save
+    step = max(max(cost for _, cost in of_one) - min(cost for _, cost in of_one) for of_one in lines)
+    assert best - 1e-9 <= sum(offer.cost for offer in chosen) <= best + step + 1e-9
+
+
+def test_too_few_bits_are_said():
+    with pytest.raises(ConfigError, match="take 30 bytes, and `bits` leaves 29"):
+        choose([_offers([(10, 1.0)]), _offers([(20, 1.0)])], 29)
+
+
+def test_a_format_counts_what_it_stores():
+    budget = Format(Grid(4, 64), 0.5, 0.2).budget(128, 256)
+    assert (budget.nonzeros, budget.rank) == (128 * 128, int(0.25 * 0.5 * 128 * 256 / (128 + 256)))
+    assert budget.grid == Grid(4, 64)
+    assert Format(Grid(3, 32)).budget(128, 256).nonzeros == 128 * 256
+
+
+@pytest.mark.parametrize("quality", ["best", "fast"])
+def test_the_model_has_so_many_bits_a_weight_and_layers_that_matter_have_more(tiny_vit, pictures, quality):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        tiny_vit.blocks[1].mlp.fc1.weight.mul_(30)  # whose errors the others' are nothing beside
+    result = ov.compress(tiny_vit, pictures, bits=3.5, quality=quality, iterations=3)
+    sizes = measure(result.model.state_dict().values(), result.report, torch.float16)
+    assert 3.0 < sizes.bits <= 3.5
+    layers = {layer.name: layer.spec.grid.bits for layer in result.report.layers}
+    assert layers["blocks.1.mlp.fc1"] == max(layers.values()) > min(layers.values())
+    assert "3.5 bits a weight" in result.report.settings.summary
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bits": 9.0}, "bits must be"),
+        ({"bits": 2.0}, "bits must be"),
+        ({"bits": 4.0, "rate": 0.5}, "rate and `bits` are both given"),
+        ({"bits": 4.0, "values": "int4"}, "values and `bits` are both given"),
+        ({"bits": 4.0, "method": "gptq"}, "bits must be left out with method gptq"),
+        ({"bits": 4.0, "budget": "uniform"}, "budget must be measured"),
+        ({"bits": 4.0, "group_size": 32}, "group_size and symmetric must be left out"),
+        ({"bits": 4.0, "quality": "plain"}, "bits rounds by the inputs' second moments"),
+        ({"bits": 4.0, "storage_dtype": "float32"}, "storage_dtype must be float16 or bfloat16"),
+        ({"bits": 4.0, "recover": 3}, "recover trains floating values"),
+    ],
+)
+def test_what_does_not_go_with_bits_is_said(tiny_vit, pictures, given, message):
+    with pytest.raises(ConfigError, match=message):
+        ov.compress(tiny_vit, pictures, **given)
