@@ -50,7 +50,7 @@ BENCHES = {"features": Features, "closeness": Closeness, "texts": Texts}
 
 
 def main() -> None:
-    args = parse()
+    args = parse(__doc__, "results/accuracy_table", list(LINES))
     bench = BENCHES[args.bench](args)
     lines = {name: LINES[name] for name in args.lines}
     cells = [settings | {"rate": rate} for rate in args.rates for settings in lines.values()]
@@ -70,14 +70,18 @@ def main() -> None:
                 show_values(values, title, "rate", words, out, log_y=measure in GROWING)
 
 
-def parse() -> argparse.Namespace:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None, out: str, lines: list[str], by_rate: bool = True) -> argparse.Namespace:
+    """The flags of a table on features, probabilities or texts.
+
+    Args:
+        lines: that it may have. by_rate: whether its columns are rates.
+    """
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made = flags.add_subparsers(dest="bench", required=True, metavar="features | closeness | texts")
 
     def add(name: str) -> Any:
         return partial(made.add_parser, name)
 
-    out = "results/accuracy_table"
     features = parser("A backbone's features, and a decoder's maps of them", out, add("features"))
     features.add_argument("--pictures", type=int, default=1000, help="of --data that are used at all [default: 1000]")
     features.add_argument("--decoder", type=Path, help="ONNX file: last hidden state, pictures -> maps in 0..1")
@@ -89,12 +93,13 @@ def parse() -> argparse.Namespace:
         one.add_argument(
             "--lines",
             nargs="+",
-            choices=LINES,
-            default=list(LINES),
+            choices=lines,
+            default=lines,
             metavar="LINE",
-            help=f"[default: {' '.join(LINES)}]",
+            help=f"[default: {' '.join(lines)}]",
         )
-        one.add_argument("--rates", type=float, nargs="+", default=RATES)
+        if by_rate:
+            one.add_argument("--rates", type=float, nargs="+", default=RATES)
     return flags.parse_args()
 
 

@@ -66,7 +66,7 @@ def picture_parser(description: str | None, out: str, make: Make = argparse.Argu
     return flags
 
 
-LAYERS = ["parameters", "layer_error", "output_error", "rounds", "solver_seconds", "seconds"]
+LAYERS = ["parameters", "bits_a_weight", "layer_error", "output_error", "rounds", "solver_seconds", "seconds"]
 
 
 def run(bench: Bench, args: argparse.Namespace, name: str, cells: Sequence[dict[str, Any]]) -> list[Row]:
@@ -135,8 +135,10 @@ def _layers(report: ov.CompressionReport, seconds: float) -> Row:
     errors = [max(layer.errors.values()) for layer in report.layers]
     of_output = [max(layer.output_errors.values()) for layer in report.layers if layer.output_errors]
     iterations = [max(layer.iterations.values()) for layer in report.layers]
+    bits = 8 * sum(layer.spec.stored_bytes(2) for layer in report.layers)  # what is floating in 16 of them
     return {
         "parameters": f"{report.parameters / report.dense_parameters:.4f}",
+        "bits_a_weight": f"{bits / report.dense_parameters:.2f}",
         "layer_error": f"{statistics.mean(errors):.5f}" if errors else "",
         "output_error": f"{statistics.mean(of_output):.5f}" if of_output else "",
         "rounds": f"{statistics.mean(iterations):.1f}" if iterations else "",

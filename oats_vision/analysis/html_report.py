@@ -32,6 +32,7 @@ UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_rem
 HEADINGS = [
     ("layer", True),
     ("part", True),
+    ("values", True),
     *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "iterations")),
 ]
 
@@ -205,6 +206,7 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                 [
                     (layer.name, str(len(rows))),  # the model's order
                     (part.name, part.name),
+                    (str(layer.spec.grid or "floating"), str(8 * layer.spec.grid.bits if layer.spec.grid else 1000)),
                     (f"{part.out_features} x {layer.spec.in_features}", str(size)),
                     (str(part.rank), str(part.rank)),
                     (f"{part.nonzeros:,}", str(part.nonzeros)),

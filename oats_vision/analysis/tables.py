@@ -53,10 +53,14 @@ def as_html(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> 
     return table + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
+ERRORS = "error", "output error"
+
+
 def layer_table(report: CompressionReport) -> Table:
     """One row for each compressed layer."""
     table = Table(title="compressed layers", title_justify="left")
-    for heading in ("layer", "shape", "part", "rank", "non-zeros", "kept", "error", "output error", "iterations"):
+    formats = ["values"] if any(layer.spec.grid for layer in report.layers) else []
+    for heading in ("layer", "shape", "part", *formats, "rank", "non-zeros", "kept", *ERRORS, "iterations"):
         named = heading in ("layer", "part")
         table.add_column(heading, justify="left" if named else "right", overflow="fold" if named else "ellipsis")
     for layer in report.layers:
@@ -67,6 +71,7 @@ def layer_table(report: CompressionReport) -> Table:
                 layer.name if i == 0 else "",
                 f"{part.out_features} x {layer.spec.in_features}",
                 part.name,
+                *[str(layer.spec.grid or "") for _ in formats],
                 str(part.rank),
                 f"{part.nonzeros:,}",
                 f"{kept / size:.1%}",

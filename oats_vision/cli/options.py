@@ -101,6 +101,7 @@ WITHOUT = {
     "eval": "do not measure what it cost",
     "report": "do not write report.html",
     "pretrained": "random weights, to try a run",
+    "symmetric": "with values: a zero of its own for each group, for a byte more",
 }
 SUGGESTIONS: dict[str, Callable[[], list[str]]] = {
     "model": known_models,

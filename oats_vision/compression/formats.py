@@ -40,7 +40,7 @@ class Format:
     def __str__(self) -> str:
         sparse = f", density {self.density:g}" * (self.density < 1)
         low_rank = f", rank ratio {self.rank_ratio:g}" * (self.rank_ratio > 0)
-        return f"int{self.grid.bits} in groups of {self.grid.group_size}{sparse}{low_rank}"
+        return f"{self.grid}{sparse}{low_rank}"
 
 
 FORMATS = (

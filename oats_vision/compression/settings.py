@@ -51,13 +51,13 @@ class _Shared(BaseModel):
         None,
         gt=0,
         le=1,
-        description="in place of the rate: share of the weights that S keeps; 1: all, without positions",
+        description="in place of a rate: share of the weights that S keeps; 1: all",
     )
     bits: float | None = Field(
         None,
         ge=2.25,
         le=8.25,
-        description="in place of a rate: bits a weight, all counted; each layer gets the format that errors say",
+        description="in place of a rate: bits a weight in all; formats by measured errors",
     )
     group_size: int = Field(64, ge=0, description="with values: columns that share a scale; 0: a whole row")
     symmetric: bool = Field(True, description="with values: levels symmetric about 0; else each group has its own zero")
@@ -140,28 +140,23 @@ class CompressionSettings(_Shared):
     @property
     def summary(self) -> str:
         """Method, quality, rate, rank ratio and pattern in words."""
-        share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
-        if self.bits:
-            used = (
-                f" {self.quality}" if self.quality else "".join(f" + {name}" for name in LEVERS if getattr(self, name))
-            )
-            return (
-                f"{self.method}{used}, {self.bits:g} bits a weight{', without ' * bool(self.skip)}{' '.join(self.skip)}"
-            )
-        kept = (
-            f", rate {self.rate:.3g}" if self.density is None else f", density {self.density:.3g}" * (self.density < 1)
-        )
-        if self.values:
-            own = "" if self.symmetric else ", own zeros"
-            kept += f", {self.values} in groups of {self.group_size or 'a row'}{own}{', act order' * self.act_order}"
+        used = f" {self.quality}" if self.quality else "".join(f" + {name}" for name in LEVERS if getattr(self, name))
         skipped = f", without {' '.join(self.skip)}" if self.skip else ""
-        if self.quality:
-            return f"{self.method} {self.quality}{kept}, rank ratio {share}, {self.pattern}{skipped}"
-        levers = "".join(f" + {name}" for name in LEVERS if getattr(self, name))
-        shared = f", {self.budget} budgets" * (self.budget != "uniform")
-        if self.density == 1 and not self.rank_ratio:
-            return f"{self.method}{levers}{kept}{shared}{skipped}"
-        return f"{self.method}{levers}{kept}, rank ratio {share}, {self.pattern}{shared}{skipped}"
+        if self.bits:
+            return f"{self.method}{used}, {self.bits:g} bits a weight{skipped}"
+        parts = [f"{self.method}{used}"]
+        if self.density is None:
+            parts.append(f"rate {self.rate:.3g}")
+        elif self.density < 1:
+            parts.append(f"density {self.density:.3g}")
+        if self.values:
+            parts.append(f"{self.grid}{', act order' * self.act_order}")
+        if self.density != 1 or self.rank_ratio:
+            share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
+            parts += [f"rank ratio {share}", self.pattern]
+        if not self.quality and self.budget != "uniform":
+            parts.append(f"{self.budget} budgets")
+        return ", ".join(parts) + skipped
 
 
 class CompressionOptions(_Shared):

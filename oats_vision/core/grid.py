@@ -27,6 +27,10 @@ class Grid:
     group_size: int = 64
     symmetric: bool = True
 
+    def __str__(self) -> str:
+        size = f"groups of {self.group_size}" if self.group_size else "whole rows"
+        return f"int{self.bits} in {size}{'' if self.symmetric else ', own zeros'}"
+
     @property
     def levels(self) -> int:
         return 1 << self.bits

@@ -112,7 +112,7 @@ BAD = {
     "rank 0": (["--rank-ratio", 0.0001], "leaves rank 0"),
     "no non-zeros": (["--rank-ratio", 0.9999], "leaves no non-zeros"),
     "pattern": (["--pattern", "4:2"], "pattern must be"),
-    "method": (["--method", "magic"], "--method must be oats, dsnot, magnitude"),
+    "method": (["--method", "magic"], "--method must be oats, dsnot, gptq, magnitude"),
     "rank ratio of a baseline": (["--method", "wanda", "--rank-ratio", 0.3], "--rank-ratio must be 0 (or left out)"),
     "pattern of slicegpt": (["--method", "slicegpt", "--pattern", "2:4"], "pattern must be left out"),
     "merge of slicegpt": (["--method", "slicegpt", "--merge"], "--merge is for methods that keep"),

@@ -54,7 +54,7 @@ def test_every_setting_is_in_one_panel_with_its_flag_and_its_default():
     for words in (
         "share of parameters removed [in (0, 1); default: 0.5]",
         "[in [0, 1] or auto; default: 0.2; baselines: their own]",
-        "[oats, dsnot, magnitude, slicegpt, sparsegpt, svd or wanda; default: oats]",
+        "[oats, dsnot, gptq, magnitude, rtn, slicegpt, sparsegpt, svd or wanda; default: oats]",
         "[at least 1; default: 2048; 128 for text]",
         "[in [0, 1); default: 0.001]",
     ):
@@ -100,7 +100,7 @@ def test_shells_complete_commands_options_values_and_models(words, completed):
         ("eval top1", "missing argument 'MODEL'. See oats-vision eval top1 --help"),
         (
             "compress --method wnda",
-            "--method must be oats, dsnot, magnitude, slicegpt, sparsegpt, svd or wanda, got 'wnda'.",
+            "--method must be oats, dsnot, gptq, magnitude, rtn, slicegpt, sparsegpt, svd or wanda, got 'wnda'.",
         ),
         ("compress --method wnda", "Did you mean 'wanda'?"),
         ("compress --pattern rwo", "got 'rwo'. Did you mean 'row'?"),

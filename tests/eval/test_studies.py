@@ -217,3 +217,18 @@ def test_budgets_are_compared_on_pictures_kept_apart(model_directory, tmp_path):
     error = {(row["budget"], row["rate"]): float(row["feature_error"]) for row in rows}
     assert all(0 < error[budget, "0.5"] < error[budget, "0.9"] for budget, _ in error)
     assert all(0.08 < float(row["parameters"]) <= 0.1 for row in rows if row["rate"] == "0.9")
+
+
+def test_fewer_bits_lose_more_and_count_as_many_as_the_table_says(model_directory, tmp_path):
+    arguments = ["features", "--model", model_directory, "--pictures", 60, "--samples", 20, "--eval-samples", 30]
+    arguments += ["--batch-size", 16, "--seeds", 0, "--out", tmp_path, "--lines", "rtn", "bits"]
+    done = _study("bits_table", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = _rows(tmp_path / "bits_table.csv")
+    rtn = {row["values"]: row for row in rows if row["method"] == "rtn" and row["group_size"] == "64"}
+    assert float(rtn["int8"]["bits_a_weight"]) == pytest.approx(
+        8 + 16 / 48, abs=0.2
+    )  # a scale for each row of 48 or 96
+    errors = [float(rtn[values]["error"]) for values in ("int8", "int4", "int3", "int2")]
+    assert errors == sorted(errors)
+    assert (tmp_path / "error.md").read_text().count("±") >= len(rows)
