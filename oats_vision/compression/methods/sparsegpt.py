@@ -81,8 +81,8 @@ def sparsegpt(
     H.diagonal()[dead] = 1.0
     W[:, dead] = 0.0
     C = inverse_cholesky(H, damping).to(W)  # (in, in), upper
+    rounding = Rounding(budget.grid, W, C.diagonal().square().reciprocal()) if budget.grid else None
     known = torch.ones_like(W, dtype=torch.bool)  # which weights are kept, as far as that is known
-    rounding = Rounding(budget.grid, W, D.square()) if budget.grid else None
     if pattern.kind == "n:m":
         block_size = max(pattern.m, block_size - block_size % pattern.m)
     for start in range(0, columns, block_size):
