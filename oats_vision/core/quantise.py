@@ -103,10 +103,12 @@ def gptq(
         raise ValueError("the inputs' second moments are not finite")
     W, squares, columns = arithmetic(weight).clone(), gram.diagonal().double().clamp_min(0), len(gram)
     order = squares.argsort(descending=True, stable=True) if act_order else torch.arange(columns, device=W.device)
+    W[:, squares <= 0] = 0.0  # what no input looks at is to decide no range
     if factor is None or act_order:
         factor = inverse_factor(gram[order][:, order])
     C = factor.to(W)
-    rounding = Rounding(grid, W, C.diagonal()[order.argsort()].square().reciprocal())
+    cost = C.diagonal()[order.argsort()].square().reciprocal()
+    rounding = Rounding(grid, W, cost.where(squares > 0, 0.0))
     if act_order:
         rounding.scales = find_scales(W, grid, rounding.cost, kept)
     W, support = W[:, order], None if kept is None else kept[:, order]
@@ -142,7 +144,7 @@ class Rounding:
 
     def __init__(self, grid: Grid, W: Tensor, cost: Tensor) -> None:
         self.size = grid.group_size or W.shape[1]
-        self.cost = cost / cost.mean()
+        self.cost = cost / cost.mean().clamp_min(torch.finfo(cost.dtype).tiny)
         self.scales = Scales.empty(grid, W)
         self._codes = torch.zeros_like(W, dtype=torch.uint8)
 

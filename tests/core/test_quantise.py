@@ -129,6 +129,9 @@ def test_features_without_inputs_or_with_enormous_ones_do_no_harm(problem):
     E = found.dense().double() - W
     nearly = nearest(W, Grid(4, 16)).dense().double() - W
     assert found.dense().isfinite().all()
+    W[:, 3] = 100.0  # what no input looks at decides no range
+    again = gptq(W, H * 1e-12, Grid(4, 16)).dense().double() - W
+    assert torch.trace(again @ H @ again.T) < 1.5 * torch.trace(E @ H @ E.T)
     assert torch.trace(E @ H @ E.T) < torch.trace(nearly @ H @ nearly.T)
     with pytest.raises(ValueError, match="not finite"):
         gptq(W, H * torch.inf, Grid(4, 16))
