@@ -91,7 +91,8 @@ class RunConfig(DataOptions, CompressionOptions):
         if self.rate is not None:
             raise ValueError(f"rate is given, and {wanted} finds the rate: leave one of them out")
         if self._settings.density is not None:
-            raise ValueError(f"{wanted.strip('`')} finds the rate, and method {self.method} with this density has none")
+            what = "`bits`" if self.bits else "`density`" if self.density else f"`method` {self.method}"
+            raise ValueError(f"{wanted.strip('`')} finds the rate, and {what} has none: leave one of them out")
         if self.tensorboard:
             raise ValueError(f"tensorboard is for a run whose rate is given, and {wanted} finds the rate: leave it out")
         if self.recover:

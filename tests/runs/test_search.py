@@ -204,6 +204,11 @@ def test_at_most_two_checkpoints_lie_on_the_disk(made, on_disk):
 WRONG = {
     "two ways": ({"max_drop": 1, "target_mb": 1}, "max_drop and `target_mb` are both given"),
     "a rate too": ({"max_drop": 1, "rate": 0.5}, "rate is given, and `max_drop` finds the rate: leave one"),
+    "bits too": ({"max_drop": 1, "bits": 4}, "max_drop finds the rate, and `bits` has none: leave one of them out"),
+    "a method without a rate": (
+        {"target_mb": 1, "method": "gptq"},
+        "target_mb finds the rate, and `method` gptq has none",
+    ),
     "a rate and a size": ({"target_mb": 1, "rate": 0.5}, "rate is given, and `target_mb` finds the rate"),
     "no drop": ({"max_drop": 0}, "max_drop must be above 0, got 0"),
     "no size": ({"target_mb": -2}, "target_mb must be above 0, got -2"),
