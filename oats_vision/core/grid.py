@@ -107,6 +107,11 @@ class Quantised:
     kept: Tensor | None
     scales: Scales
 
+    @property
+    def count(self) -> int:
+        """Values that are kept."""
+        return self.codes.numel() if self.kept is None else int(self.kept.sum())
+
     def dense(self) -> Tensor:
         """(rows, in_features), float32, with its zeros."""
         values = self.scales.values(self.codes)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oats_vision.core.grid import Grid, Quantised
+from oats_vision.core.grid import Grid
 from oats_vision.core.oats import Factors
 from oats_vision.kernels.codes import packed_bytes
 from oats_vision.kernels.matrix import MatrixCache
@@ -198,7 +198,7 @@ class SparseLowRankLinear(nn.Module):
         S = [factors.S.to(dtype) for _, factors in parts]
         rounded = [factors.quantised for _, factors in parts if factors.quantised]
         kept = [
-            _count(factors.quantised) if factors.quantised else int(torch.count_nonzero(s))
+            factors.quantised.count if factors.quantised else int(torch.count_nonzero(s))
             for (_, factors), s in zip(parts, S, strict=True)
         ]
         spec = LayerSpec(
@@ -280,12 +280,9 @@ class SparseLowRankLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"nonzeros={self.spec.nonzeros}, rank={ranks}, bias={self.bias is not None}"
+            + f", values={self.spec.grid}"
+            * bool(self.spec.grid)
         )
-
-
-def _count(found: Quantised) -> int:
-    """Values that are kept."""
-    return found.codes.numel() if found.kept is None else int(found.kept.sum())
 
 
 def compressed_layers(model: nn.Module) -> dict[str, SparseLowRankLinear]:
