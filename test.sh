@@ -29,4 +29,4 @@ LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.s
 # the installed package is what is tested: not the source folder, so that a file missing from the wheel fails
 workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which else answers with the threads of one worker
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$venv/bin/pytest" -q -n "$workers" --dist worksteal -p no:cacheprovider "$@"
+"$venv/bin/pytest" -q -n "$workers" --dist worksteal -p no:cacheprovider --durations 20 "$@"
