@@ -44,15 +44,16 @@ inline void unpack_second_of_6(const uint8_t *from, int64_t bytes, int8_t *to) {
     }
 }
 
-// The second pieces of codes of 3 bits: 1 bit, above 2.
+// The second pieces of codes of 3 bits: 1 bit, above 2. What has it is 4 more, and all are to be 4 less.
 inline void unpack_second_of_3(const uint8_t *from, int64_t bytes, int8_t *to) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i + 2048);
-    for (int64_t i = 0; i < bytes; i += 8) add_four(read_bits(from + i, bytes - i), to + i * 8);
+    for (int64_t i = 0; i < bytes; i += 8) subtract_four_where_none(read_bits(from + i, bytes - i), to + i * 8);
 }
 
 // Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1). Reads no byte that holds none
 // of them; writes up to 63 bytes more.
 inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, int8_t *to) {
+    if (!count) return;  // there may be no memory at all
     const auto piece = [&](int width, int64_t start) { return S.codes + start + first * width / 8; };
     const auto bytes = [&](int width) { return ceil_div(count * width, 8); };
     switch (S.bits) {
@@ -61,8 +62,7 @@ inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, 
             break;
         case 3:
             unpack_first<2>(piece(2, 0), bytes(2), to);
-            unpack_second_of_3(piece(1, ceil_div(all, 4)), bytes(1), to);
-            break;
+            return unpack_second_of_3(piece(1, ceil_div(all, 4)), bytes(1), to);
         case 4:
             unpack_first<4>(piece(4, 0), bytes(4), to);
             break;

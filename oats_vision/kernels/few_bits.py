@@ -15,6 +15,9 @@ from oats_vision.kernels.native import TYPES, address
 from oats_vision.kernels.packed import PartShape
 from oats_vision.kernels.product import ONE_PASS_TOKENS, asks_for_gradients, only_runs
 
+# without wide registers more tokens are faster by a dense product, for which values are spread out once
+ONE_PASS_TOKENS_PORTABLE = 2
+
 
 class FewBitsWeight(NamedTuple):
     """W = S + U V (out_features, in_features) and a bias, where the values of S have few bits; see `core/grid.py`.
@@ -142,4 +145,5 @@ def kernels_take(weight: FewBitsWeight, x: Tensor | None = None) -> bool:
         return False
     if x is None:
         return True
-    return x.is_cpu and x.dtype in TYPES and x.numel() <= ONE_PASS_TOKENS * x.shape[-1]
+    most = ONE_PASS_TOKENS_PORTABLE if native.active() == "portable" else ONE_PASS_TOKENS
+    return x.is_cpu and x.dtype in TYPES and x.numel() <= most * x.shape[-1]

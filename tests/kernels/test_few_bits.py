@@ -105,7 +105,9 @@ def test_a_layer_takes_any_number_of_tokens(instruction_set, density, x_dtype, t
     W, b = layer.sparse.dense().double() + layer.low_rank.U.double() @ layer.low_rank.V.double(), layer.bias.double()
     with native.instruction_set(instruction_set):
         y = layer(x)
-        if x[..., 0].numel() <= 16:  # in one pass, which dense products in 16 bits do not equal to the bit
+        if x[..., 0].numel() <= (
+            2 if instruction_set == "portable" else 16
+        ):  # in one pass, which dense products in 16 bits do not equal to the bit
             assert torch.equal(y, FewBitsMatrix(_weight(layer)).few_tokens(x))
     assert y.dtype == x_dtype
     size = F.linear(x.double().abs(), W.abs() + 3, b.abs())
