@@ -117,11 +117,12 @@ void for_tokens(int64_t tokens, F f) {
     if (t < tokens) f.template operator()<1>(t);
 }
 
-inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
-                       int threads) {
-    const int64_t ranks = ranks_of(L);
-    if (S.rows * S.columns * io.tokens < one_thread) threads = 1;
-    const int64_t x_stride = round_up(S.columns, group);
+// Inputs as floats, V x in tasks, each part's rows by rows(p, first, last, rank, rank_start, worker), and outputs in
+// their type.
+template <class Rows>
+bool one_pass(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+              bool interleaved, int threads, Rows rows) {
+    const int64_t ranks = ranks_of(L), x_stride = round_up(S.columns, group);
     Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
     Fit fit;
     const FewTokens p{S, row_start, L, bias, x_stride, ranks, x + 0, z + 0, y + 0, fit};
@@ -134,24 +135,21 @@ inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
         }
     });
     with_type(S.type, [&](auto type) {
-        using V = decltype(type);
         const int64_t step = most(4, ceil_div(ranks, int64_t{threads} * 4));
         parallel(ceil_div(ranks, step), threads, [&](int64_t i, int) {
             for_tokens(io.tokens, [&]<int T>(int64_t token) {
-                project<T, V>(p, token, i * step, least(ranks, (i + 1) * step));
+                project<T, decltype(type)>(p, token, i * step, least(ranks, (i + 1) * step));
             });
         });
-        if (Vec::interleaved<V>)
-            for (int64_t i = 0; i < io.tokens * x_stride; i += 2 * Vec::width) interleave(x + i);
-        const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 4));
-        parallel(ceil_div(S.rows, chunk), threads, [&](int64_t i, int) {
-            const int64_t begin = i * chunk, end = least(S.rows, begin + chunk);
-            for_parts(L, [&](int64_t row, int64_t rank, const Part &part) {
-                const int64_t first = most(begin, row), last = least(end, row + part.rows);
-                if (first < last)
-                    for_tokens(io.tokens,
-                               [&]<int T>(int64_t token) { few_rows<T, V>(p, token, first, last, part.rank, rank); });
-            });
+    });
+    if (interleaved)
+        for (int64_t i = 0; i < io.tokens * x_stride; i += 2 * Vec::width) interleave(x + i);
+    const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 4));
+    parallel(ceil_div(S.rows, chunk), threads, [&](int64_t i, int worker) {
+        const int64_t begin = i * chunk, end = least(S.rows, begin + chunk);
+        for_parts(L, [&](int64_t row, int64_t rank, const Part &part) {
+            const int64_t first = most(begin, row), last = least(end, row + part.rows);
+            if (first < last) rows(p, first, last, part.rank, rank, worker);
         });
     });
     if (!fit) return false;
@@ -160,6 +158,26 @@ inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
         for (int64_t i = 0; i < io.tokens * S.rows; i++) from_float(y[i], to[i]);
     });
     return true;
+}
+
+// Threads that are worth waking for so much work.
+inline int threads_for(const Sparse &S, int64_t tokens, int threads) {
+    return S.rows * S.columns * tokens < one_thread ? 1 : threads;
+}
+
+inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+                       int threads) {
+    bool fits = false;
+    with_type(S.type, [&](auto type) {
+        using V = decltype(type);
+        fits = one_pass(S, row_start, L, bias, io, Vec::interleaved<V>, threads_for(S, io.tokens, threads),
+                        [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t rank_start, int) {
+                            for_tokens(io.tokens, [&]<int T>(int64_t token) {
+                                few_rows<T, V>(p, token, first, last, rank, rank_start);
+                            });
+                        });
+    });
+    return fits;
 }
 
 }  // namespace oats::OATS_ISA

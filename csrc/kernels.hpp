@@ -35,6 +35,19 @@ struct LowRank {
     const Part *part;
 };
 
+// A matrix (rows, columns) whose values have few bits, as oats_vision.nn.QuantisedSparse holds it: codes packed as
+// oats_vision/kernels/codes.py says, scales (rows, groups) as the bits of bfloat16, and zeros (rows, groups) or null.
+struct FewBits {
+    Sparse kept;  // where values are kept: a null bitmask says everywhere. Its own values are null, its type is U's.
+    int bits;     // of a code: 2, 3, 4, 6 or 8
+    const uint8_t *codes;
+    const uint16_t *scales;
+    const uint8_t *zeros;
+    int64_t group_size;  // columns that share a scale: a multiple of 16, or all
+
+    __attribute__((always_inline)) int64_t groups() const { return (kept.columns + group_size - 1) / group_size; }
+};
+
 // Inputs (tokens, columns) with a row stride, outputs (tokens, rows) without gaps.
 struct Tokens {
     int64_t tokens, stride;
@@ -61,6 +74,11 @@ struct Kernels {
                         const Tokens &, int threads);
     // S with its zeros, (rows, columns), in the values' type.
     bool (*expand)(const Sparse &, const int64_t *row_start, void *dense, int threads);
+    // S of few bits with its zeros, (rows, columns).
+    bool (*dequantise)(const FewBits &, const int64_t *row_start, float *dense, int threads);
+    // As few_tokens, with S of few bits. Without a bitmask there are no row starts, and it is always true.
+    bool (*few_bits)(const FewBits &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+                     int threads);
     // One round's sparse step of alternating thresholding, float32, all (rows, columns): with R = A - L,
     // S_new = the `keep` largest |R| of each row; S <- S_new, next <- A - (S_new + beta (S_new - S));
     // threshold[row] is the boundary of the last round on entry (or 0) and of this one on return. `next` may be `L`.

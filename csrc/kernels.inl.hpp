@@ -2,6 +2,7 @@
 #pragma once
 
 #include "expand.inl.hpp"
+#include "few_bits.inl.hpp"
 #include "few_tokens.inl.hpp"
 #include "kernels.hpp"
 #include "many_tokens.inl.hpp"
@@ -11,7 +12,8 @@
 namespace oats::OATS_ISA {
 
 inline const Kernels *kernels(const char *name) {
-    static const Kernels table{name, row_starts, few_tokens, many_tokens, expand, sparse_step};
+    static const Kernels table{name, row_starts, few_tokens, many_tokens, expand,
+                               dequantise, few_bits, sparse_step};
     return &table;
 }
 

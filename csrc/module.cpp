@@ -50,18 +50,14 @@ void use(const std::string &name) {
     throw std::invalid_argument("this CPU does not run the " + name + " kernels");
 }
 
-// A packed sparse matrix with its low-rank term and bias. It does not own its tensors: the caller keeps them.
-class Matrix {
-  public:
+using Parts = std::vector<std::pair<int64_t, int64_t>>;
+
+// A packed matrix with its low-rank term and bias. It does not own its tensors: the caller keeps them.
+class Packed {
+  protected:
     // Nothing is read by the bitmask before it is known to fit the values.
-    Matrix(Address values, int type, int64_t nonzeros, Address bitmask, int64_t rows, int64_t columns, Address U,
-           Address V, int64_t width, const std::vector<std::pair<int64_t, int64_t>> &parts, Address bias, int threads)
-        : sparse_{rows,
-                  columns,
-                  nonzeros,
-                  static_cast<Type>(type),
-                  reinterpret_cast<const void *>(values),
-                  reinterpret_cast<const uint8_t *>(bitmask)},
+    Packed(const Sparse &sparse, Address U, Address V, int64_t width, const Parts &parts, Address bias, int threads)
+        : sparse_(sparse),
           U_(reinterpret_cast<const void *>(U)),
           V_(reinterpret_cast<const void *>(V)),
           width_(width),
@@ -69,6 +65,59 @@ class Matrix {
           row_start_(counted(threads)) {
         for (const auto &[part_rows, rank] : parts) parts_.push_back({part_rows, rank});
     }
+
+    // Runs a kernel without the interpreter's lock, and once more where the bits had changed and are counted anew.
+    template <class Kernel>
+    void run(int threads, Kernel kernel) {
+        RowStart row_start = row_start_;  // another thread may put a new one in its place
+        {
+            const nb::gil_scoped_release release;
+            if (kernel(row_start->data())) return;
+            row_start = counted(threads);
+            if (!kernel(row_start->data())) throw std::invalid_argument("the bitmask was written to during a product");
+        }
+        row_start_ = row_start;
+    }
+
+    LowRank low_rank(const void *U) const {
+        return {U, V_, width_, static_cast<int64_t>(parts_.size()), parts_.data()};
+    }
+    static Tokens io(Address x, int x_type, int64_t tokens, int64_t stride, Address y) {
+        return {tokens, stride, static_cast<Type>(x_type), reinterpret_cast<const void *>(x),
+                reinterpret_cast<void *>(y)};
+    }
+
+    Sparse sparse_;
+    const void *U_, *V_;
+    int64_t width_;
+    const void *bias_;
+    std::vector<Part> parts_;
+
+  private:
+    using RowStart = std::shared_ptr<const std::vector<int64_t>>;
+
+    // None where there are no bits.
+    RowStart counted(int threads) const {
+        if (!sparse_.bitmask) return std::make_shared<const std::vector<int64_t>>();
+        std::vector<int64_t> row_start(static_cast<size_t>(sparse_.rows) + 1);
+        if (!chosen->row_starts(sparse_, row_start.data(), threads))
+            throw std::invalid_argument("the bitmask does not fit the " + std::to_string(sparse_.nonzeros) +
+                                        " values of a sparse matrix of " + std::to_string(sparse_.rows) + " x " +
+                                        std::to_string(sparse_.columns));
+        return std::make_shared<const std::vector<int64_t>>(std::move(row_start));
+    }
+
+    RowStart row_start_;
+};
+
+// Of floating values.
+class Matrix : Packed {
+  public:
+    Matrix(Address values, int type, int64_t nonzeros, Address bitmask, int64_t rows, int64_t columns, Address U,
+           Address V, int64_t width, const Parts &parts, Address bias, int threads)
+        : Packed({rows, columns, nonzeros, static_cast<Type>(type), reinterpret_cast<const void *>(values),
+                  reinterpret_cast<const uint8_t *>(bitmask)},
+                 U, V, width, parts, bias, threads) {}
 
     void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) {
         run(threads, [&](const int64_t *row_start) {
@@ -101,46 +150,39 @@ class Matrix {
             return chosen->expand(sparse_, row_start, reinterpret_cast<void *>(dense), threads);
         });
     }
+};
+
+// Of values of few bits. `type` is that of U, V and the bias; a bitmask of 0 says that all values are kept.
+class FewBitsMatrix : Packed {
+  public:
+    FewBitsMatrix(int bits, int64_t group_size, Address codes, int64_t count, Address scales, Address zeros,
+                  Address bitmask, int64_t rows, int64_t columns, Address U, Address V, int type, int64_t width,
+                  const Parts &parts, Address bias, int threads)
+        : Packed({rows, columns, count, static_cast<Type>(type), nullptr, reinterpret_cast<const uint8_t *>(bitmask)},
+                 U, V, width, parts, bias, threads),
+          S_{sparse_,
+             bits,
+             reinterpret_cast<const uint8_t *>(codes),
+             reinterpret_cast<const uint16_t *>(scales),
+             reinterpret_cast<const uint8_t *>(zeros),
+             group_size} {}
+
+    void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) {
+        run(threads, [&](const int64_t *row_start) {
+            return chosen->few_bits(S_, row_start, low_rank(U_), bias_, io(x, x_type, tokens, stride, y), threads);
+        });
+    }
+
+    void dequantise(Address dense, int threads) {
+        expect_fresh(reinterpret_cast<void *>(dense),
+                     static_cast<size_t>(sparse_.rows * sparse_.columns) * sizeof(float));
+        run(threads, [&](const int64_t *row_start) {
+            return chosen->dequantise(S_, row_start, reinterpret_cast<float *>(dense), threads);
+        });
+    }
 
   private:
-    using RowStart = std::shared_ptr<const std::vector<int64_t>>;
-
-    RowStart counted(int threads) const {
-        std::vector<int64_t> row_start(static_cast<size_t>(sparse_.rows) + 1);
-        if (!chosen->row_starts(sparse_, row_start.data(), threads))
-            throw std::invalid_argument("the bitmask does not fit the " + std::to_string(sparse_.nonzeros) +
-                                        " values of a sparse matrix of " + std::to_string(sparse_.rows) + " x " +
-                                        std::to_string(sparse_.columns));
-        return std::make_shared<const std::vector<int64_t>>(std::move(row_start));
-    }
-
-    // Runs a kernel without the interpreter's lock, and once more where the bits had changed and are counted anew.
-    template <class Kernel>
-    void run(int threads, Kernel kernel) {
-        RowStart row_start = row_start_;  // another thread may put a new one in its place
-        {
-            const nb::gil_scoped_release release;
-            if (kernel(row_start->data())) return;
-            row_start = counted(threads);
-            if (!kernel(row_start->data())) throw std::invalid_argument("the bitmask was written to during a product");
-        }
-        row_start_ = row_start;
-    }
-
-    LowRank low_rank(const void *U) const {
-        return {U, V_, width_, static_cast<int64_t>(parts_.size()), parts_.data()};
-    }
-    static Tokens io(Address x, int x_type, int64_t tokens, int64_t stride, Address y) {
-        return {tokens, stride, static_cast<Type>(x_type), reinterpret_cast<const void *>(x),
-                reinterpret_cast<void *>(y)};
-    }
-
-    Sparse sparse_;
-    const void *U_, *V_;
-    int64_t width_;
-    const void *bias_;
-    std::vector<Part> parts_;
-    RowStart row_start_;
+    FewBits S_;
 };
 
 double sparse_step(int64_t rows, int64_t columns, int64_t keep, float beta, Address A, Address L, Address S,
@@ -171,5 +213,10 @@ NB_MODULE(_native, m) {
         .def("many_tokens", &oats::Matrix::many_tokens)
         .def("many_bfloat16", &oats::Matrix::many_bfloat16)
         .def("expand", &oats::Matrix::expand);
+    nb::class_<oats::FewBitsMatrix>(m, "FewBitsMatrix")
+        .def(nb::init<int, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t,
+                      uintptr_t, int, int64_t, const std::vector<std::pair<int64_t, int64_t>> &, uintptr_t, int>())
+        .def("few_tokens", &oats::FewBitsMatrix::few_tokens)
+        .def("dequantise", &oats::FewBitsMatrix::dequantise);
     m.def("sparse_step", &oats::sparse_step);
 }

@@ -22,6 +22,30 @@ class Matrix:
     def many_bfloat16(self, x: int, tokens: int, stride: int, y: int, threads: int, /) -> None: ...
     def expand(self, dense: int, threads: int, /) -> None: ...
 
+class FewBitsMatrix:
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        codes: int,
+        count: int,
+        scales: int,
+        zeros: int,
+        bitmask: int,
+        rows: int,
+        columns: int,
+        U: int,
+        V: int,
+        type: int,
+        width: int,
+        parts: list[tuple[int, int]],
+        bias: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def few_tokens(self, x: int, x_type: int, tokens: int, stride: int, y: int, threads: int, /) -> None: ...
+    def dequantise(self, dense: int, threads: int, /) -> None: ...
+
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use(name: str, /) -> None: ...

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
 import torch
 from torch import Tensor
 
 from oats_vision.kernels import native
 from oats_vision.kernels.native import TYPES, address
-from oats_vision.kernels.packed import PackedWeight
+from oats_vision.kernels.packed import PackedWeight, PartShape
 
+if TYPE_CHECKING:
+    from oats_vision.kernels import _native
+
+M = TypeVar("M")
 _CPU = torch.device("cpu")
 
 
@@ -30,9 +38,7 @@ class Matrix:
         if not values.dim() == 1 or not bitmask.dim() == U.dim() == V.dim() == 2:
             raise ValueError("values must have one dimension, bitmask, U and V two")
         rows, in_features, width = len(bitmask), V.shape[1], U.shape[1]
-        parts = list(zip(weight.heights(), weight.ranks(), strict=True))
-        if sum(weight.heights()) != rows or any(height < 0 or not 0 <= rank <= width for height, rank in parts):
-            raise ValueError(f"parts must make up {rows} rows, each with a rank in [0, {width}], got {parts}")
+        parts = checked_parts(weight.parts, rows, width)
         dtype = values.dtype
         if dtype not in TYPES:
             raise ValueError(f"values must have a dtype of {', '.join(map(str, TYPES))}, got {dtype}")
@@ -64,20 +70,7 @@ class Matrix:
         Raises:
             ValueError: x has another width, dtype or device, or the bitmask does not fit the values any more.
         """
-        *batch, in_features = x.shape
-        if in_features != self._in_features or x.dtype not in TYPES:
-            raise ValueError(f"the input must have {self._in_features} features, got {x.dtype} {list(x.shape)}")
-        x = x.contiguous()
-        y = _buffer((*batch, self._rows), x.dtype)
-        self._matrix.few_tokens(
-            address(x, "the input", x.dtype, (*batch, in_features)),
-            TYPES[x.dtype],
-            x.numel() // max(in_features, 1),
-            in_features,
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y
+        return one_pass(self._matrix, x, self._rows, self._in_features)
 
     def many_tokens(self, x: Tensor) -> Tensor:
         """The same for many tokens in float32, whatever dtype the weights have.
@@ -85,7 +78,7 @@ class Matrix:
         Raises:
             ValueError: as in `few_tokens`.
         """
-        y, x, single = _buffer((*x.shape[:-1], self._rows), torch.float32), _matrix(x), torch.float32
+        y, x, single = buffer((*x.shape[:-1], self._rows), torch.float32), _matrix(x), torch.float32
         tokens = len(x)
         features = address(x, "the input", single, (tokens, self._in_features), rows_apart=True)
         U, V, bias = self._U, self._V, self._bias
@@ -93,7 +86,7 @@ class Matrix:
         if self._dtype != single:  # copies, for the time of the product
             U, V, bias = U.to(single), V.to(single), None if bias is None else bias.to(single)
             U_address, bias_address = U.data_ptr(), 0 if bias is None else bias.data_ptr()
-        projected = _buffer((len(V), tokens), single)
+        projected = buffer((len(V), tokens), single)
         torch.mm(V, x.T, out=projected)  # into a buffer, which autocast lets be
         self._matrix.many_tokens(
             U_address,
@@ -115,16 +108,52 @@ class Matrix:
         """
         if self._dtype != torch.bfloat16:
             raise ValueError(f"weights must be bfloat16, got {self._dtype}")
-        y, x = _buffer((*x.shape[:-1], self._rows), torch.bfloat16), _matrix(x)
+        y, x = buffer((*x.shape[:-1], self._rows), torch.bfloat16), _matrix(x)
         features = address(x, "the input", torch.bfloat16, (len(x), self._in_features), rows_apart=True)
         self._matrix.many_bfloat16(features, len(x), x.stride(0), y.data_ptr(), torch.get_num_threads())
         return y
 
     def expand(self) -> Tensor:
         """S with its zeros, (out_features, in_features), dtype of the values."""
-        dense = _buffer((self._rows, self._in_features), self._dtype)
+        dense = buffer((self._rows, self._in_features), self._dtype)
         self._matrix.expand(dense.data_ptr(), torch.get_num_threads())
         return dense
+
+
+def checked_parts(parts: Sequence[PartShape], rows: int, width: int) -> list[tuple[int, int]]:
+    """Rows and rank of each part, for U (rows, width).
+
+    Raises:
+        ValueError: they do not fit U.
+    """
+    shapes = [(part.out_features, part.rank) for part in parts]
+    if sum(height for height, _ in shapes) != rows or any(
+        height < 0 or not 0 <= rank <= width for height, rank in shapes
+    ):
+        raise ValueError(f"parts must make up {rows} rows, each with a rank in [0, {width}], got {shapes}")
+    return shapes
+
+
+def one_pass(matrix: _native.Matrix | _native.FewBitsMatrix, x: Tensor, rows: int, in_features: int) -> Tensor:
+    """(..., in_features) -> (..., rows), dtype of x, by `matrix.few_tokens`.
+
+    Raises:
+        ValueError: x has another width, dtype or device, or a bitmask does not fit the values any more.
+    """
+    *batch, width = x.shape
+    if width != in_features or x.dtype not in TYPES:
+        raise ValueError(f"the input must have {in_features} features, got {x.dtype} {list(x.shape)}")
+    x = x.contiguous()
+    y = buffer((*batch, rows), x.dtype)
+    matrix.few_tokens(
+        address(x, "the input", x.dtype, (*batch, width)),
+        TYPES[x.dtype],
+        math.prod(batch),
+        width,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -133,17 +162,27 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """For a kernel to write to: its address needs no check, whatever the default dtype and device are."""
     return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
-class MatrixCache:
-    """The `Matrix` of a layer's tensors, made again when these are in other memory; copies start empty."""
+class Cache(Generic[M]):
+    """What was made of a layer's tensors, to be made again when these are in other memory; copies start empty."""
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
-        self._matrix: Matrix | None = None
+        self._matrix: M | None = None
+
+    def __deepcopy__(self, memo: object) -> Cache[M]:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
+class MatrixCache(Cache[Matrix]):
+    """The `Matrix` of a layer's tensors."""
 
     def get(self, weight: PackedWeight) -> Matrix:
         """The matrix of these tensors. Raises ValueError as `Matrix` does."""
@@ -162,9 +201,3 @@ class MatrixCache:
             matrix = Matrix(weight)
             self._matrix, self._key = matrix, key
         return matrix
-
-    def __deepcopy__(self, memo: object) -> MatrixCache:
-        return MatrixCache()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return MatrixCache, ()

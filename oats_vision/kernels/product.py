@@ -47,7 +47,7 @@ def sparse_low_rank_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if not torch.compiler.is_compiling() and _transforms():
         return _by_dense(x, weight)  # PyTorch's own operators, which all of them know
     tensors = (x, *weight[:5])
-    if _records() or not _are_plain(tensors) or (torch.is_grad_enabled() and _ask_for_gradients(tensors)):
+    if _records() or not _are_plain(tensors) or asks_for_gradients(tensors):
         y: Tensor = _operator(*tensors, weight.heights(), weight.ranks())
         return y
     return _product(x, weight)  # without an operator's overhead
@@ -65,13 +65,19 @@ def _records() -> bool:
     return torch.compiler.is_compiling() or _modes() > 0 or _tracing()
 
 
+def only_runs(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a product of these runs here, in memory, and is neither recorded nor transformed."""
+    return not (_records() or _transforms()) and _are_plain(tensors)
+
+
+def asks_for_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether gradients of a product of these are asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _are_plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all are tensors with memory, and none of a class that stands for one."""
     return _PLAIN.issuperset(map(type, tensors))
-
-
-def _ask_for_gradients(tensors: Iterable[Tensor | None]) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
@@ -83,12 +89,12 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     Raises:
         ValueError: the bitmask does not fit the values.
     """
-    only_runs = not (_records() or _transforms()) and _are_plain((values, bitmask))
+    runs = only_runs((values, bitmask))
     usable = values.device.type == "cpu" and values.dtype in native.TYPES and not values.requires_grad
-    if only_runs and usable and native.available():
+    if runs and usable and native.available():
         return Matrix(PackedWeight.of_sparse(values, bitmask, in_features)).expand()
     mask = unpack(bitmask, in_features)
-    if only_runs and int(mask.sum()) != len(values):
+    if runs and int(mask.sum()) != len(values):
         raise ValueError(f"the bitmask has {int(mask.sum())} ones for {len(values)} values")
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 

@@ -1,6 +1,7 @@
 """The sparse term of a compressed layer, packed: with floating values, or with values of few bits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from oats_vision.core.grid import Grid, Quantised, Scales
 from oats_vision.kernels.codes import pack_codes, unpack_codes
-from oats_vision.kernels.packed import unpack
-from oats_vision.kernels.product import expand
+from oats_vision.kernels.few_bits import FewBitsMatrix, FewBitsWeight, kernels_take
+from oats_vision.kernels.packed import Part, PartShape, unpack
+from oats_vision.kernels.product import expand, only_runs
 
 
 class PackedSparse(nn.Module):
@@ -112,13 +114,37 @@ class QuantisedSparse(nn.Module):
         Raises:
             ValueError: the bitmask does not fit the codes.
         """
+        rows = self.scales.shape[0]
+        U, V = self.scales.new_empty(rows, 0).float(), self.scales.new_empty(0, self.in_features).float()
+        weight = self.with_factors(U, V, None, [Part(rows, 0)])
+        if kernels_take(weight):
+            return FewBitsMatrix(weight).dequantise().to(dtype)
         codes = unpack_codes(self.codes, self.grid.bits, self.count)
         scales = Scales(self.grid, self.scales.view(torch.bfloat16), self.zeros)
         if self.bitmask is None:
             return scales.values(codes.view(len(self.scales), self.in_features), dtype)
         mask = self.mask()
+        if only_runs((self.bitmask,)) and int(mask.sum()) != self.count:
+            raise ValueError(f"the bitmask has {int(mask.sum())} ones for {self.count} values")
         whole = torch.zeros(mask.shape, dtype=torch.uint8, device=mask.device).masked_scatter(mask, codes)
         return scales.values(whole, dtype) * mask
+
+    def with_factors(self, U: Tensor, V: Tensor, bias: Tensor | None, parts: Sequence[PartShape]) -> FewBitsWeight:
+        """S + U V as the kernels take it: these very tensors, no copies."""
+        tensors: dict[str, Any] = self._buffers
+        return FewBitsWeight(
+            self.grid.bits,
+            self.grid.group_size,
+            self.count,
+            tensors["codes"],
+            tensors["scales"],
+            tensors["zeros"],
+            tensors["bitmask"],
+            U,
+            V,
+            bias,
+            parts,
+        )
 
     def clear(self) -> None:
         """Make all values 0, in place."""

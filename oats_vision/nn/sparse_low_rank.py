@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from oats_vision.core.grid import Grid
 from oats_vision.core.oats import Factors
 from oats_vision.kernels.codes import packed_bytes
+from oats_vision.kernels.few_bits import FewBitsCache, kernels_take
 from oats_vision.kernels.matrix import MatrixCache
 from oats_vision.kernels.packed import PackedWeight
 from oats_vision.kernels.product import by_dense, dense_weight, sparse_low_rank_linear
@@ -143,7 +144,7 @@ class SparseLowRankLinear(nn.Module):
         self.sparse = sparse
         self.low_rank = low_rank
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._cache = MatrixCache()
+        self._forget()
 
     @property
     def in_features(self) -> int:
@@ -249,13 +250,22 @@ class SparseLowRankLinear(nn.Module):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         if isinstance(self.sparse, QuantisedSparse):
-            wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-            S = self.sparse.dense(wide).to(x.dtype)
-            return by_dense(x, S, self._besides_S())
+            return self._of_few_bits(x, self.sparse)
         return sparse_low_rank_linear(x, self.packed)
 
+    def _of_few_bits(self, x: Tensor, sparse: QuantisedSparse) -> Tensor:
+        factors: dict[str, Any] = self.low_rank._parameters
+        weight = sparse.with_factors(factors["U"], factors["V"], self._parameters["bias"], self.spec.parts)
+        if kernels_take(weight, x):
+            return self._few_bits.get(weight).few_tokens(x)
+        wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        return by_dense(x, sparse.dense(wide).to(x.dtype), self._besides_S())
+
+    def _forget(self) -> None:
+        self._cache, self._few_bits = MatrixCache(), FewBitsCache()
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._cache = MatrixCache()  # which would keep the memory of tensors that move to another device
+        self._forget()  # what would keep the memory of tensors that move to another device
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of PyTorch
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:

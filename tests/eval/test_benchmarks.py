@@ -40,6 +40,22 @@ def test_layers_against_dense(tmp_path):
         assert float(row["speedup"]) == pytest.approx(float(row["dense_us"]) / float(row["compressed_us"]))
 
 
+def test_layers_of_few_bits_against_dense(tmp_path):
+    file = tmp_path / "few_bits.csv"
+    options = ["--shapes", "96x128", "--tokens", 1, 20, "--bits", 8, 3, "--layers", 2, "--repeats", 2, "--csv", file]
+    assert "medians of 2" in _script("few_bits.py", *options, "--rank", 4, "--zeros", "--threads", 1)
+    with file.open() as rows:
+        found = {(row["layer"], row["tokens"]): row for row in csv.DictReader(rows)}
+    ours = ["int8", "int8, density 0.5", "int3", "int3, density 0.5"]
+    assert {layer for layer, _ in found} >= {"dense float32", "dense bfloat16", *ours}
+    # codes, a scale and a zero for 64 columns, and the factors in 16 bits
+    expected = 3 + 24 / 64 + 16 * 4 * (96 + 128) / (96 * 128)
+    assert float(found["int3", "1"]["bits_a_weight"]) == pytest.approx(expected)
+    for row in found.values():
+        dense = found["dense float32", row["tokens"]]
+        assert float(row["times_float32"]) == pytest.approx(float(dense["us"]) / float(row["us"]))
+
+
 def test_whole_models_with_what_torch_alone_offers(checkpoint, tmp_path):
     file = tmp_path / "models.csv"
     options = ["--batch-sizes", 2, "--others", "bfloat16", "rank ratio 0", "--repeats", 1, "--csv", file]

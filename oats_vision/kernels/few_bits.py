@@ -1,0 +1,149 @@
+"""Products with values of few bits, straight from their packed codes, and these values spread out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oats_vision.kernels import native
+from oats_vision.kernels.codes import WIDTHS, packed_bytes
+from oats_vision.kernels.matrix import Cache, buffer, checked_parts, one_pass
+from oats_vision.kernels.native import TYPES, address
+from oats_vision.kernels.packed import PartShape
+from oats_vision.kernels.product import ONE_PASS_TOKENS, asks_for_gradients, only_runs
+
+# without wide registers more tokens are faster by a dense product, for which values are spread out once
+ONE_PASS_TOKENS_PORTABLE = 2
+
+
+class FewBitsWeight(NamedTuple):
+    """W = S + U V (out_features, in_features) and a bias, where the values of S have few bits; see `core/grid.py`.
+
+    Attributes:
+        bits: of a code: 2, 3, 4, 6 or 8.
+        group_size: columns that share a scale, a multiple of 16; 0: all of a row.
+        code_count: of codes that there are.
+        codes: as `pack_codes` makes them, in row order.
+        scales: (out_features, groups), int16: the bits of bfloat16.
+        zeros: (out_features, groups), uint8; None: 2^(bits - 1).
+        bitmask: as of `PackedWeight`; None where all weights are kept.
+        U, V, bias, parts: as of `PackedWeight`, in one floating dtype.
+    """
+
+    bits: int
+    group_size: int
+    code_count: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bitmask: Tensor | None
+    U: Tensor
+    V: Tensor
+    bias: Tensor | None
+    parts: Sequence[PartShape]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[3:10]
+
+
+class FewBitsMatrix:
+    """S x + U (V x) + b for a weight of few bits, and S spread out.
+
+    It holds the memory that it was made of, and what was checked of it. Only its contents may change: the bitmask is
+    held against the count of the codes in each product, before it is followed.
+
+    Args:
+        weight: on the CPU; U, V and bias in one dtype of `native.TYPES`.
+
+    Raises:
+        ValueError: the bitmask does not fit the codes, or a shape or dtype does not fit the others.
+    """
+
+    def __init__(self, weight: FewBitsWeight) -> None:
+        bits, group_size, count, codes, scales, zeros, bitmask, U, V, bias, _ = weight
+        if not scales.dim() == U.dim() == V.dim() == 2:
+            raise ValueError("scales, U and V must have two dimensions")
+        rows, in_features, width, dtype = len(scales), V.shape[1], U.shape[1], U.dtype
+        if bits not in WIDTHS:
+            raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
+        if group_size < 0 or group_size % 16:
+            raise ValueError(f"group_size must be 0 or a multiple of 16, got {group_size}")
+        if count < 0 or (bitmask is None and count != rows * in_features):
+            raise ValueError(f"a matrix of {rows} x {in_features} without a bitmask cannot have {count} values")
+        if dtype not in TYPES:
+            raise ValueError(f"U must have a dtype of {', '.join(map(str, TYPES))}, got {dtype}")
+        size = group_size or max(in_features, 1)
+        groups = rows, -(-in_features // size)
+        parts = checked_parts(weight.parts, rows, width)
+        self._rows, self._in_features = rows, in_features
+        self._matrix = native._native.FewBitsMatrix(
+            bits,
+            size,
+            address(codes, "codes", torch.uint8, (packed_bytes(count, bits),)),
+            count,
+            address(scales, "scales", torch.int16, groups),
+            0 if zeros is None else address(zeros, "zeros", torch.uint8, groups),
+            0 if bitmask is None else address(bitmask, "bitmask", torch.uint8, (rows, -(-in_features // 8))),
+            rows,
+            in_features,
+            address(U, "U", dtype, (rows, width)),
+            address(V, "V", dtype, (sum(rank for _, rank in parts), in_features)),
+            TYPES[dtype],
+            width,
+            parts,
+            0 if bias is None else address(bias, "bias", dtype, (rows,)),
+            torch.get_num_threads(),
+        )
+        # others than the caller's tensors, which may come to stand for other memory
+        self._held = [tensor.detach() for tensor in weight.tensors if tensor is not None]
+
+    def few_tokens(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), dtype of x, in one pass over the codes.
+
+        Raises:
+            ValueError: x has another width, dtype or device, or the bitmask does not fit the codes any more.
+        """
+        return one_pass(self._matrix, x, self._rows, self._in_features)
+
+    def dequantise(self) -> Tensor:
+        """S with its zeros, (out_features, in_features), float32.
+
+        Raises:
+            ValueError: the bitmask does not fit the codes any more.
+        """
+        dense = buffer((self._rows, self._in_features), torch.float32)
+        self._matrix.dequantise(dense.data_ptr(), torch.get_num_threads())
+        return dense
+
+
+class FewBitsCache(Cache[FewBitsMatrix]):
+    """The `FewBitsMatrix` of a layer's tensors."""
+
+    def get(self, weight: FewBitsWeight) -> FewBitsMatrix:
+        """The matrix of these tensors. Raises ValueError as `FewBitsMatrix` does."""
+        # the matrix holds its memory, so that no other tensor can come to lie at these addresses
+        key = (weight.U.dtype, *(0 if tensor is None else tensor.data_ptr() for tensor in weight.tensors))
+        matrix = self._matrix
+        if matrix is None or key != self._key:
+            matrix = FewBitsMatrix(weight)
+            self._matrix, self._key = matrix, key
+        return matrix
+
+
+def kernels_take(weight: FewBitsWeight, x: Tensor | None = None) -> bool:
+    """Whether compiled kernels spread this weight out, or with x: multiply it by so few tokens in one pass.
+
+    Else it is for PyTorch's own operators: under compile, export and transforms, for gradients, on other devices.
+    """
+    if not only_runs((x, *weight.tensors)) or asks_for_gradients((x, *weight.tensors)):
+        return False
+    if weight.U.dtype not in TYPES or not weight.codes.is_cpu or weight.group_size % 16 or not native.available():
+        return False
+    if x is None:
+        return True
+    most = ONE_PASS_TOKENS_PORTABLE if native.active() == "portable" else ONE_PASS_TOKENS
+    return x.is_cpu and x.dtype in TYPES and x.numel() <= most * x.shape[-1]
