@@ -25,7 +25,7 @@ NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build -q --strict --site-dir "$scratch/
 sanitized=$scratch/sanitized
 "$venv/bin/pip" install -q --no-deps --target "$sanitized" -C cmake.define.OATS_VISION_SANITIZE=ON .
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  PYTHONPATH=$sanitized "$venv/bin/pytest" -q -p no:cacheprovider tests/kernels/test_kernels.py
+  PYTHONPATH=$sanitized "$venv/bin/pytest" -q -p no:cacheprovider tests/kernels/test_kernels.py tests/kernels/test_few_bits.py
 # the installed package is what is tested: not the source folder, so that a file missing from the wheel fails
 workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which else answers with the threads of one worker
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -287,11 +287,10 @@ class SparseLowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         ranks = "+".join(str(part.rank) for part in self.spec.parts)
+        values = f", values={self.spec.grid}" if self.spec.grid else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"nonzeros={self.spec.nonzeros}, rank={ranks}, bias={self.bias is not None}"
-            + f", values={self.spec.grid}"
-            * bool(self.spec.grid)
+            f"nonzeros={self.spec.nonzeros}, rank={ranks}, bias={self.bias is not None}{values}"
         )
 
 
