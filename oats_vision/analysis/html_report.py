@@ -206,7 +206,10 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                 [
                     (layer.name, str(len(rows))),  # the model's order
                     (part.name, part.name),
-                    (str(layer.spec.grid or "floating"), str(8 * layer.spec.grid.bits if layer.spec.grid else 1000)),
+                    (
+                        layer.spec.grid.short if layer.spec.grid else "floating",
+                        str(8 * layer.spec.grid.bits if layer.spec.grid else 1000),
+                    ),
                     (f"{part.out_features} x {layer.spec.in_features}", str(size)),
                     (str(part.rank), str(part.rank)),
                     (f"{part.nonzeros:,}", str(part.nonzeros)),

@@ -71,7 +71,7 @@ def layer_table(report: CompressionReport) -> Table:
                 layer.name if i == 0 else "",
                 f"{part.out_features} x {layer.spec.in_features}",
                 part.name,
-                *[str(layer.spec.grid or "") for _ in formats],
+                *[layer.spec.grid.short if layer.spec.grid else "" for _ in formats],
                 str(part.rank),
                 f"{part.nonzeros:,}",
                 f"{kept / size:.1%}",

@@ -32,6 +32,11 @@ class Grid:
         return f"int{self.bits} in {size}{'' if self.symmetric else ', own zeros'}"
 
     @property
+    def short(self) -> str:
+        """For tables: bits, and columns of a group."""
+        return f"int{self.bits}/{self.group_size or 'row'}"
+
+    @property
     def levels(self) -> int:
         return 1 << self.bits
 
