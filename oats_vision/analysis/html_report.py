@@ -32,8 +32,8 @@ UNTOLD = ("out", "overwrite", "merge", "eval", "report", "streaming", "trust_rem
 HEADINGS = [
     ("layer", True),
     ("part", True),
-    ("values", True),
     *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "iterations")),
+    ("values", True),
 ]
 
 
@@ -206,10 +206,6 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                 [
                     (layer.name, str(len(rows))),  # the model's order
                     (part.name, part.name),
-                    (
-                        layer.spec.grid.short if layer.spec.grid else "floating",
-                        str(8 * layer.spec.grid.bits if layer.spec.grid else 1000),
-                    ),
                     (f"{part.out_features} x {layer.spec.in_features}", str(size)),
                     (str(part.rank), str(part.rank)),
                     (f"{part.nonzeros:,}", str(part.nonzeros)),
@@ -217,6 +213,10 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     _number(layer.errors.get(part.name)),
                     _number(layer.output_errors.get(part.name)),
                     (str(layer.iterations.get(part.name, "")), str(layer.iterations.get(part.name, ""))),
+                    (
+                        layer.spec.grid.short if layer.spec.grid else "floating",
+                        str(8 * layer.spec.grid.bits if layer.spec.grid else 1000),
+                    ),
                 ]
             )
     return rows
