@@ -82,7 +82,7 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
     model = source.origin_name
     return render(
         "report.html",
-        title=f"{model}, {report.settings.method} at rate {report.settings.rate:.3g}",
+        title=f"{model}, {report.settings.method} at {report.settings.size}",
         model=model,
         subtitle=f"{report.settings.summary}, stored in {config.content['storage_dtype']}",
         headlines=[_bytes(sizes), _speed(measured, name), _cost(measured, name, report.unit)],

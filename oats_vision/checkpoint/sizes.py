@@ -1,7 +1,7 @@
 """Bytes of a model as it is stored, and what it would be dense."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ class Sizes:
     positions: int  # the bitmasks' share of `layers`
     scales: int  # that of the scales of values of few bits
     bits: float  # of `layers`, a weight
+
+    def with_bits(self, bits: float, weights: int) -> "Sizes":
+        """With layers of so many bits a weight, before it is known how they are stored."""
+        layers = int(bits * weights / 8)
+        return replace(self, total=self.total - self.layers + layers, layers=layers, bits=bits)
 
     @property
     def layer_ratio(self) -> float:

@@ -1,10 +1,11 @@
-"""`bits`: a number format, a density and a rank for each linear, by what each costs the model's output.
+"""`bits`: a number format for each linear, by what each costs the model's output.
 
 Every linear is decomposed roughly in each of a few formats, and the one that costs least is taken under one total: that
 of so many bits a weight in all linears, everything counted (values, positions, scales, U and V).
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -81,6 +82,27 @@ def stored_bytes(in_features: int, parts: Sequence[PartBudget], budgets: Sequenc
     )
     rows = sum(part.out_features for part in parts)
     return LayerSpec(in_features, rows, False, specs, budgets[0].grid).stored_bytes(FACTOR_BYTES)
+
+
+def check_bits(bits: float, parts: dict[str, dict[str, list[PartBudget]]], widths: dict[str, dict[str, int]]) -> None:
+    """See that a model can have so few bits a weight.
+
+    Args:
+        parts: by block and linear. widths: in_features of each linear.
+
+    Raises:
+        ConfigError: its smallest formats have more.
+    """
+    least = weights = 0
+    for block, linears in parts.items():
+        for name, of_linear in linears.items():
+            width = widths[block][name]
+            least += min(Offer.of(one, width, of_linear, 0.0).bytes for one in FORMATS)
+            weights += width * sum(part.out_features for part in of_linear)
+    if least > int(bits * weights / 8):
+        raise ConfigError(
+            f"`bits` must be at least {math.ceil(800 * least / weights) / 100:g} for this model, got {bits:g}"
+        )
 
 
 def choose(offers: Sequence[Sequence[Offer]], total: int) -> list[Offer]:

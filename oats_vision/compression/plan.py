@@ -8,6 +8,7 @@ from torch import nn
 
 from oats_vision.compression import methods
 from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.formats import check_bits
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
@@ -54,7 +55,14 @@ def plan_model(model: nn.Module, structure: Structure, settings: CompressionSett
     method = methods.find(settings.method)
     if isinstance(method, BlockMethod):
         return Plan(blocks, linears, {}, method.plan(blocks, structure, settings))
-    return Plan(blocks, linears, {name: plan_block(structure, name, block, settings) for name, block in blocks}, None)
+    parts = {name: plan_block(structure, name, block, settings) for name, block in blocks}
+    if settings.bits:
+        widths = {
+            block: {name: linears[f"{block}.{name}"].in_features for name in of_block}
+            for block, of_block in parts.items()
+        }
+        check_bits(settings.bits, parts, widths)
+    return Plan(blocks, linears, parts, None)
 
 
 def chosen_linears(

@@ -159,7 +159,10 @@ class CompressionReport:
     def exceptions_made(self) -> list[str]:
         """Which layers were treated otherwise than asked for, or are odd, in sentences."""
         lines = [f"{one.name}{' stays dense' * one.dense}: {one.reason}." for one in self.exceptions]
-        if any(one.dense for one in self.exceptions):
+        if self.settings.density is not None:
+            dense = sum(one.parameters for one in self.exceptions)
+            lines += [f"{dense:,} weights stay dense and are not counted among the bits a weight."] if dense else []
+        elif any(one.dense for one in self.exceptions):
             lines.append(f"The rate is {self.rate:.3f} and not the {self.settings.rate:.3g} asked for.")
         return lines
 

@@ -27,7 +27,9 @@ QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
     (("refit",), "uniform"): "fast",
     ((), "uniform"): "plain",
 }
-NO_RECOVERY = "recover trains floating values: leave out `values`, or recover"
+NO_RECOVERY = (
+    "recover trains floating values, which `values`, `bits`, methods rtn and gptq round: leave one of them out"
+)
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
@@ -136,6 +138,15 @@ class CompressionSettings(_Shared):
         """The one that its levers and its budget are those of; None of others."""
         used = tuple(lever for lever in LEVERS if getattr(self, lever))
         return QUALITIES.get((used, self.budget)) if self.method == "oats" else None
+
+    @property
+    def size(self) -> str:
+        """What it is asked to come to, in words: a rate, a number of bits, or a format."""
+        if self.bits:
+            return f"{self.bits:g} bits a weight"
+        if self.density is None:
+            return f"rate {self.rate:.3g}" + f", {self.grid}" * bool(self.grid)
+        return f"density {self.density:.3g}, {self.grid}" if self.density < 1 else str(self.grid)
 
     @property
     def summary(self) -> str:

@@ -96,7 +96,7 @@ class QuantisedSparse(nn.Module):
         codes = torch.cat([part.codes for part in parts])
         scales = torch.cat([part.scales.scale for part in parts]).view(torch.int16)
         zeros = None if grid.symmetric else torch.cat([_known(part.scales.zero) for part in parts])
-        if all(part.kept is None for part in parts):
+        if all(part.count == part.codes.numel() for part in parts):
             return cls(grid, pack_codes(codes.flatten(), grid.bits), scales, zeros, None, codes.numel(), in_features)
         kept = torch.cat([torch.ones_like(p.codes, dtype=torch.bool) if p.kept is None else p.kept for p in parts])
         chosen = codes[kept]

@@ -33,6 +33,8 @@ def advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) ->
     what = f"{SLOW}: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
     if not native.available():
         return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
+    if settings.grid:
+        return [f"{what} Values of few bits are fast for up to 16 tokens at once; what is saved for certain is memory."]
     auto = settings.method == "oats" and settings.rank_ratio != "auto" and settings.allocation.pattern.kind != "n:m"
     ways = ["rank ratio auto (for each layer the ratio that is fastest here)"] * auto + ["a higher rate"]
     return [f"{what} Try {' or '.join(ways)}; what is saved for certain is memory."]
@@ -47,10 +49,11 @@ def advice_on_layers(report: CompressionReport) -> list[str]:
     far.sort(key=lambda layer: -layer.error)
     if not far:
         return []
+    less = "take a lower rate" if report.settings.density is None else "give more bits"
     named = ", ".join(f"{layer.name} {layer.error:.3f}" for layer in far[:3]) + ", ..." * (len(far) > 3)
     return [
         f"{len(far)} of {len(errors)} layers have more than {FAR:g} times the median error of {median:.3f}: {named}. "
-        f"Leave the worst dense (skip {far[0].name}), or take a lower rate."
+        f"Leave the worst dense (skip {far[0].name}), or {less}."
     ]
 
 

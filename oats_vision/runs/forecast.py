@@ -200,6 +200,8 @@ def forecast(
     memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory, features)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = measure(shell.state_dict(keep_vars=True).values(), report, storage)
+    if settings.bits:
+        sizes = sizes.with_bits(settings.bits, report.dense_parameters)
     return Forecast(
         name=name,
         family=structure.family.serves.partition(":")[0],

@@ -161,6 +161,10 @@ def _fit(cell: dict[str, Any]) -> list[str]:
                 f"{method.name} has its own rank ratio, {method.rank_ratio:g}: it runs once for all of the grid's"
             )
         cell["rank_ratio"] = None
+    if method.density is not None:
+        if cell["rate"] is not None:
+            notes.append(f"{method.name} has no rate: it runs once for all of the grid's")
+        cell["rate"] = None
     if not method.keeps_sparse:
         if cell["pattern"] not in (None, method.pattern):
             notes.append(f"{method.name} keeps no sparse matrix: it runs once for all patterns of the grid")
@@ -176,7 +180,12 @@ def cell_name(settings: CompressionSettings) -> str:
     method = methods.find(settings.method)
     ratio = [] if method.rank_ratio is not None else [_short(settings.rank_ratio)]
     pattern = [settings.pattern.replace(":", "of")] if method.keeps_sparse else []
-    return "-".join([settings.method, _short(settings.rate), *ratio, *pattern])
+    if settings.bits:
+        return f"{settings.method}-{settings.bits:g}bits"
+    size = [_short(settings.rate)] if settings.density is None else []
+    rounded = [settings.grid.short.replace("/", "x") + "z" * (not settings.symmetric)] if settings.grid else []
+    whole = settings.density == 1 and not settings.rank_ratio
+    return "-".join([settings.method, *size, *([] if whole else ratio), *pattern, *rounded])
 
 
 def cell_words(settings: CompressionSettings) -> str:
@@ -184,6 +193,8 @@ def cell_words(settings: CompressionSettings) -> str:
     method = methods.find(settings.method)
     ratio = "" if method.rank_ratio is not None else f", rank ratio {_short(settings.rank_ratio)}"
     pattern = "" if settings.pattern == method.pattern else f", {settings.pattern}"
+    if settings.density is not None or settings.grid:
+        return f"{settings.method}, {settings.size}{ratio * bool(settings.rank_ratio)}{pattern}"
     return f"{settings.method}, rate {_short(settings.rate)}{ratio}{pattern}"
 
 

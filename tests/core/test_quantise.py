@@ -137,6 +137,16 @@ def test_features_without_inputs_or_with_enormous_ones_do_no_harm(problem):
         gptq(W, H * torch.inf, Grid(4, 16))
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_weights_that_no_input_looks_at_are_rounded_too(problem, act_order):
+    W, H = map(torch.from_numpy, problem)
+    nothing = gptq(W, H * 0, Grid(4, 16), act_order=act_order).dense().double()
+    assert (nothing - W).norm() < 0.12 * W.norm()
+    H[3], H[:, 3] = 0.0, 0.0
+    one = gptq(W, H, Grid(4, 16), act_order=act_order).dense().double()
+    assert (one[:, 3] - W[:, 3]).norm() < 0.5 * W[:, 3].norm()
+
+
 def test_sparse_gpt_rounds_in_the_same_pass(problem):
     W, H = map(torch.from_numpy, problem)
     budget, grid = Budget(0, OUT * IN // 2), Grid(4, 16)

@@ -63,6 +63,10 @@ GRIDS = {
         {"pattern": ["2:4"], "rate": [0.375, 0.5]},
         ["oats-0.375-0.2-2of4", "oats-0.5-0-2of4"],
     ),
+    "methods without a rate once": (
+        {"method": ["oats", "rtn", "gptq"], "rate": [0.3, 0.5]},
+        ["oats-0.3-0.2-row", "oats-0.5-0.2-row", "rtn-int4x64", "gptq-int4x64"],
+    ),
     "what cannot be is left out": (
         {"pattern": ["row", "2:4"], "rate": [0.7], "rank_ratio": ["auto"]},
         ["oats-0.7-auto-row"],
@@ -86,6 +90,17 @@ def test_what_a_grid_leaves_out_is_said_once():
     assert [reason.partition(":4, ")[0] for reason in grid.skipped] == ["oats, pattern 2", "oats, pattern 2"]
     assert all("rank_ratio auto is for method oats with pattern row or layer" in reason for reason in grid.skipped)
     assert not expand({}, method=["wanda"], rate=[0.5], pattern=["2:4"]).notes  # what was asked for is what follows
+
+
+def test_formats_tell_cells_apart():
+    grid = expand({"values": "int3", "symmetric": False}, method=["oats", "gptq"], rate=[0.5])
+    assert [cell_name(cell) for cell in grid.cells] == ["oats-0.5-0.2-row-int3x64z", "gptq-int3x64z"]
+    assert [cell_words(cell) for cell in grid.cells] == [
+        "oats, rate 0.5, int3 in groups of 64, own zeros, rank ratio 0.2",
+        "gptq, int3 in groups of 64, own zeros",
+    ]
+    (cell,) = expand({"bits": 3.5}).cells
+    assert (cell_name(cell), cell_words(cell)) == ("oats-3.5bits", "oats, 3.5 bits a weight")
 
 
 def test_settings_of_all_cells_reach_those_that_they_are_for():

@@ -59,6 +59,13 @@ class Method(ABC):
             self._check_budget(options)
         if options.quality and not self.has_quality:
             raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
+        rounds = options.values or self.values or options.bits
+        if not rounds and (options.group_size != 64 or not options.symmetric):
+            raise ValueError("group_size and symmetric are for `values` of few bits: give these too")
+        if options.density is not None and not self.keeps_sparse:
+            raise ValueError(f"density must be left out with method {self.name}: it keeps no sparse matrix")
+        if options.density == 1 and not rounds:
+            raise ValueError("density 1 is for `values` of few bits: floating ones are stored with their positions")
         if options.bits and self.name != "oats":
             raise ValueError(f"bits must be left out with method {self.name}: it is for method oats")
         if options.values and not self.takes_values:
@@ -150,9 +157,8 @@ class RoundingMethod(LinearMethod):
 
     def check(self, options: CompressionOptions) -> None:
         super().check(options)
-        for name in ("rate", "density"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name} must be left out with method {self.name}: it keeps all weights")
+        if options.rate is not None:
+            raise ValueError(f"rate must be left out with method {self.name}: it keeps all weights")
 
     def _check_budget(self, options: CompressionOptions) -> None:
         raise ValueError(f"budget must be uniform with method {self.name}: it keeps all weights")

@@ -155,6 +155,8 @@ class OATS(LinearMethod):
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         matrices, moments = (11, 2 * 8 + 4) if settings.refit or settings.joint else (8, 0)
+        if settings.grid:
+            moments = 5 * 8 + 4  # as of SparseGPT
         return matrices + 8 * (settings.rank_ratio == "auto"), moments  # the results for the other rank ratios
 
 

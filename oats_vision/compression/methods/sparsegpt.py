@@ -81,7 +81,7 @@ def sparsegpt(
     H.diagonal()[dead] = 1.0
     W[:, dead] = 0.0
     C = inverse_cholesky(H, damping).to(W)  # (in, in), upper
-    rounding = Rounding(budget.grid, W, C.diagonal().square().reciprocal()) if budget.grid else None
+    rounding = Rounding(budget.grid, W, C.diagonal().square().reciprocal(), ~dead) if budget.grid else None
     known = torch.ones_like(W, dtype=torch.bool)  # which weights are kept, as far as that is known
     if pattern.kind == "n:m":
         block_size = max(pattern.m, block_size - block_size % pattern.m)
