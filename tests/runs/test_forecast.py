@@ -31,6 +31,10 @@ SETTINGS = [
     {"method": "dsnot"},
     {"method": "svd"},
     {"method": "slicegpt", "rate": 0.3},
+    {"method": "gptq"},
+    {"method": "rtn", "values": "int3", "symmetric": False},
+    {"rate": 0.5, "values": "int6", "quality": "fast"},
+    {"density": 1.0, "rank_ratio": 0.1, "values": "int2"},
 ]
 
 
@@ -58,6 +62,14 @@ def test_the_bytes_and_parameters_forecast_are_those_that_come(tiny_vit, picture
         assert told.linears == len(report.layers)
     assert len(told.skipped) == 12 - told.linears
     assert told.outside == ("head",)
+
+
+def test_with_bits_the_bytes_are_known_about(tiny_vit, pictures):
+    told = of(tiny_vit, bits=3.9)
+    report = ov.compress(tiny_vit, pictures, bits=3.9, quality="fast").report
+    assert not told.exact
+    assert measured(tiny_vit, report).total == pytest.approx(told.sizes.total, rel=0.05)
+    assert told.sizes.bits == 3.9
 
 
 def test_of_the_fastest_splits_the_bytes_are_known_about(tiny_vit, pictures):
