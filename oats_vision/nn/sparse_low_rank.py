@@ -258,8 +258,11 @@ class SparseLowRankLinear(nn.Module):
         weight = sparse.with_factors(factors["U"], factors["V"], self._parameters["bias"], self.spec.parts)
         if kernels_take(weight, x):
             return self._few_bits.get(weight).few_tokens(x)
-        wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-        return by_dense(x, sparse.dense(wide).to(x.dtype), self._besides_S())
+        if kernels_take(weight):
+            S = self._few_bits.get(weight).dequantise()
+        else:
+            S = sparse.dense(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
+        return by_dense(x, S.to(x.dtype), self._besides_S())
 
     def _forget(self) -> None:
         self._cache, self._few_bits = MatrixCache(), FewBitsCache()
