@@ -215,7 +215,7 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (str(layer.iterations.get(part.name, "")), str(layer.iterations.get(part.name, ""))),
                     (
                         layer.spec.grid.short if layer.spec.grid else "floating",
-                        str(8 * layer.spec.grid.bits if layer.spec.grid else 1000),
+                        str(layer.spec.grid.bits if layer.spec.grid else 16),
                     ),
                 ]
             )

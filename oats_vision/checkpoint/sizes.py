@@ -40,9 +40,10 @@ def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch
     """
     positions = sum(layer.spec.bitmask_bytes for layer in report.layers)
     scales = sum(layer.spec.scale_bytes for layer in report.layers)
-    layers = sum(layer.spec.stored_bytes(storage.itemsize) for layer in report.layers)
     if report.slicing:
         layers = report.parameters * storage.itemsize
+    else:
+        layers = sum(layer.spec.stored_bytes(storage.itemsize) for layer in report.layers)
     dense = report.dense_parameters * storage.itemsize
     # tied weights are stored once; on the meta device they are one tensor
     once = {(tensor.data_ptr() or id(tensor), tensor.shape): tensor for tensor in tensors}.values()

@@ -76,7 +76,8 @@ def error_curve(weight: Weight, method: LinearMethod, settings: CompressionSetti
     lowest = min(LOWEST, settings.rate)
     rates = sorted({max(1 - multiple * (1 - settings.rate), lowest) for multiple in DENSITIES})
     found = costs(weight, method, settings, [replace(settings.allocation, rate=rate).budget for rate in rates])
-    return [(budget.parameters(*shape) * len(weight.W) / shape[0], cost) for budget, shape, cost in found]
+    known = [of_one for of_one in found if of_one]
+    return [(budget.parameters(*shape) * len(weight.W) / shape[0], cost) for budget, shape, cost in known]
 
 
 def costs(
@@ -84,17 +85,17 @@ def costs(
     method: LinearMethod,
     settings: CompressionSettings,
     budgets: Sequence[Callable[[int, int], Budget]],
-) -> list[tuple[Budget, tuple[int, int], float]]:
+) -> list[tuple[Budget, tuple[int, int], float] | None]:
     """What each of some budgets costs the model's output, by rough decompositions.
 
     Of a weight with many rows some are decomposed, evenly spaced, and counted for all. The cost is
     sum_i s_i (E G E^T)_ii, with E the weight's error: see `output_sensitivity`.
 
     Args:
-        budgets: from the shape of a weight; those that raise ValueError for it are left out.
+        budgets: from the shape of a weight.
 
     Returns:
-        Of each: the budget and the shape of what was decomposed, and the cost.
+        Of each: the budget and the shape of what was decomposed, and the cost; None where it raises ValueError.
 
     Raises:
         ValueError: it cannot be decomposed.
@@ -103,11 +104,12 @@ def costs(
     rows, sensitivity = weight.W[::step], weight.sensitivity[::step]
     share, W, (m, n) = len(rows) / len(weight.W), arithmetic(rows), rows.shape
     H, size = normalised(weight.gram).to(W), weight.gram.diagonal().mean()  # G is their product
-    found = []
+    found: list[tuple[Budget, tuple[int, int], float] | None] = []
     for budget_of in budgets:
         try:
             budget = budget_of(m, n)
         except ValueError:
+            found.append(None)
             continue
         E = W - method.decompose_roughly(rows, weight.own, budget, settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from oats_vision.compression.allocation import lower_hull
+from oats_vision.compression.allocation import Point, lower_hull
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.curves import Weight, costs
 from oats_vision.compression.methods import LinearMethod
@@ -114,11 +114,10 @@ def choose(offers: Sequence[Sequence[Offer]], total: int) -> list[Offer]:
     Raises:
         ConfigError: even the smallest take more.
     """
-    hulls = [
-        [min((o for o in of_one if (o.bytes, o.cost) == point), key=lambda o: o.bytes) for point in hull]
-        for of_one in offers
-        for hull in [lower_hull([(o.bytes, o.cost) for o in of_one])]
+    points: list[dict[Point, Offer]] = [
+        {(offer.bytes, offer.cost): offer for offer in reversed(of_one)} for of_one in offers
     ]
+    hulls = [[of_one[point] for point in lower_hull(list(of_one))] for of_one in points]
     chosen = [0] * len(hulls)
     left = total - sum(hull[0].bytes for hull in hulls)
     if left < 0:
@@ -137,11 +136,8 @@ def choose(offers: Sequence[Sequence[Offer]], total: int) -> list[Offer]:
 
 def offered(weight: Weight, method: LinearMethod, settings: CompressionSettings) -> dict[Format, float]:
     """What each format costs that the weight can have."""
-    found: dict[Format, float] = {}
-    for one in FORMATS:
-        for _, _, cost in costs(weight, method, settings, [one.budget]):
-            found[one] = cost
-    return found
+    found = costs(weight, method, settings, [one.budget for one in FORMATS])
+    return {one: of_one[2] for one, of_one in zip(FORMATS, found, strict=True) if of_one}
 
 
 def in_formats(

@@ -209,18 +209,16 @@ def quantised(
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
-    """The C of a mean of x x^T, (in_features, in_features); features without inputs count as 1."""
-    H = gram.double().clone()
-    H.diagonal()[H.diagonal() <= 0] = 1.0
-    return inverse_cholesky(H, damping)
+    """C, of a mean of x x^T (in_features, in_features); features without inputs count as 1.
 
-
-def inverse_cholesky(H: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of H, each entry of whose diagonal grows by a share; by more if need be.
+    Args:
+        damping: share by which each entry of the diagonal grows; by more if need be.
 
     Raises:
-        ValueError: H is far from positive definite.
+        ValueError: the moments are far from positive definite.
     """
+    H = gram.double().clone()
+    H.diagonal()[H.diagonal() <= 0] = 1.0
     for attempt in range(8):
         damped = H.clone()
         damped.diagonal().mul_(1 + damping * 10**attempt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oats_vision.compression.methods import LinearMethod, register
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from oats_vision.core.joint import Correlations
     from oats_vision.core.oats import Factors
 
-ROUGH = {"solver": "fast", "tolerance": 0.0}
 ROUGH_ITERATIONS = 10  # of the fast solver: an error 10 to 70% too high, by about the same share in all layers
 
 
@@ -98,7 +97,14 @@ class OATS(LinearMethod):
         from oats_vision.core.joint import joint
         from oats_vision.core.refit import refit
 
-        factors = self._start(weight, statistic, budget, settings, settings.iterations)
+        factors = self._start(
+            weight,
+            statistic,
+            budget,
+            solver=settings.solver,
+            iterations=settings.iterations,
+            tolerance=settings.tolerance,
+        )
         if not isinstance(statistic, Gram):
             return factors
         whole = keeps_all(weight, budget)
@@ -116,32 +122,26 @@ class OATS(LinearMethod):
         from oats_vision.core.refit import refit
 
         few = min(settings.iterations, ROUGH_ITERATIONS)
-        factors = self._start(weight, statistic, budget, settings.model_copy(update=ROUGH), few)
+        factors = self._start(weight, statistic, budget, iterations=few)
         if not isinstance(statistic, Gram):
             return factors
         if settings.refit and not keeps_all(weight, budget):
             factors = refit(weight, factors, statistic.compute(), rounds=1)
         return self._rounded(weight, factors, statistic, budget, rounds=1)
 
-    def _start(
-        self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings, iterations: int
-    ) -> Factors:
-        """The paper's algorithm."""
+    def _start(self, weight: Tensor, statistic: Statistic, budget: Budget, **how: Any) -> Factors:
+        """The paper's algorithm.
+
+        Args:
+            how: what `oats` takes besides.
+        """
         from oats_vision.core.oats import Factors, arithmetic, oats
         from oats_vision.kernels.thresholding import sparse_term
 
         D = statistic.scale()
         if keeps_all(weight, budget) and not budget.rank:  # and nothing is to be found
             return Factors.sparse(arithmetic(weight), arithmetic(weight), D.to(arithmetic(weight)))
-        return oats(
-            weight,
-            D,
-            budget,
-            solver=settings.solver,
-            iterations=iterations,
-            tolerance=settings.tolerance,
-            sparse_term=sparse_term,
-        )
+        return oats(weight, D, budget, sparse_term=sparse_term, **how)
 
     def _rounded(self, weight: Tensor, factors: Factors, statistic: Gram, budget: Budget, rounds: int) -> Factors:
         """With values of few bits, where the budget has them."""

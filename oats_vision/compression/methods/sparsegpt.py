@@ -68,19 +68,17 @@ def sparsegpt(
 
     from oats_vision.core.budget import Budget
     from oats_vision.core.oats import Factors, arithmetic, output_error
-    from oats_vision.core.quantise import Rounding, inverse_cholesky
+    from oats_vision.core.quantise import Rounding, inverse_factor
     from oats_vision.core.threshold import keep_largest
 
     W = arithmetic(weight).clone()
     original, columns, pattern = W.clone(), W.shape[1], budget.pattern
     if not gram.isfinite().all():
         raise ValueError("the inputs' second moments are not finite")
-    H = gram.double().clone()
-    dead = H.diagonal() <= 0
-    D = H.diagonal().clamp_min(0).sqrt().to(W)
-    H.diagonal()[dead] = 1.0
+    squares = gram.diagonal().double()
+    dead, D = squares <= 0, squares.clamp_min(0).sqrt().to(W)
     W[:, dead] = 0.0
-    C = inverse_cholesky(H, damping).to(W)  # (in, in), upper
+    C = inverse_factor(gram, damping).to(W)  # (in, in), upper
     rounding = Rounding(budget.grid, W, C.diagonal().square().reciprocal(), ~dead) if budget.grid else None
     known = torch.ones_like(W, dtype=torch.bool)  # which weights are kept, as far as that is known
     if pattern.kind == "n:m":
