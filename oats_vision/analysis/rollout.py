@@ -48,7 +48,7 @@ def one_term(model: nn.Module, view: str) -> nn.Module:
     for module in model.modules():
         if isinstance(module, SparseLowRankLinear):
             if view == "sparse":
-                module.low_rank.U.data.zero_()
+                module.low_rank.clear()
             else:
                 module.sparse.clear()
     return model

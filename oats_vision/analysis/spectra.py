@@ -67,7 +67,8 @@ def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str
     count = min(whole.shape)
     ranks = sorted({round(1 + i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
     terms = {"whole": _singular_values(whole), "sparse": _singular_values(sparse)}
-    terms["low_rank"] = _singular_values(torch.linalg.qr(layer.packed.U_blocks()).R @ layer.low_rank.V)
+    packed = layer.packed
+    terms["low_rank"] = _singular_values(torch.linalg.qr(packed.U_blocks()).R @ packed.V)
     values = {}
     for term, singular in terms.items():
         floor = 1e-6 * float(singular[0]) if len(singular) else 0.0  # what lies below is rounding

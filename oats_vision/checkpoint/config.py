@@ -43,7 +43,7 @@ class _Part(_Closed):
 
 
 class _Grid(_Closed):
-    bits: Literal[2, 3, 4, 6, 8]
+    bits: Literal[2, 3, 4, 5, 6, 8]
     group_size: Annotated[int, Field(ge=0, lt=1 << 31, multiple_of=16)]
     symmetric: bool
 
@@ -54,6 +54,7 @@ class _Spec(_Closed):
     bias: bool
     parts: Annotated[list[_Part], Field(min_length=1)]
     grid: _Grid | None = None
+    int8_factors: bool = False
 
 
 class _Layer(_Fields):

@@ -175,9 +175,12 @@ def layer_shapes(spec: LayerSpec, storage: torch.dtype) -> dict[str, tuple[tuple
         shapes["sparse.values"] = (spec.nonzeros,), storage
     if spec.has_bitmask:
         shapes["sparse.bitmask"] = (spec.out_features, spec.row_bytes), torch.uint8
-    ranks = [part.rank for part in spec.parts]
-    shapes["low_rank.U"] = (spec.out_features, max(ranks)), storage
-    shapes["low_rank.V"] = (sum(ranks), spec.in_features), storage
+    of_factors = torch.int8 if spec.int8_factors else storage
+    shapes["low_rank.U"] = (spec.out_features, max(spec.ranks)), of_factors
+    shapes["low_rank.V"] = (sum(spec.ranks), spec.in_features), of_factors
+    if spec.int8_factors:
+        shapes["low_rank.U_scale"] = (spec.out_features,), torch.int16
+        shapes["low_rank.V_scale"] = (sum(spec.ranks),), torch.int16
     return shapes | ({"bias": ((spec.out_features,), storage)} if spec.bias else {})
 
 
@@ -194,9 +197,10 @@ def check_layer(tensors: Mapping[str, Tensor], name: str, spec: LayerSpec, where
         check_bitmask(tensors[f"{name}.sparse.bitmask"], spec, where)
     if spec.grid is None:
         return
-    scales = tensors[f"{name}.sparse.scales"].view(torch.bfloat16)
-    if not (scales.isfinite().all() and scales.float().abs().max() <= LARGEST):
-        raise CheckpointError(f"{where} is damaged: a scale is not finite, or beyond {LARGEST:g}")
+    for key in ("sparse.scales", *(("low_rank.U_scale", "low_rank.V_scale") if spec.int8_factors else ())):
+        scales = tensors[f"{name}.{key}"].view(torch.bfloat16)
+        if not (scales.isfinite().all() and scales.float().abs().max() <= LARGEST):
+            raise CheckpointError(f"{where} is damaged: a scale is not finite, or beyond {LARGEST:g}")
     if not spec.grid.symmetric and int(tensors[f"{name}.sparse.zeros"].max()) >= spec.grid.levels:
         raise CheckpointError(f"{where} is damaged: a zero is beyond the {spec.grid.levels} levels")
 

@@ -78,6 +78,7 @@ SETTINGS = {
         "group_size": "N",
         "symmetric": "",
         "act_order": "",
+        "factors": "NAME",
         "error_tolerance": "X",
         "latency_tokens": "N",
         "on_bad_layer": "WHAT",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from oats_vision.core.budget import Allocation, Budget
-from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec, SparseLowRankLinear
 from oats_vision.timing import side_by_side
 
 RANK_RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -24,6 +24,13 @@ class PartBudget:
     name: str
     out_features: int
     budget: Budget
+
+
+def planned(in_features: int, bias: bool, parts: Sequence[PartBudget]) -> LayerSpec:
+    """The layer that a linear becomes; all parts have values of one sort."""
+    stored = tuple(PartSpec(part.name, part.out_features, part.budget.rank, part.budget.nonzeros) for part in parts)
+    rows, first = sum(part.out_features for part in parts), parts[0].budget
+    return LayerSpec(in_features, rows, bias, stored, first.grid, first.int8_factors)
 
 
 def candidates(parts: list[PartBudget], in_features: int, allocation: Allocation) -> list[list[PartBudget]]:

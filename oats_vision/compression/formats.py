@@ -11,32 +11,33 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from oats_vision.compression.allocation import Point, lower_hull
-from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.budgets import PartBudget, planned
 from oats_vision.compression.curves import Weight, costs
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.core.budget import Allocation, Budget
 from oats_vision.core.grid import Grid
 from oats_vision.errors import ConfigError
-from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
 
 log = logging.getLogger(__name__)
-
-FACTOR_BYTES = 2  # of an entry of U or V, which are stored in 16 bits
 
 
 @dataclass(frozen=True)
 class Format:
-    """Of a linear: how the values of S are rounded, and how many there are besides U and V."""
+    """Of a linear: how the values of S are rounded, and how many there are besides U and V, which have 8 bits."""
 
     grid: Grid
     density: float = 1.0
     rank_ratio: float = 0.0
 
+    def of_parts(self, in_features: int, parts: Sequence[PartBudget]) -> list[PartBudget]:
+        """Parts with their budgets in this format. Raises ValueError as `budget` does."""
+        return [replace(part, budget=self.budget(part.out_features, in_features)) for part in parts]
+
     def budget(self, out_features: int, in_features: int) -> Budget:
         """Of one weight. Raises ValueError if it is too small for the rank or the density."""
         allocation = Allocation.of(None, self.rank_ratio, density=self.density)
-        return replace(allocation, grid=self.grid).budget(out_features, in_features)
+        return replace(allocation, grid=self.grid, int8_factors=True).budget(out_features, in_features)
 
     def __str__(self) -> str:
         sparse = f", density {self.density:g}" * (self.density < 1)
@@ -70,18 +71,12 @@ class Offer:
     @classmethod
     def of(cls, format: Format, in_features: int, parts: Sequence[PartBudget], cost: float) -> "Offer":
         """Of a linear all of whose parts have a format."""
-        budgets = [format.budget(part.out_features, in_features) for part in parts]
-        return cls(format, stored_bytes(in_features, parts, budgets), cost)
+        return cls(format, stored_bytes(in_features, format.of_parts(in_features, parts)), cost)
 
 
-def stored_bytes(in_features: int, parts: Sequence[PartBudget], budgets: Sequence[Budget]) -> int:
-    """Of a linear whose parts have these budgets, with one grid."""
-    specs = tuple(
-        PartSpec(part.name, part.out_features, budget.rank, budget.nonzeros)
-        for part, budget in zip(parts, budgets, strict=True)
-    )
-    rows = sum(part.out_features for part in parts)
-    return LayerSpec(in_features, rows, False, specs, budgets[0].grid).stored_bytes(FACTOR_BYTES)
+def stored_bytes(in_features: int, parts: Sequence[PartBudget]) -> int:
+    """Of a linear with a format, in which nothing but the bias is floating."""
+    return planned(in_features, False, parts).stored_bytes(itemsize=0)
 
 
 def check_bits(bits: float, parts: dict[str, dict[str, list[PartBudget]]], widths: dict[str, dict[str, int]]) -> None:
@@ -141,7 +136,7 @@ def offered(weight: Weight, method: LinearMethod, settings: CompressionSettings)
 
 
 def in_formats(
-    planned: dict[str, dict[str, list[PartBudget]]],
+    uniform: dict[str, dict[str, list[PartBudget]]],
     widths: dict[str, dict[str, int]],
     bits: float,
     found: Sequence[dict[Format, float] | None],
@@ -149,7 +144,7 @@ def in_formats(
     """The budgets of all parts, by block and linear; those of a linear are in one format.
 
     Args:
-        planned: what they would be without a choice. widths: in_features of each linear.
+        uniform: what they would be without a choice. widths: in_features of each linear.
         bits: a weight, in all. found: what each format costs, of each part in order; None where that is not known.
 
     Raises:
@@ -157,10 +152,10 @@ def in_formats(
     """
     of_parts = iter(found)
     offers: list[list[Offer]] = []
-    names = [(block, name) for block, linears in planned.items() for name in linears]
+    names = [(block, name) for block, linears in uniform.items() for name in linears]
     weights = 0
     for block, name in names:
-        width, parts = widths[block][name], planned[block][name]
+        width, parts = widths[block][name], uniform[block][name]
         weights += width * sum(part.out_features for part in parts)
         known = [next(of_parts) for _ in parts]
         shared = [one for one in FORMATS if all(of_part and one in of_part for of_part in known)]
@@ -168,16 +163,12 @@ def in_formats(
             [Offer.of(one, width, parts, sum(of_part[one] for of_part in known if of_part)) for one in shared]
         )
         if not shared:
-            budgets = [part.budget for part in parts]
-            offers[-1] = [Offer(None, stored_bytes(width, parts, budgets), 0.0)]
+            offers[-1] = [Offer(None, stored_bytes(width, parts), 0.0)]
     chosen = choose(offers, int(bits * weights / 8))
-    shared_out: dict[str, dict[str, list[PartBudget]]] = {block: {} for block in planned}
+    shared_out: dict[str, dict[str, list[PartBudget]]] = {block: {} for block in uniform}
     for (block, name), offer in zip(names, chosen, strict=True):
-        width = widths[block][name]
-        shared_out[block][name] = [
-            replace(part, budget=offer.format.budget(part.out_features, width)) if offer.format else part
-            for part in planned[block][name]
-        ]
+        parts = uniform[block][name]
+        shared_out[block][name] = offer.format.of_parts(widths[block][name], parts) if offer.format else parts
     for one in FORMATS:
         log.info("bits %g: %d of %d linears in %s", bits, sum(o.format == one for o in chosen), len(chosen), one)
     return shared_out

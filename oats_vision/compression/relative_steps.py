@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from oats_vision.nn.low_rank import LowRank
 from oats_vision.nn.sparse import PackedSparse
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
@@ -57,6 +58,7 @@ def layer_sizes(layer: SparseLowRankLinear, scale: Tensor) -> dict[nn.Parameter,
         scale: D, (in_features,), finite and positive: see `column_scale`.
     """
     assert isinstance(layer.sparse, PackedSparse)
+    assert isinstance(layer.low_rank, LowRank)
     values, U, V = layer.sparse.values, layer.low_rank.U, layer.low_rank.V
     d = scale.to(values.device).clamp_min(DEAD * float(scale.median())).to(values.dtype)
     mask, S = layer.sparse.mask(), layer.sparse.dense().detach()

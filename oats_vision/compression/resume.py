@@ -161,14 +161,20 @@ def _stored(tensor: Tensor, storage: torch.dtype) -> Tensor:
 def _plain(part: PartBudget) -> list[Any]:
     budget = part.budget
     grid = asdict(budget.grid) if budget.grid else None
-    return [part.name, part.out_features, budget.rank, budget.nonzeros, str(budget.pattern), grid]
+    return [part.name, part.out_features, budget.rank, budget.nonzeros, str(budget.pattern), grid, budget.int8_factors]
 
 
 def _part(
-    name: str, out_features: int, rank: int, nonzeros: int, pattern: str, grid: dict[str, Any] | None = None
+    name: str,
+    out_features: int,
+    rank: int,
+    nonzeros: int,
+    pattern: str,
+    grid: dict[str, Any] | None = None,
+    int8_factors: bool = False,
 ) -> PartBudget:
     known = Grid(**grid) if grid else None
-    return PartBudget(name, out_features, Budget(rank, nonzeros, Pattern.parse(pattern), known))
+    return PartBudget(name, out_features, Budget(rank, nonzeros, Pattern.parse(pattern), known, int8_factors))
 
 
 def _digest(inputs: Inputs) -> str:

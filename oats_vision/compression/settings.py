@@ -18,7 +18,8 @@ Solver = Literal["fast", "exact"]
 Quality = Literal["best", "fast", "plain"]
 Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
 OnBadLayer = Literal["stop", "dense"]
-Values = Literal["int8", "int6", "int4", "int3", "int2"]
+Values = Literal["int8", "int6", "int5", "int4", "int3", "int2"]
+FactorValues = Literal["int8", "floating"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
 # by what is used of these, and how budgets are shared out
@@ -49,6 +50,7 @@ class _Shared(BaseModel):
     sensitivity: bool | None
     budget: Budgets | None
     values: Values | None = Field(None, description="bits of the values of S [default: floating; rtn, gptq: int4]")
+    factors: FactorValues | None = Field(None, description="with values: int8 or floating U and V [default: int8]")
     density: float | None = Field(
         None,
         gt=0,
@@ -120,7 +122,7 @@ class CompressionSettings(_Shared):
     def allocation(self) -> Allocation:
         """How each layer's parameters are shared out; of rank ratio auto a first guess."""
         ratio = FIRST_GUESS if self.rank_ratio == "auto" else self.rank_ratio
-        return Allocation(self.rate, ratio, Pattern.parse(self.pattern), self.grid)
+        return Allocation(self.rate, ratio, Pattern.parse(self.pattern), self.grid, self.factors == "int8")
 
     @property
     def grid(self) -> "Grid | None":
@@ -130,7 +132,7 @@ class CompressionSettings(_Shared):
         from oats_vision.core.grid import Grid
 
         if self.bits:  # before formats are chosen: the largest that fits
-            return Grid(max(bits for bits in (2, 3, 4, 6, 8) if bits + 0.25 <= self.bits), 64)
+            return Grid(max(bits for bits in (2, 3, 4, 5, 6, 8) if bits + 0.25 <= self.bits), 64)
         return Grid(int(str(self.values)[3:]), self.group_size, self.symmetric)
 
     @property
@@ -164,7 +166,7 @@ class CompressionSettings(_Shared):
             parts.append(f"{self.grid}{', act order' * self.act_order}")
         if self.density != 1 or self.rank_ratio:
             share = self.rank_ratio if self.rank_ratio == "auto" else f"{self.rank_ratio:.3g}"
-            parts += [f"rank ratio {share}", self.pattern]
+            parts += [f"rank ratio {share}{f', {self.factors} U and V' * bool(self.factors)}", self.pattern]
         if not self.quality and self.budget != "uniform":
             parts.append(f"{self.budget} budgets")
         return ", ".join(parts) + skipped
@@ -238,6 +240,7 @@ class CompressionOptions(_Shared):
                 "pattern": str(pattern),
                 "budget": self.budget or method.budget(self),
                 "values": values,
+                "factors": self.factors or ("int8" if self.bits or (values and allocation.rank_ratio) else None),
                 "density": density,
                 "storage_dtype": storage,
                 **method.levers(self),

@@ -48,13 +48,14 @@ class Pattern:
 class Budget:
     """The size of one decomposition: rank of L, and non-zeros of S in the whole matrix.
 
-    grid: that the values of S are rounded to, if they have few bits.
+    grid: that the values of S are rounded to, if they have few bits. int8_factors: whether U and V have 8 bits then.
     """
 
     rank: int
     nonzeros: int
     pattern: Pattern = Pattern()
     grid: Grid | None = None
+    int8_factors: bool = False
 
     def parameters(self, out_features: int, in_features: int) -> int:
         """Parameters kept: non-zeros of S and entries of U and V (the bitmask of S not counted)."""
@@ -66,14 +67,15 @@ class Allocation:
     """How the parameters of each layer are shared out.
 
     rate: share removed, below 1. rank_ratio: share of those kept that goes to the low-rank term, in [0, 1].
-    pattern: where S may keep its non-zeros. grid: of the values of S, if they have few bits. `of` makes one from what a
-    user gives; its values are trusted.
+    pattern: where S may keep its non-zeros. grid, int8_factors: as of `Budget`. `of` makes one from what a user gives;
+    its values are trusted.
     """
 
     rate: float
     rank_ratio: float
     pattern: Pattern = Pattern()
     grid: Grid | None = None
+    int8_factors: bool = False
 
     @classmethod
     def of(
@@ -143,7 +145,7 @@ class Allocation:
             ValueError: a rank ratio above 0 (below 1) leaves rank 0 (no non-zeros).
 
         >>> Allocation(rate=0.5, rank_ratio=0.25).budget(1024, 1024)
-        Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0), grid=None)
+        Budget(rank=64, nonzeros=393216, pattern=Pattern(kind='row', n=0, m=0), grid=None, int8_factors=False)
         """
         m, n, rank_ratio, pattern = out_features, in_features, self.rank_ratio, self.pattern
         kept = (1 - self.rate) * m * n
@@ -165,7 +167,7 @@ class Allocation:
                 f"rank_ratio {rank_ratio:g} at rate {self.rate:g} leaves no non-zeros for a {m} x {n} weight: "
                 "use rank_ratio 1 (no sparse term) or a smaller one"
             )
-        return Budget(rank, nonzeros, pattern, self.grid)
+        return Budget(rank, nonzeros, pattern, self.grid, self.int8_factors and rank > 0)
 
 
 def _floor(x: float) -> int:

@@ -28,7 +28,7 @@ class Factors:
     iterations: of alternating thresholding, that were run.
     output_error: relative error of the layer's output, |(W - S - U V) X| / |W X|, if the method knows the inputs'
         full second moments.
-    quantised: what S is made of, if its values have few bits.
+    quantised: what S is made of, if its values have few bits. low_rank: what U and V are made of, if they have 8 bits.
     """
 
     S: Tensor
@@ -38,6 +38,7 @@ class Factors:
     iterations: int
     output_error: float | None = None
     quantised: Quantised | None = None
+    low_rank: tuple[Quantised, Quantised] | None = None
 
     @classmethod
     def sparse(cls, W: Tensor, S: Tensor, D: Tensor) -> "Factors":

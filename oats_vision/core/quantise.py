@@ -15,6 +15,7 @@ from oats_vision.core.oats import Factors, arithmetic, output_error, relative_er
 from oats_vision.core.refit import damped, fit_factors, fit_values
 
 SHRUNK = torch.linspace(1.0, 0.4, 25).tolist()  # ranges that are tried, as shares of the one that holds all values
+FACTORS = Grid(8, group_size=0)  # of U and V: a scale for each row
 FITTED = 5  # steps of conjugate gradients, before values are rounded
 BLOCK = 128  # columns whose losses move those to the right at once
 
@@ -183,8 +184,9 @@ def quantised(
     *,
     rounds: int = 2,
     factor: Tensor | None = None,
+    int8_factors: bool = False,
 ) -> Factors:
-    """Round the values of S, and fit U and V to what rounding leaves.
+    """Round the values of S, fit U and V to what rounding leaves, and round them if they are to have 8 bits.
 
     Args:
         weight: W, (out_features, in_features).
@@ -204,8 +206,24 @@ def quantised(
         found = gptq(S, gram, grid, kept, factor=factor)
         S = found.dense().to(W)
         U, V = fit_factors(W - S, U, V, H)
+    low_rank = round_factors(W - S, U, V, H) if int8_factors else None
+    if low_rank:
+        U, V = (one.dense().to(W) for one in low_rank)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
-    return Factors(S, U, V, error, factors.iterations, of_output, found)
+    return Factors(S, U, V, error, factors.iterations, of_output, found, low_rank)
+
+
+def round_factors(rest: Tensor, U: Tensor, V: Tensor, H: Tensor) -> tuple[Quantised, Quantised]:
+    """U and V in 8 bits: V to the nearest level, then U, once it is fitted to that V.
+
+    Args:
+        rest: W - S, (out_features, in_features). U: (out_features, rank). V: (rank, in_features).
+        H: (in_features, in_features).
+    """
+    size = ((V @ H) * V).sum(1, keepdim=True).clamp_min(torch.finfo(V.dtype).tiny).sqrt()
+    V_rounded = nearest(V / size, FACTORS)  # with rows of one size, entries of a row of U count alike
+    U, _ = fit_factors(rest, U, V_rounded.dense().to(V), H)
+    return nearest(U, FACTORS), V_rounded
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:

@@ -31,6 +31,8 @@ class FewBitsWeight(NamedTuple):
         zeros: (out_features, groups), uint8; None: 2^(bits - 1).
         bitmask: as of `PackedWeight`; None where all weights are kept.
         U, V, bias, parts: as of `PackedWeight`, in one floating dtype.
+        U_scale, V_scale: (out_features,) and (rows of V,), int16, the bits of bfloat16: U and V are int8 then, and
+            stand for themselves times their row's scale. None: U and V are floating.
     """
 
     bits: int
@@ -42,12 +44,14 @@ class FewBitsWeight(NamedTuple):
     bitmask: Tensor | None
     U: Tensor
     V: Tensor
+    U_scale: Tensor | None
+    V_scale: Tensor | None
     bias: Tensor | None
     parts: Sequence[PartShape]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[3:10]
+        return self[3:12]
 
 
 class FewBitsMatrix:
@@ -64,7 +68,7 @@ class FewBitsMatrix:
     """
 
     def __init__(self, weight: FewBitsWeight) -> None:
-        bits, group_size, count, codes, scales, zeros, bitmask, U, V, bias, _ = weight
+        bits, group_size, count, codes, scales, zeros, bitmask, U, V, _, _, bias, _ = weight
         if not scales.dim() == U.dim() == V.dim() == 2:
             raise ValueError("scales, U and V must have two dimensions")
         rows, in_features, width, dtype = len(scales), V.shape[1], U.shape[1], U.dtype
@@ -141,7 +145,13 @@ def kernels_take(weight: FewBitsWeight, x: Tensor | None = None) -> bool:
     """
     if not only_runs((x, *weight.tensors)) or asks_for_gradients((x, *weight.tensors)):
         return False
-    if weight.U.dtype not in TYPES or not weight.codes.is_cpu or weight.group_size % 16 or not native.available():
+    if (
+        weight.bits == 5
+        or weight.U.dtype not in TYPES
+        or not weight.codes.is_cpu
+        or weight.group_size % 16
+        or not native.available()
+    ):
         return False
     if x is None:
         return True

@@ -31,8 +31,9 @@ class SemiStructuredLinear(nn.Module):
         S = torch.sparse.to_sparse_semi_structured(layer.sparse.dense().to(dtype))
         self.weight = nn.Parameter(S, requires_grad=False)
         # one U for all parts, so that two products serve a fused layer
-        self.U = nn.Parameter(layer.packed.U_blocks().to(dtype), requires_grad=False)
-        self.V = nn.Parameter(layer.low_rank.V.to(dtype), requires_grad=False)
+        packed = layer.packed
+        self.U = nn.Parameter(packed.U_blocks().to(dtype), requires_grad=False)
+        self.V = nn.Parameter(packed.V.to(dtype), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         self.register_parameter("bias", bias)
 

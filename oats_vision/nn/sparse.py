@@ -129,21 +129,34 @@ class QuantisedSparse(nn.Module):
         whole = torch.zeros(mask.shape, dtype=torch.uint8, device=mask.device).masked_scatter(mask, codes)
         return scales.values(whole, dtype) * mask
 
-    def with_factors(self, U: Tensor, V: Tensor, bias: Tensor | None, parts: Sequence[PartShape]) -> FewBitsWeight:
-        """S + U V as the kernels take it: these very tensors, no copies."""
+    def with_factors(
+        self,
+        U: Tensor,
+        V: Tensor,
+        bias: Tensor | None,
+        parts: Sequence[PartShape],
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> FewBitsWeight:
+        """S + U V as the kernels take it: these very tensors, no copies.
+
+        Args:
+            scales: of U and of V, if they have 8 bits.
+        """
         tensors: dict[str, Any] = self._buffers
         return FewBitsWeight(
-            self.grid.bits,
-            self.grid.group_size,
-            self.count,
-            tensors["codes"],
-            tensors["scales"],
-            tensors["zeros"],
-            tensors["bitmask"],
-            U,
-            V,
-            bias,
-            parts,
+            bits=self.grid.bits,
+            group_size=self.grid.group_size,
+            code_count=self.count,
+            codes=tensors["codes"],
+            scales=tensors["scales"],
+            zeros=tensors["zeros"],
+            bitmask=tensors["bitmask"],
+            U=U,
+            V=V,
+            U_scale=scales[0],
+            V_scale=scales[1],
+            bias=bias,
+            parts=parts,
         )
 
     def clear(self) -> None:

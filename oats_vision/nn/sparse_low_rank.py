@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.core.grid import Grid
@@ -18,6 +17,7 @@ from oats_vision.kernels.few_bits import FewBitsCache, kernels_take
 from oats_vision.kernels.matrix import MatrixCache
 from oats_vision.kernels.packed import PackedWeight
 from oats_vision.kernels.product import by_dense, dense_weight, sparse_low_rank_linear
+from oats_vision.nn.low_rank import LowRank, QuantisedLowRank
 from oats_vision.nn.sparse import PackedSparse, QuantisedSparse, pack_mask
 
 
@@ -35,7 +35,7 @@ class PartSpec:
 class LayerSpec:
     """All that fixes the shapes of a `SparseLowRankLinear`, as stored in a checkpoint's config.
 
-    grid: of the values of S, if these have few bits.
+    grid: of the values of S, if these have few bits. int8_factors: whether U and V have 8 bits then; not without ranks.
     """
 
     in_features: int
@@ -43,6 +43,12 @@ class LayerSpec:
     bias: bool
     parts: tuple[PartSpec, ...]
     grid: Grid | None = None
+    int8_factors: bool = False
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the parts."""
+        return [part.rank for part in self.parts]
 
     @property
     def nonzeros(self) -> int:
@@ -84,15 +90,19 @@ class LayerSpec:
         Args:
             itemsize: bytes of a floating value.
         """
-        factors = (self.parameters - self.nonzeros) * itemsize
+        factors = (self.parameters - self.nonzeros) * (1 if self.int8_factors else itemsize)
+        if self.int8_factors:
+            factors += 2 * (self.out_features + sum(self.ranks))  # scales
         values = packed_bytes(self.nonzeros, self.grid.bits) if self.grid else self.nonzeros * itemsize
         return values + factors + self.bitmask_bytes + self.scale_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: without a grid as in files of format version 1."""
+        """For JSON: without what files of format version 1 do not have."""
         fields = asdict(self)
         if self.grid is None:
             del fields["grid"]
+        if not self.int8_factors:
+            del fields["int8_factors"]
         return fields
 
     @classmethod
@@ -105,21 +115,11 @@ class LayerSpec:
             raise ValueError(f"counts must be whole numbers, got {counts}")
         if sum(part.out_features for part in spec.parts) != spec.out_features:
             raise ValueError(f"the parts do not make up {spec.out_features} rows")
+        if spec.int8_factors and not (spec.grid and sum(spec.ranks)):
+            raise ValueError("U and V of 8 bits are for values of few bits and a rank")
         if spec.nonzeros > spec.dense_parameters:
             raise ValueError(f"{spec.nonzeros} values do not fit into {spec.dense_parameters} places")
         return spec
-
-
-class LowRank(nn.Module):
-    """U (out_features, largest rank of a part) and V (sum of the parts' ranks, in_features), in one floating dtype.
-
-    The rows of U that belong to a part multiply that part's rows of V.
-    """
-
-    def __init__(self, U: Tensor, V: Tensor) -> None:
-        super().__init__()
-        self.U = nn.Parameter(U, requires_grad=False)
-        self.V = nn.Parameter(V, requires_grad=False)
 
 
 class SparseLowRankLinear(nn.Module):
@@ -130,14 +130,18 @@ class SparseLowRankLinear(nn.Module):
 
     Args:
         spec: shapes, and the parts of a fused weight.
-        sparse, low_rank: of these shapes, in one dtype.
+        sparse, low_rank: of these shapes; what is floating, in one dtype.
         bias: (out_features,), in the same dtype, or None.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, spec: LayerSpec, sparse: PackedSparse | QuantisedSparse, low_rank: LowRank, bias: Tensor | None
+        self,
+        spec: LayerSpec,
+        sparse: PackedSparse | QuantisedSparse,
+        low_rank: LowRank | QuantisedLowRank,
+        bias: Tensor | None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -158,7 +162,7 @@ class SparseLowRankLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight and bias as the kernels take them: these very tensors, no copies.
 
-        Values of few bits are spread out to the dtype of U and V.
+        Values of few bits are spread out to the dtype of the layer.
         """
         if self.spec.grid:
             return self._spread_out()
@@ -169,17 +173,23 @@ class SparseLowRankLinear(nn.Module):
         U, V, bias = low_rank["U"], low_rank["V"], self._parameters["bias"]
         return PackedWeight(values, bitmask, U, V, bias, self.spec.parts, self._cache)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of U, V and the bias; where none of these is floating, float32."""
+        U, bias = self.low_rank.U, self.bias
+        return U.dtype if U.is_floating_point() else torch.float32 if bias is None else bias.dtype
+
     def _spread_out(self) -> PackedWeight:
         mask = self.sparse.mask()
-        return self._weight(self.sparse.dense()[mask].to(self.low_rank.U.dtype), pack_mask(mask))
+        weight = self._besides_S()
+        values = self.sparse.dense()[mask].to(self.dtype)
+        return weight._replace(values=values, bitmask=pack_mask(mask), U=weight.U.to(values), V=weight.V.to(values))
 
     def _besides_S(self) -> PackedWeight:
         """U, V and the bias, for what is given S."""
-        nothing = self.low_rank.U.new_empty(0)
-        return self._weight(nothing, nothing)
-
-    def _weight(self, values: Tensor, bitmask: Tensor) -> PackedWeight:
-        return PackedWeight(values, bitmask, self.low_rank.U, self.low_rank.V, self.bias, self.spec.parts)
+        U, V = self.low_rank.floating()
+        nothing = U.new_empty(0)
+        return PackedWeight(nothing, nothing, U, V, self.bias, self.spec.parts)
 
     @classmethod
     def from_factors(
@@ -192,34 +202,34 @@ class SparseLowRankLinear(nn.Module):
             bias: (out_features,) or None.
             dtype: what all of it is rounded to.
         """
-        rank = max(factors.U.shape[1] for _, factors in parts)
-        U = torch.cat([F.pad(factors.U, (0, rank - factors.U.shape[1])) for _, factors in parts])
-        V = torch.cat([factors.V for _, factors in parts])
         # what rounds to zero is no non-zero: the count must be that of the stored values
         S = [factors.S.to(dtype) for _, factors in parts]
         rounded = [factors.quantised for _, factors in parts if factors.quantised]
+        int8 = [factors.low_rank for _, factors in parts if factors.low_rank]
         kept = [
             factors.quantised.count if factors.quantised else int(torch.count_nonzero(s))
             for (_, factors), s in zip(parts, S, strict=True)
         ]
         spec = LayerSpec(
-            in_features=V.shape[1],
-            out_features=U.shape[0],
+            in_features=S[0].shape[1],
+            out_features=sum(map(len, S)),
             bias=bias is not None,
             parts=tuple(
                 PartSpec(name, factors.U.shape[0], factors.U.shape[1], count)
                 for (name, factors), count in zip(parts, kept, strict=True)
             ),
             grid=rounded[0].scales.grid if rounded else None,
+            int8_factors=bool(int8),
         )
         bias = None if bias is None else bias.detach().to(dtype).clone()
         sparse = QuantisedSparse.pack(rounded) if rounded else PackedSparse.pack(torch.cat(S), dtype)
-        return cls(spec, sparse, LowRank(U.to(dtype), V.to(dtype)), bias)
+        floating = [(factors.U, factors.V) for _, factors in parts]
+        low_rank = QuantisedLowRank.pack(int8) if int8 else LowRank.pack(floating, dtype)
+        return cls(spec, sparse, low_rank, bias)
 
     @classmethod
     def empty(cls, spec: LayerSpec, dtype: torch.dtype, device: torch.device | str = "meta") -> "SparseLowRankLinear":
         """A layer of the right shapes with no data yet, to load a state dict into."""
-        rank = max(part.rank for part in spec.parts)
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         bitmask = torch.empty(spec.out_features, spec.row_bytes, dtype=torch.uint8, device=device)
         sparse: PackedSparse | QuantisedSparse
@@ -236,9 +246,15 @@ class SparseLowRankLinear(nn.Module):
             )
         else:
             sparse = PackedSparse(torch.empty(spec.nonzeros, **options), bitmask, spec.in_features)
-        U = torch.empty(spec.out_features, rank, **options)
-        V = torch.empty(sum(part.rank for part in spec.parts), spec.in_features, **options)
-        return cls(spec, sparse, LowRank(U, V), torch.empty(spec.out_features, **options) if spec.bias else None)
+        U_shape, V_shape = (spec.out_features, max(spec.ranks)), (sum(spec.ranks), spec.in_features)
+        low_rank: LowRank | QuantisedLowRank
+        if spec.int8_factors:
+            codes = [torch.empty(shape, dtype=torch.int8, device=device) for shape in (U_shape, V_shape)]
+            scales = [torch.empty(len(X), dtype=torch.int16, device=device) for X in codes]
+            low_rank = QuantisedLowRank(*codes, *scales)
+        else:
+            low_rank = LowRank(torch.empty(U_shape, **options), torch.empty(V_shape, **options))
+        return cls(spec, sparse, low_rank, torch.empty(spec.out_features, **options) if spec.bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of x or of autocast.
@@ -254,8 +270,11 @@ class SparseLowRankLinear(nn.Module):
         return sparse_low_rank_linear(x, self.packed)
 
     def _of_few_bits(self, x: Tensor, sparse: QuantisedSparse) -> Tensor:
-        factors: dict[str, Any] = self.low_rank._parameters
-        weight = sparse.with_factors(factors["U"], factors["V"], self._parameters["bias"], self.spec.parts)
+        low_rank = self.low_rank
+        factors: dict[str, Any] = low_rank._parameters or low_rank._buffers
+        scales = factors.get("U_scale"), factors.get("V_scale")
+        bias = self._parameters["bias"]
+        weight = sparse.with_factors(factors["U"], factors["V"], bias, self.spec.parts, scales)
         if kernels_take(weight, x):
             return self._few_bits.get(weight).few_tokens(x)
         if kernels_take(weight):
@@ -273,7 +292,7 @@ class SparseLowRankLinear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""
-        stored = self.low_rank.U.dtype
+        stored = self.dtype
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             S = self.sparse.dense().to(torch.promote_types(stored, torch.float32))
             return dense_weight(S, self._besides_S()).to(dtype or stored)
@@ -290,7 +309,7 @@ class SparseLowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         ranks = "+".join(str(part.rank) for part in self.spec.parts)
-        values = f", values={self.spec.grid}" if self.spec.grid else ""
+        values = f", values={self.spec.grid}" * bool(self.spec.grid) + ", int8 U and V" * self.spec.int8_factors
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"nonzeros={self.spec.nonzeros}, rank={ranks}, bias={self.bias is not None}{values}"

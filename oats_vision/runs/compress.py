@@ -147,7 +147,8 @@ def compress(
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
-    values: Literal["int8", "int6", "int4", "int3", "int2"] | None = None,
+    values: Literal["int8", "int6", "int5", "int4", "int3", "int2"] | None = None,
+    factors: Literal["int8", "floating"] | None = None,
     density: float | None = None,
     bits: float | None = None,
     group_size: int = 64,
@@ -190,7 +191,8 @@ def compress(
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
         values: bits of the values of S, which all count in the file; floating ones if not given (`rtn` and `gptq`:
-            int4). U, V and all else are stored in float16 then, unless `storage_dtype` says otherwise.
+            int4). What stays floating is stored in float16 then, unless `storage_dtype` says otherwise.
+        factors: with values: U and V in 8 bits, with a scale for each row, or floating; `int8` if not given.
         density: in place of the rate, share of the weights that S keeps, in (0, 1]; at 1 no positions are stored, and
             rank_ratio is 0 if not given.
         bits: in place of a rate: bits a weight of all compressed linears, all counted, from 2.25 to 8.25. Each linear

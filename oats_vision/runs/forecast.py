@@ -11,6 +11,7 @@ from oats_vision.calibration.capture import INPUTS_KEPT, first_block_input
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.compression import methods
 from oats_vision.compression.blocks import GRADIENTS, STREAM
+from oats_vision.compression.budgets import planned
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan, plan_model
 from oats_vision.compression.record import CompressionReport, LayerReport
@@ -22,7 +23,7 @@ from oats_vision.machine import available_memory, memory_in_use, peak_memory
 from oats_vision.models.families import Structure
 from oats_vision.models.record import record_of
 from oats_vision.models.structure import floating, in_experts
-from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec, SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Unit, count
 
 STARTED = 100 << 20  # bytes of the CPU's threads, compiled products and allocator, once they have worked
@@ -307,12 +308,7 @@ def _emptied(shell: nn.Module, structure: Structure, plan: Plan, settings: Compr
     for block, linears in plan.parts.items():
         for name, parts in linears.items():
             linear = plan.linears[f"{block}.{name}"]
-            stored = tuple(
-                PartSpec(part.name, part.out_features, part.budget.rank, part.budget.nonzeros) for part in parts
-            )
-            spec = LayerSpec(
-                linear.in_features, linear.out_features, linear.bias is not None, stored, parts[0].budget.grid
-            )
+            spec = planned(linear.in_features, linear.bias is not None, parts)
             report.layers.append(LayerReport(f"{block}.{name}", spec, {}, {}, {}, 0.0, 0))
             shell.set_submodule(f"{block}.{name}", SparseLowRankLinear.empty(spec, linear.weight.dtype))
     return report

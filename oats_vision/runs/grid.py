@@ -185,7 +185,8 @@ def cell_name(settings: CompressionSettings) -> str:
     size = [_short(settings.rate)] if settings.density is None else []
     rounded = [settings.grid.short.replace("/", "x") + "z" * (not settings.symmetric)] if settings.grid else []
     whole = settings.density == 1 and not settings.rank_ratio
-    return "-".join([settings.method, *size, *([] if whole else ratio), *pattern, *rounded])
+    factors = ["floating"] * (settings.factors == "floating")
+    return "-".join([settings.method, *size, *([] if whole else ratio), *pattern, *rounded, *factors])
 
 
 def cell_words(settings: CompressionSettings) -> str:

@@ -44,17 +44,13 @@ class OATS(LinearMethod):
             raise ValueError("rank_ratio auto is for method oats with pattern row or layer")
 
     def _check_bits(self, options: CompressionOptions) -> None:
-        for name in ("rate", "values", "density", "rank_ratio", "pattern"):
+        for name in ("rate", "values", "factors", "density", "rank_ratio", "pattern"):
             if getattr(options, name) is not None:
                 raise ValueError(f"{name} and `bits` are both given, and bits chooses it: leave one of them out")
         if options.budget not in (None, "measured"):
             raise ValueError(f"budget must be measured (or left out) with bits, got {options.budget}")
         if options.group_size != 64 or not options.symmetric:
             raise ValueError("group_size and symmetric must be left out with bits, which chooses the format")
-        if options.storage_dtype == "float32":
-            raise ValueError(
-                "storage_dtype must be float16 or bfloat16 with bits, which counts 16 for an entry of U or V"
-            )
 
     def levers(self, options: CompressionOptions) -> dict[str, bool]:
         """By quality, where none is named; all but targets need the second moments that scaling second_moment takes."""
@@ -151,7 +147,16 @@ class OATS(LinearMethod):
             return factors
         kept = None if keeps_all(weight, budget) else factors.S != 0
         known = statistic.inverse_factor()
-        return quantised(weight, factors, statistic.compute(), budget.grid, kept, rounds=rounds, factor=known)
+        return quantised(
+            weight,
+            factors,
+            statistic.compute(),
+            budget.grid,
+            kept,
+            rounds=rounds,
+            factor=known,
+            int8_factors=budget.int8_factors,
+        )
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         matrices, moments = (11, 2 * 8 + 4) if settings.refit or settings.joint else (8, 0)
