@@ -206,24 +206,27 @@ def quantised(
         found = gptq(S, gram, grid, kept, factor=factor)
         S = found.dense().to(W)
         U, V = fit_factors(W - S, U, V, H)
-    low_rank = round_factors(W - S, U, V, H) if int8_factors else None
+    low_rank = round_factors(W - S, U, V, gram, factor) if int8_factors else None
     if low_rank:
         U, V = (one.dense().to(W) for one in low_rank)
     error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
     return Factors(S, U, V, error, factors.iterations, of_output, found, low_rank)
 
 
-def round_factors(rest: Tensor, U: Tensor, V: Tensor, H: Tensor) -> tuple[Quantised, Quantised]:
-    """U and V in 8 bits: V to the nearest level, then U, once it is fitted to that V.
+def round_factors(
+    rest: Tensor, U: Tensor, V: Tensor, gram: Tensor, factor: Tensor | None = None
+) -> tuple[Quantised, Quantised]:
+    """U and V in 8 bits: V as GPTQ does it, then U to the nearest level, once it is fitted to that V.
 
     Args:
         rest: W - S, (out_features, in_features). U: (out_features, rank). V: (rank, in_features).
-        H: (in_features, in_features).
+        gram, factor: as in `gptq`.
     """
+    H, _ = damped(gram, V)
     size = ((V @ H) * V).sum(1, keepdim=True).clamp_min(torch.finfo(V.dtype).tiny).sqrt()
-    V_rounded = nearest(V / size, FACTORS)  # with rows of one size, entries of a row of U count alike
-    U, _ = fit_factors(rest, U, V_rounded.dense().to(V), H)
-    return nearest(U, FACTORS), V_rounded
+    rounded_V = gptq(V / size, gram, FACTORS, factor=factor)  # with rows of one size, entries of U's rows count alike
+    U, _ = fit_factors(rest, U, rounded_V.dense().to(V), H)
+    return nearest(U, FACTORS), rounded_V
 
 
 def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:

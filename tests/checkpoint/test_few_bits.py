@@ -24,6 +24,7 @@ WAYS = {
     "sparsegpt, all kept": {"method": "sparsegpt", "values": "int4", "density": 1.0},
     "oats": {"values": "int6", "rate": 0.5},
     "all kept": {"values": "int2", "density": 1.0, "rank_ratio": 0.1},
+    "floating U and V": {"values": "int5", "rate": 0.5, "factors": "floating"},
 }
 
 
@@ -85,9 +86,11 @@ def _edit(saved: Path, change) -> None:
 
 
 def _tensor(name: str, change):
+    name = f"blocks.0.attn.proj.{name}"
+
     def damage(saved: Path) -> None:
         tensors = load_file(saved / "model.safetensors")
-        tensors[f"blocks.0.attn.proj.sparse.{name}"] = change(tensors[f"blocks.0.attn.proj.sparse.{name}"])
+        tensors[name] = change(tensors[name])
         save_file(tensors, saved / "model.safetensors")
         digest = hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
         _edit(saved, lambda config: config.update(weights_sha256=digest))
@@ -98,7 +101,7 @@ def _tensor(name: str, change):
 def _set(value):
     def change(tensor):
         tensor = tensor.clone()
-        tensor[0, 0] = value
+        tensor.view(-1)[0] = value
         return tensor
 
     return change
@@ -112,17 +115,31 @@ def _grid(**fields):
     return lambda saved: _edit(saved, change)
 
 
+def _spec(**fields):
+    def change(config):
+        for layer in config["layers"]:
+            layer["spec"].update(fields)
+
+    return lambda saved: _edit(saved, change)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_tensor("scales", _set(0x7F80)), "a scale is not finite"),  # infinity in bfloat16
-        (_tensor("scales", _set(0x7FC0)), "a scale is not finite"),  # NaN
-        (_tensor("scales", lambda t: t[:, :0].clone()), r"scales is int16 \[48, 0\], expected int16 \[48, 1\]"),
-        (_tensor("scales", lambda t: t.to(torch.int32)), "scales is int32"),
-        (_tensor("zeros", _set(8)), "a zero is beyond the 8 levels"),
-        (_tensor("codes", lambda t: t[:-1].clone()), "codes is uint8"),
-        (_tensor("bitmask", _set(255)), "the bitmask has"),
-        (_grid(bits=5), "config.json is damaged: layers.0.spec.grid.bits"),
+        (_tensor("sparse.scales", _set(0x7F80)), "a scale is not finite"),  # infinity in bfloat16
+        (_tensor("sparse.scales", _set(0x7FC0)), "a scale is not finite"),  # NaN
+        (_tensor("sparse.scales", lambda t: t[:, :0].clone()), r"scales is int16 \[48, 0\], expected int16 \[48, 1\]"),
+        (_tensor("sparse.scales", lambda t: t.to(torch.int32)), "scales is int32"),
+        (_tensor("sparse.zeros", _set(8)), "a zero is beyond the 8 levels"),
+        (_tensor("sparse.codes", lambda t: t[:-1].clone()), "codes is uint8"),
+        (_tensor("sparse.bitmask", _set(255)), "the bitmask has"),
+        (_grid(bits=7), "config.json is damaged: layers.0.spec.grid.bits"),
+        (_tensor("low_rank.U_scale", _set(0x7F80)), "a scale is not finite"),
+        (_tensor("low_rank.V_scale", _set(0x7FC0)), "a scale is not finite"),
+        (_tensor("low_rank.V_scale", lambda t: t[:-1].clone()), "V_scale is int16"),
+        (_tensor("low_rank.U", lambda t: t.half()), "U is float16"),
+        (_spec(int8_factors=False), "U is int8"),
+        (_spec(grid=None), "config.json is damaged: U and V of 8 bits are for values of few bits and a rank"),
         (_grid(bits=4), "codes is uint8"),
         (_grid(group_size=24), "group_size"),
         (_grid(group_size=-16), "group_size"),
@@ -141,7 +158,7 @@ def test_damaged_checkpoints_are_clear_errors(saved, damage, message):
     ("given", "message"),
     [
         ({"values": "int4", "method": "wanda"}, "values must be left out with method wanda"),
-        ({"values": "int5"}, "values must be int8, int6, int4, int3 or int2, got 'int5'"),
+        ({"values": "int7"}, "values must be int8, int6, int5, int4, int3 or int2, got 'int7'"),
         ({"values": "int4", "quality": "plain"}, "values rounds by the inputs' second moments"),
         ({"values": "int4", "group_size": 20}, "group_size must be 0 or a multiple of 16, got 20"),
         ({"values": "int4", "recover": 5}, "recover trains floating values"),
@@ -150,6 +167,9 @@ def test_damaged_checkpoints_are_clear_errors(saved, damage, message):
         ({"method": "rtn", "rank_ratio": 0.1}, "rank_ratio must be 0"),
         ({"method": "gptq", "budget": "measured"}, "budget must be uniform with method gptq"),
         ({"method": "rtn", "act_order": True}, "act_order must be left out with method rtn"),
+        ({"factors": "int8"}, "factors is for method oats with `values` of few bits"),
+        ({"factors": "int8", "method": "gptq"}, "factors is for method oats with `values` of few bits"),
+        ({"factors": "int4", "values": "int4"}, "factors must be int8 or floating, got 'int4'"),
         ({"density": 1.0}, "density 1 is for `values` of few bits"),
         ({"density": 0.5, "method": "slicegpt"}, "density must be left out with method slicegpt"),
         ({"group_size": 32}, "group_size and symmetric are for `values`"),
@@ -174,6 +194,6 @@ def test_the_schema_in_the_documentation_is_that_of_what_is_written(saved):
     assert file.read_text() == made, "write `json.dumps(schema(), indent=2)` to docs/config.schema.json"
     jsonschema.validate(json.loads((saved / "config.json").read_text()), schema())
     config = json.loads((saved / "config.json").read_text())
-    config["layers"][0]["spec"]["grid"]["bits"] = 5
+    config["layers"][0]["spec"]["grid"]["bits"] = 7
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(config, schema())

@@ -77,7 +77,7 @@ def test_the_model_has_so_many_bits_a_weight_and_layers_that_matter_have_more(ti
         ({"bits": 4.0, "budget": "uniform"}, "budget must be measured"),
         ({"bits": 4.0, "group_size": 32}, "group_size and symmetric must be left out"),
         ({"bits": 4.0, "quality": "plain"}, "bits rounds by the inputs' second moments"),
-        ({"bits": 4.0, "storage_dtype": "float32"}, "storage_dtype must be float16 or bfloat16"),
+        ({"bits": 4.0, "factors": "int8"}, "factors and `bits` are both given"),
         ({"bits": 4.0, "recover": 3}, "recover trains floating values"),
     ],
 )

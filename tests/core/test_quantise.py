@@ -160,6 +160,25 @@ def test_sparse_gpt_rounds_in_the_same_pass(problem):
     assert joint.output_error < float((torch.trace(E @ H @ E.T) / torch.trace(W @ H @ W.T)).sqrt())
 
 
+def test_u_and_v_in_8_bits_are_nearest_levels_and_cost_next_to_nothing(problem):
+    W, H = map(torch.from_numpy, problem)
+    budget = Budget(3, OUT * IN // 2)
+    factors = refit(W, oats(W, column_scale(H.diagonal()), budget), H)
+    kept = factors.S != 0
+    floating = quantised(W, factors, H, Grid(4, 16), kept)
+    found = quantised(W, factors, H, Grid(4, 16), kept, int8_factors=True)
+    assert floating.low_rank is None
+    torch.testing.assert_close(found.S, floating.S)
+    for factor, rounded in zip((found.U, found.V), found.low_rank, strict=True):
+        assert rounded.scales.grid == Grid(8, 0)
+        torch.testing.assert_close(factor, rounded.dense().to(factor))
+    assert found.output_error < 1.1 * floating.output_error
+    # the U that is best for this V is within a rounding of the U that was found
+    R, V = W - found.S.double(), found.V.double()
+    best = torch.linalg.solve(V @ H @ V.T, V @ H @ R.T).T
+    assert (found.U.double() - best).abs().max() < 0.02 * best.abs().max()
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_the_low_rank_term_makes_up_for_rounding(problem, rank, density):
