@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from oats_vision.compression.allocation import Point, lower_hull
@@ -15,46 +16,37 @@ from oats_vision.compression.budgets import PartBudget, planned
 from oats_vision.compression.curves import Weight, costs
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.core.budget import Allocation, Budget
+from oats_vision.core.budget import Budget
 from oats_vision.core.grid import Grid
 from oats_vision.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Format:
-    """Of a linear: how the values of S are rounded, and how many there are besides U and V, which have 8 bits."""
-
-    grid: Grid
-    density: float = 1.0
-    rank_ratio: float = 0.0
-
-    def of_parts(self, in_features: int, parts: Sequence[PartBudget]) -> list[PartBudget]:
-        """Parts with their budgets in this format. Raises ValueError as `budget` does."""
-        return [replace(part, budget=self.budget(part.out_features, in_features)) for part in parts]
-
-    def budget(self, out_features: int, in_features: int) -> Budget:
-        """Of one weight. Raises ValueError if it is too small for the rank or the density."""
-        allocation = Allocation.of(None, self.rank_ratio, density=self.density)
-        return replace(allocation, grid=self.grid, int8_factors=True).budget(out_features, in_features)
-
-    def __str__(self) -> str:
-        sparse = f", density {self.density:g}" * (self.density < 1)
-        low_rank = f", rank ratio {self.rank_ratio:g}" * (self.rank_ratio > 0)
-        return f"{self.grid}{sparse}{low_rank}"
-
-
-FORMATS = (
-    Format(Grid(2, 64)),
-    Format(Grid(2, 32)),
-    Format(Grid(3, 64)),
-    Format(Grid(3, 32)),
-    Format(Grid(4, 64)),
-    Format(Grid(4, 32)),
-    Format(Grid(6, 64)),
-    Format(Grid(8, 64)),
+# all weights are kept: positions and U V, in place of bits, lose more than they save at every total (docs/results.md)
+FORMATS = tuple(
+    Grid(bits, group_size)
+    for bits, group_size in (
+        (2, 128),
+        (2, 64),
+        (2, 32),
+        (3, 128),
+        (3, 64),
+        (3, 32),
+        (4, 128),
+        (4, 64),
+        (4, 32),
+        (5, 128),
+        (5, 64),
+        (6, 64),
+        (8, 64),
+    )
 )
+
+
+def budget(format: Grid, out_features: int, in_features: int) -> Budget:
+    """Of one weight in a format."""
+    return Budget(0, out_features * in_features, grid=format)
 
 
 @dataclass(frozen=True)
@@ -64,14 +56,19 @@ class Offer:
     format: None where nothing is known of the linear, which stays as it was planned.
     """
 
-    format: Format | None
+    format: Grid | None
     bytes: int
     cost: float
 
     @classmethod
-    def of(cls, format: Format, in_features: int, parts: Sequence[PartBudget], cost: float) -> "Offer":
+    def of(cls, format: Grid, in_features: int, parts: Sequence[PartBudget], cost: float) -> "Offer":
         """Of a linear all of whose parts have a format."""
-        return cls(format, stored_bytes(in_features, format.of_parts(in_features, parts)), cost)
+        return cls(format, stored_bytes(in_features, in_format(format, in_features, parts)), cost)
+
+
+def in_format(format: Grid, in_features: int, parts: Sequence[PartBudget]) -> list[PartBudget]:
+    """Parts with their budgets in a format."""
+    return [replace(part, budget=budget(format, part.out_features, in_features)) for part in parts]
 
 
 def stored_bytes(in_features: int, parts: Sequence[PartBudget]) -> int:
@@ -129,9 +126,9 @@ def choose(offers: Sequence[Sequence[Offer]], total: int) -> list[Offer]:
     return [hull[k] for hull, k in zip(hulls, chosen, strict=True)]
 
 
-def offered(weight: Weight, method: LinearMethod, settings: CompressionSettings) -> dict[Format, float]:
+def offered(weight: Weight, method: LinearMethod, settings: CompressionSettings) -> dict[Grid, float]:
     """What each format costs that the weight can have."""
-    found = costs(weight, method, settings, [one.budget for one in FORMATS])
+    found = costs(weight, method, settings, [partial(budget, one) for one in FORMATS])
     return {one: of_one[2] for one, of_one in zip(FORMATS, found, strict=True) if of_one}
 
 
@@ -139,7 +136,7 @@ def in_formats(
     uniform: dict[str, dict[str, list[PartBudget]]],
     widths: dict[str, dict[str, int]],
     bits: float,
-    found: Sequence[dict[Format, float] | None],
+    found: Sequence[dict[Grid, float] | None],
 ) -> dict[str, dict[str, list[PartBudget]]]:
     """The budgets of all parts, by block and linear; those of a linear are in one format.
 
@@ -168,7 +165,7 @@ def in_formats(
     shared_out: dict[str, dict[str, list[PartBudget]]] = {block: {} for block in uniform}
     for (block, name), offer in zip(names, chosen, strict=True):
         parts = uniform[block][name]
-        shared_out[block][name] = offer.format.of_parts(widths[block][name], parts) if offer.format else parts
+        shared_out[block][name] = in_format(offer.format, widths[block][name], parts) if offer.format else parts
     for one in FORMATS:
         log.info("bits %g: %d of %d linears in %s", bits, sum(o.format == one for o in chosen), len(chosen), one)
     return shared_out

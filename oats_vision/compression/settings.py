@@ -59,7 +59,7 @@ class _Shared(BaseModel):
     )
     bits: float | None = Field(
         None,
-        ge=2.25,
+        ge=2.125,
         le=8.25,
         description="in place of a rate: bits a weight in all; formats by measured errors",
     )
@@ -132,7 +132,7 @@ class CompressionSettings(_Shared):
         from oats_vision.core.grid import Grid
 
         if self.bits:  # before formats are chosen: the largest that fits
-            return Grid(max(bits for bits in (2, 3, 4, 5, 6, 8) if bits + 0.25 <= self.bits), 64)
+            return Grid(max(bits for bits in (2, 3, 4, 5, 6, 8) if bits + 0.125 <= self.bits), 128)
         return Grid(int(str(self.values)[3:]), self.group_size, self.symmetric)
 
     @property

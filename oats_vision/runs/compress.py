@@ -195,7 +195,7 @@ def compress(
         factors: with values: U and V in 8 bits, with a scale for each row, or floating; `int8` if not given.
         density: in place of the rate, share of the weights that S keeps, in (0, 1]; at 1 no positions are stored, and
             rank_ratio is 0 if not given.
-        bits: in place of a rate: bits a weight of all compressed linears, all counted, from 2.25 to 8.25. Each linear
+        bits: in place of a rate: bits a weight of all compressed linears, all counted, from 2.125 to 8.25. Each linear
             gets the format that measured errors say.
         group_size: with values: columns of a row that share a scale, a multiple of 16; 0: all.
         symmetric: with values: levels symmetric about 0; else each group has a zero of its own.
