@@ -46,6 +46,7 @@ class _Grid(_Closed):
     bits: Literal[2, 3, 4, 5, 6, 8]
     group_size: Annotated[int, Field(ge=0, lt=1 << 31, multiple_of=16)]
     symmetric: bool
+    normal: bool = False
 
 
 class _Spec(_Closed):

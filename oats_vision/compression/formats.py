@@ -25,22 +25,8 @@ log = logging.getLogger(__name__)
 
 # all weights are kept: positions and U V, in place of bits, lose more than they save at every total (docs/results.md)
 FORMATS = tuple(
-    Grid(bits, group_size)
-    for bits, group_size in (
-        (2, 128),
-        (2, 64),
-        (2, 32),
-        (3, 128),
-        (3, 64),
-        (3, 32),
-        (4, 128),
-        (4, 64),
-        (4, 32),
-        (5, 128),
-        (5, 64),
-        (6, 64),
-        (8, 64),
-    )
+    Grid(bits, group_size, normal=bits <= 4)
+    for bits, group_size in ((2, 128), (2, 64), (3, 128), (3, 64), (4, 128), (4, 64), (5, 128), (6, 128), (8, 128))
 )
 
 

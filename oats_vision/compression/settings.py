@@ -18,7 +18,7 @@ Solver = Literal["fast", "exact"]
 Quality = Literal["best", "fast", "plain"]
 Budgets = Literal["uniform", "measured", "owl", "alphapruning"]
 OnBadLayer = Literal["stop", "dense"]
-Values = Literal["int8", "int6", "int5", "int4", "int3", "int2"]
+Values = Literal["int8", "int6", "int5", "int4", "int3", "int2", "nf4", "nf3", "nf2"]
 FactorValues = Literal["int8", "floating"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
@@ -133,7 +133,7 @@ class CompressionSettings(_Shared):
 
         if self.bits:  # before formats are chosen: the largest that fits
             return Grid(max(bits for bits in (2, 3, 4, 5, 6, 8) if bits + 0.125 <= self.bits), 128)
-        return Grid(int(str(self.values)[3:]), self.group_size, self.symmetric)
+        return Grid.parse(str(self.values), self.group_size, self.symmetric)
 
     @property
     def quality(self) -> Quality | None:

@@ -14,7 +14,7 @@ from oats_vision.core.grid import Grid, Quantised, Scales
 from oats_vision.core.oats import Factors, arithmetic, output_error, relative_error
 from oats_vision.core.refit import damped, fit_factors, fit_values
 
-SHRUNK = torch.linspace(1.0, 0.4, 25).tolist()  # ranges that are tried, as shares of the one that holds all values
+SHRUNK = torch.linspace(1.1, 0.4, 29).tolist()  # ranges that are tried, as shares of the one that holds all values
 FACTORS = Grid(8, group_size=0)  # of U and V: a scale for each row
 FITTED = 5  # steps of conjugate gradients, before values are rounded
 BLOCK = 128  # columns whose losses move those to the right at once
@@ -65,7 +65,9 @@ def _scales(grid: Grid, low: Tensor, high: Tensor) -> Scales:
     """Of levels that reach from `low`, at most 0, to `high`, at least 0."""
     tiny = torch.finfo(torch.bfloat16).tiny
     if grid.symmetric:
-        scale = torch.where(high > -low, -high, -low) / (grid.levels // 2)
+        # to the side of the largest value points the one level more, or the sparser side
+        scale = torch.where(high > -low, high, low) if grid.normal else torch.where(high > -low, -high, -low)
+        scale = scale if grid.normal else scale / (grid.levels // 2)
         return Scales(grid, torch.where(scale.abs() < tiny, tiny, scale).bfloat16(), None)
     scale = ((high - low) / (grid.levels - 1)).clamp_min(tiny).bfloat16()
     return Scales(grid, scale, (-low / scale.to(low)).round_().clamp_(0, grid.levels - 1).to(torch.uint8))

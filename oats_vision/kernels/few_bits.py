@@ -23,7 +23,7 @@ class FewBitsWeight(NamedTuple):
     """W = S + U V (out_features, in_features) and a bias, where the values of S have few bits; see `core/grid.py`.
 
     Attributes:
-        bits: of a code: 2, 3, 4, 6 or 8.
+        bits: of a code: 2 to 6, or 8. normal: whether levels are those of `LEVELS` and not equally spaced; 2 to 4 bits.
         group_size: columns that share a scale, a multiple of 16; 0: all of a row.
         code_count: of codes that there are.
         codes: as `pack_codes` makes them, in row order.
@@ -36,6 +36,7 @@ class FewBitsWeight(NamedTuple):
     """
 
     bits: int
+    normal: bool
     group_size: int
     code_count: int
     codes: Tensor
@@ -51,7 +52,7 @@ class FewBitsWeight(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[3:12]
+        return self[4:13]
 
 
 class FewBitsMatrix:
@@ -68,7 +69,7 @@ class FewBitsMatrix:
     """
 
     def __init__(self, weight: FewBitsWeight) -> None:
-        bits, group_size, count, codes, scales, zeros, bitmask, U, V, _, _, bias, _ = weight
+        bits, _, group_size, count, codes, scales, zeros, bitmask, U, V, _, _, bias, _ = weight
         if not scales.dim() == U.dim() == V.dim() == 2:
             raise ValueError("scales, U and V must have two dimensions")
         rows, in_features, width, dtype = len(scales), V.shape[1], U.shape[1], U.dtype
@@ -147,6 +148,7 @@ def kernels_take(weight: FewBitsWeight, x: Tensor | None = None) -> bool:
         return False
     if (
         weight.bits == 5
+        or weight.normal
         or weight.U.dtype not in TYPES
         or not weight.codes.is_cpu
         or weight.group_size % 16

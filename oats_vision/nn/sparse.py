@@ -145,6 +145,7 @@ class QuantisedSparse(nn.Module):
         tensors: dict[str, Any] = self._buffers
         return FewBitsWeight(
             bits=self.grid.bits,
+            normal=self.grid.normal,
             group_size=self.grid.group_size,
             code_count=self.count,
             codes=tensors["codes"],

@@ -147,7 +147,7 @@ def compress(
     rate: float | None = None,
     rank_ratio: float | Literal["auto"] | None = None,
     pattern: str | None = None,
-    values: Literal["int8", "int6", "int5", "int4", "int3", "int2"] | None = None,
+    values: Literal["int8", "int6", "int5", "int4", "int3", "int2", "nf4", "nf3", "nf2"] | None = None,
     factors: Literal["int8", "floating"] | None = None,
     density: float | None = None,
     bits: float | None = None,
@@ -190,8 +190,9 @@ def compress(
         rank_ratio: share of what is kept that goes to the low-rank term, in [0, 1]; `auto`: for each layer the ratio
             that is fastest here; 0.2 for `oats` if not given.
         pattern: where S keeps its non-zeros: `row`, `layer`, or N:M such as `2:4`; the method's own if not given.
-        values: bits of the values of S, which all count in the file; floating ones if not given (`rtn` and `gptq`:
-            int4). What stays floating is stored in float16 then, unless `storage_dtype` says otherwise.
+        values: format of the values of S, which all count in the file; floating ones if not given (`rtn` and `gptq`:
+            int4). `nf4`: 4 bits too, levels as dense as the values of a normal distribution. What stays floating is
+            stored in float16 then, unless `storage_dtype` says otherwise.
         factors: with values: U and V in 8 bits, with a scale for each row, or floating; `int8` if not given.
         density: in place of the rate, share of the weights that S keeps, in (0, 1]; at 1 no positions are stored, and
             rank_ratio is 0 if not given.

@@ -24,6 +24,7 @@ WAYS = {
     "sparsegpt, all kept": {"method": "sparsegpt", "values": "int4", "density": 1.0},
     "oats": {"values": "int6", "rate": 0.5},
     "all kept": {"values": "int2", "density": 1.0, "rank_ratio": 0.1},
+    "nf": {"values": "nf3", "rate": 0.5},
     "floating U and V": {"values": "int5", "rate": 0.5, "factors": "floating"},
 }
 
@@ -158,7 +159,7 @@ def test_damaged_checkpoints_are_clear_errors(saved, damage, message):
     ("given", "message"),
     [
         ({"values": "int4", "method": "wanda"}, "values must be left out with method wanda"),
-        ({"values": "int7"}, "values must be int8, int6, int5, int4, int3 or int2, got 'int7'"),
+        ({"values": "int7"}, "values must be int8, int6, int5, int4, int3, int2, nf4, nf3 or nf2, got 'int7'"),
         ({"values": "int4", "quality": "plain"}, "values rounds by the inputs' second moments"),
         ({"values": "int4", "group_size": 20}, "group_size must be 0 or a multiple of 16, got 20"),
         ({"values": "int4", "recover": 5}, "recover trains floating values"),
@@ -170,6 +171,7 @@ def test_damaged_checkpoints_are_clear_errors(saved, damage, message):
         ({"factors": "int8"}, "factors is for method oats with `values` of few bits"),
         ({"factors": "int8", "method": "gptq"}, "factors is for method oats with `values` of few bits"),
         ({"factors": "int4", "values": "int4"}, "factors must be int8 or floating, got 'int4'"),
+        ({"values": "nf4", "symmetric": False}, "symmetric must be left out with values nf4"),
         ({"density": 1.0}, "density 1 is for `values` of few bits"),
         ({"density": 0.5, "method": "slicegpt"}, "density must be left out with method slicegpt"),
         ({"group_size": 32}, "group_size and symmetric are for `values`"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from oats_vision.compression.methods.sparsegpt import sparsegpt
 from oats_vision.core.budget import Budget
-from oats_vision.core.grid import Grid
+from oats_vision.core.grid import LEVELS, Grid
 from oats_vision.core.oats import column_scale, oats
 from oats_vision.core.quantise import find_scales, gptq, nearest, quantised
 from oats_vision.core.refit import refit
@@ -27,8 +27,8 @@ def problem() -> tuple[np.ndarray, np.ndarray]:
     return generator.standard_normal((OUT, IN)), inputs.T @ inputs / 500
 
 
-def _levels(scale: float, zero: int, bits: int) -> np.ndarray:
-    return (np.arange(2**bits) - zero) * scale
+def _levels(scale: float, zero: int, grid: Grid) -> np.ndarray:
+    return scale * (np.array(LEVELS[grid.bits]) if grid.normal else np.arange(2**grid.bits) - zero)
 
 
 def _round(w: float, levels: np.ndarray) -> float:
@@ -39,24 +39,24 @@ def _round(w: float, levels: np.ndarray) -> float:
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 70),
-    bits=st.sampled_from([2, 3, 4, 6, 8]),
+    values=st.sampled_from([*(f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)), "nf2", "nf3", "nf4"]),
     group=st.sampled_from([0, 16, 32]),
     symmetric=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_each_value_goes_to_the_nearest_level_of_its_group(rows, columns, bits, group, symmetric, seed):
+def test_each_value_goes_to_the_nearest_level_of_its_group(rows, columns, values, group, symmetric, seed):
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    grid = Grid(bits, group, symmetric)
+    grid = Grid.parse(values, group, symmetric or values.startswith("nf"))
     found = nearest(W, grid)
     scale, zero = found.scales.scale.double(), found.scales.zero
     assert scale.shape == (rows, grid.groups(columns))
     for i in range(rows):
         for j in range(columns):
             g = j // (group or columns)
-            levels = _levels(float(scale[i, g]), 2 ** (bits - 1) if zero is None else int(zero[i, g]), bits)
+            levels = _levels(float(scale[i, g]), grid.levels // 2 if zero is None else int(zero[i, g]), grid)
             assert float(found.dense()[i, j]) == pytest.approx(_round(float(W[i, j]), levels), abs=1e-6)
             # the range holds all values, but for what the short end, the scale and the zero lose by being rounded
-            assert abs(float(found.dense()[i, j]) - float(W[i, j])) <= 1.6 * abs(float(scale[i, g])) + 1e-9
+            assert abs(float(found.dense()[i, j]) - float(W[i, j])) <= 1.6 * np.abs(np.diff(levels)).max() + 1e-9
 
 
 def test_the_largest_value_is_a_level_and_zeros_stay_zero():
@@ -68,14 +68,14 @@ def test_the_largest_value_is_a_level_and_zeros_stay_zero():
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e17])
 def test_weights_of_any_size_are_rounded_alike(size):
     W = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    for grid in (Grid(4, 16), Grid(4, 16, symmetric=False)):
+    for grid in (Grid(4, 16), Grid(4, 16, symmetric=False), Grid(4, 16, normal=True)):
         error = (nearest(W * size, grid).dense() / size - W).norm() / W.norm()
         assert float(error) < 0.12
 
 
 def test_the_range_that_is_found_is_the_best_of_those_tried(problem):
     W, H = torch.from_numpy(problem[0]), torch.from_numpy(problem[1]).diagonal()
-    for grid in (Grid(3, 16), Grid(2, 0), Grid(3, 16, symmetric=False)):
+    for grid in (Grid(3, 16), Grid(2, 0), Grid(3, 16, symmetric=False), Grid(3, 16, normal=True)):
 
         def lost(scales, grid=grid):
             return grid.by_group((scales.values(scales.codes(W), W.dtype) - W).square() * H).sum(2)
@@ -87,7 +87,9 @@ def test_the_range_that_is_found_is_the_best_of_those_tried(problem):
 
 @pytest.mark.parametrize("support", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("grid", [Grid(4, 16), Grid(3, 0), Grid(3, 32, symmetric=False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 16), Grid(3, 0), Grid(3, 32, symmetric=False), Grid(3, 16, normal=True)], ids=str
+)
 def test_gptq_is_the_papers_algorithm(problem, grid, act_order, support):
     W, H = problem
     kept = np.random.default_rng(1).random(W.shape) < 0.6 if support else np.ones(W.shape, dtype=bool)
@@ -102,12 +104,26 @@ def test_gptq_is_the_papers_algorithm(problem, grid, act_order, support):
         for step, j in enumerate(order):
             group = j // (grid.group_size or IN)
             zero = 2 ** (grid.bits - 1) if found.scales.zero is None else int(found.scales.zero[i, group])
-            levels = _levels(float(found.scales.scale[i, group]), zero, grid.bits)
+            levels = _levels(float(found.scales.scale[i, group]), zero, grid)
             expected[i, j] = _round(w[j], levels) if kept[i, j] else 0.0
             rest = order[step:]
             w[rest] -= (w[j] - expected[i, j]) / inverse[0, 0] * inverse[0]
             inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
     np.testing.assert_allclose(found.dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", LEVELS)
+def test_normal_levels_lose_least_of_normal_values(bits):
+    W = torch.randn(4000, 64, generator=torch.Generator().manual_seed(1))
+
+    def lost(grid):
+        scales = find_scales(W, grid, torch.ones(64))
+        return float((scales.values(scales.codes(W)) - W).square().mean().sqrt())
+
+    assert lost(Grid(bits, 64, normal=True)) < 0.95 * lost(Grid(bits, 64))
+    levels = LEVELS[bits]
+    assert max(map(abs, levels)) == levels[-1] == 1.0
+    assert list(levels) == sorted(levels)
 
 
 def test_gptq_loses_less_at_the_outputs_than_rounding_to_nearest(problem):

@@ -62,6 +62,8 @@ class Method(ABC):
         rounds = options.values or self.values or options.bits
         if not rounds and (options.group_size != 64 or not options.symmetric):
             raise ValueError("group_size and symmetric are for `values` of few bits: give these too")
+        if not options.symmetric and (options.values or "").startswith("nf"):
+            raise ValueError(f"symmetric must be left out with values {options.values}: its levels are fixed")
         if options.factors and not (rounds and self.rank_ratio is None):
             raise ValueError("factors is for method oats with `values` of few bits: give these too")
         if options.density is not None and not self.keeps_sparse:
