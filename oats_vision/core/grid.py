@@ -20,28 +20,14 @@ from torch import Tensor
 
 # least mean squared error for groups of 64 normal values with a searched range (eval/studies/normal_levels.py); the
 # largest value lies near 1
+# fmt: off
 LEVELS = {
     2: (-0.788, -0.189, 0.333, 1.0),
     3: (-0.793, -0.486, -0.254, -0.054, 0.141, 0.352, 0.607, 1.0),
-    4: (
-        -0.871,
-        -0.684,
-        -0.542,
-        -0.424,
-        -0.318,
-        -0.221,
-        -0.129,
-        -0.037,
-        0.053,
-        0.147,
-        0.244,
-        0.348,
-        0.462,
-        0.593,
-        0.758,
-        1.0,
-    ),
+    4: (-0.869, -0.682, -0.539, -0.421, -0.315, -0.218, -0.125, -0.033,
+        0.057, 0.149, 0.245, 0.348, 0.463, 0.596, 0.762, 1.0),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
