@@ -44,10 +44,10 @@ inline void unpack_second_of_6(const uint8_t *from, int64_t bytes, int8_t *to) {
     }
 }
 
-// The second pieces of codes of 3 bits: 1 bit, above 2. What has it is 4 more, and all are to be 4 less.
-inline void unpack_second_of_3(const uint8_t *from, int64_t bytes, int8_t *to) {
+// The second pieces of codes of 3 or 5 bits: 1 bit. What has it is `half` more, and all are to be that less.
+inline void unpack_last_bit(const uint8_t *from, int64_t bytes, int8_t half, int8_t *to) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i + 2048);
-    for (int64_t i = 0; i < bytes; i += 8) subtract_four_where_none(read_bits(from + i, bytes - i), to + i * 8);
+    for (int64_t i = 0; i < bytes; i += 8) subtract_where_none(read_bits(from + i, bytes - i), half, to + i * 8);
 }
 
 // Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1). Reads no byte that holds none
@@ -62,10 +62,13 @@ inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, 
             break;
         case 3:
             unpack_first<2>(piece(2, 0), bytes(2), to);
-            return unpack_second_of_3(piece(1, ceil_div(all, 4)), bytes(1), to);
+            return unpack_last_bit(piece(1, ceil_div(all, 4)), bytes(1), 4, to);
         case 4:
             unpack_first<4>(piece(4, 0), bytes(4), to);
             break;
+        case 5:
+            unpack_first<4>(piece(4, 0), bytes(4), to);
+            return unpack_last_bit(piece(1, ceil_div(all, 2)), bytes(1), 16, to);
         case 6:
             unpack_first<4>(piece(4, 0), bytes(4), to);
             unpack_second_of_6(piece(2, ceil_div(all, 2)), bytes(2), to);

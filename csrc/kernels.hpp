@@ -39,7 +39,7 @@ struct LowRank {
 // oats_vision/kernels/codes.py says, scales (rows, groups) as the bits of bfloat16, and zeros (rows, groups) or null.
 struct FewBits {
     Sparse kept;  // where values are kept: a null bitmask says everywhere. Its own values are null, its type is U's.
-    int bits;     // of a code: 2, 3, 4, 6 or 8
+    int bits;     // of a code: 2, 3, 4, 5, 6 or 8
     const uint8_t *codes;
     const uint16_t *scales;
     const uint8_t *zeros;

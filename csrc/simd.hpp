@@ -127,10 +127,10 @@ inline void expand_bytes(uint64_t mask, const int8_t *p, int8_t *out) {
     _mm512_storeu_si512(out, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)));
 }
 
-// Takes 4 off those of 64 bytes where `mask` has no ones.
-inline void subtract_four_where_none(uint64_t mask, int8_t *bytes) {
+// Takes `amount` off those of 64 bytes where `mask` has no ones.
+inline void subtract_where_none(uint64_t mask, int8_t amount, int8_t *bytes) {
     const __m512i all = _mm512_loadu_si512(bytes);
-    _mm512_storeu_si512(bytes, _mm512_mask_sub_epi8(all, ~mask, all, _mm512_set1_epi8(4)));
+    _mm512_storeu_si512(bytes, _mm512_mask_sub_epi8(all, ~mask, all, _mm512_set1_epi8(amount)));
 }
 
 #else
@@ -177,16 +177,16 @@ inline void expand_bytes(uint64_t mask, const int8_t *p, int8_t *out) {
     }
 }
 
-// Takes 4 off those of 64 bytes where `mask` has no ones.
-inline void subtract_four_where_none(uint64_t mask, int8_t *bytes) {
+// Takes `amount` off those of 64 bytes where `mask` has no ones.
+inline void subtract_where_none(uint64_t mask, int8_t amount, int8_t *bytes) {
     const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
     OATS_UNROLL for (int i = 0; i < 64; i += 32, mask >>= 32) {
         __m256i ones = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(mask)), byte);
         ones = _mm256_cmpeq_epi8(_mm256_and_si256(ones, bit), bit);
         auto *at = reinterpret_cast<__m256i *>(bytes + i);
-        const __m256i four = _mm256_andnot_si256(ones, _mm256_set1_epi8(4));
-        _mm256_storeu_si256(at, _mm256_sub_epi8(_mm256_loadu_si256(at), four));
+        const __m256i less = _mm256_andnot_si256(ones, _mm256_set1_epi8(amount));
+        _mm256_storeu_si256(at, _mm256_sub_epi8(_mm256_loadu_si256(at), less));
     }
 }
 
@@ -283,9 +283,9 @@ inline void expand_bytes(uint64_t mask, const int8_t *p, int8_t *out) {
     for (; mask; mask &= mask - 1) out[__builtin_ctzll(mask)] = *p++;
 }
 
-// Takes 4 off those of 64 bytes where `mask` has no ones.
-inline void subtract_four_where_none(uint64_t mask, int8_t *bytes) {
-    for (int i = 0; i < 64; i++) bytes[i] = static_cast<int8_t>(bytes[i] - (~mask >> i & 1) * 4);
+// Takes `amount` off those of 64 bytes where `mask` has no ones.
+inline void subtract_where_none(uint64_t mask, int8_t amount, int8_t *bytes) {
+    for (int i = 0; i < 64; i++) bytes[i] = static_cast<int8_t>(bytes[i] - (mask >> i & 1 ? 0 : amount));
 }
 
 struct Vec {

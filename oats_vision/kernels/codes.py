@@ -1,8 +1,8 @@
-"""Codes of 2, 3, 4, 6 or 8 bits, packed.
+"""Codes of 2, 3, 4, 5, 6 or 8 bits, packed.
 
-A code of 3 or 6 bits is cut in two, whose widths divide a byte: 3 = 2 + 1, 6 = 4 + 2, the low bits first. All codes'
-first pieces come one after another, then all second ones; within a byte the first is in the lowest bits, and what is
-left of the last byte is 0.
+A code of 3, 5 or 6 bits is cut in two, whose widths divide a byte: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, the low bits
+first. All codes' first pieces come one after another, then all second ones; within a byte the first is in the lowest
+bits, and what is left of the last byte is 0.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}  # of a code's pieces, by its bits
+WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # of a code's pieces, by its bits
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -23,7 +23,7 @@ class FewBitsWeight(NamedTuple):
     """W = S + U V (out_features, in_features) and a bias, where the values of S have few bits; see `core/grid.py`.
 
     Attributes:
-        bits: of a code: 2, 3, 4, 6 or 8.
+        bits: of a code: 2, 3, 4, 5, 6 or 8.
         group_size: columns that share a scale, a multiple of 16; 0: all of a row.
         code_count: of codes that there are.
         codes: as `pack_codes` makes them, in row order.

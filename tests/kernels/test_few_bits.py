@@ -133,7 +133,7 @@ def test_shapes_that_do_not_fit_are_errors():
     good = _weight(_layer())
     FewBitsMatrix(good)
     bad = {
-        "bits": 5,
+        "bits": 7,
         "group_size": 32,
         "code_count": good.code_count + 8,
         "codes": good.codes[:-1],
