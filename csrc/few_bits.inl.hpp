@@ -209,6 +209,20 @@ OATS_INLINE void few_bits_dot(const FewBits &S, const Row &row, const float *x, 
     OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = acc[t];
 }
 
+// sums[t] += U's row . z[t]
+template <int T>
+OATS_INLINE void add_low_rank(const FewTokens &p, int64_t token, int64_t row, int64_t rank, int64_t rank_start,
+                              Vec (&sums)[T]) {
+    Vec products[T];
+    OATS_UNROLL for (int t = 0; t < T; t++) products[t] = Vec::zero();
+    with_factor_type(p.L, [&](auto type) {
+        dense_dot<T>(static_cast<const decltype(type) *>(p.L.U) + row * p.L.width, rank,
+                     p.z + token * p.z_stride + rank_start, p.z_stride, products);
+    });
+    const Vec scale = Vec::all(scale_at(p.L.U_scale, row));
+    OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = fma(scale, products[t], sums[t]);
+}
+
 template <int T, Offset offset>
 void few_bits_rows(const FewTokens &p, const FewBits &S, int64_t token, int64_t first, int64_t last, int64_t rank,
                    int64_t rank_start, uint8_t *memory) {
@@ -217,18 +231,13 @@ void few_bits_rows(const FewTokens &p, const FewBits &S, int64_t token, int64_t 
         if (!values.read(row)) return p.fit.lost();
         Vec sums[T];
         few_bits_dot<T, offset>(S, values, p.x + token * p.x_stride, p.x_stride, sums);
-        with_type(S.kept.type, [&](auto type) {
-            using V = decltype(type);
-            if (rank)
-                dense_dot<T>(static_cast<const V *>(p.L.U) + row * p.L.width, rank,
-                             p.z + token * p.z_stride + rank_start, p.z_stride, sums);
-            const float b = p.bias ? to_float(static_cast<const V *>(p.bias)[row]) : 0;
-            for (int t = 0; t < T; t++) p.y[(token + t) * S.kept.rows + row] = sums[t].sum() + b;
-        });
+        if (rank) add_low_rank(p, token, row, rank, rank_start, sums);
+        const float b = bias_at(p.bias, row);
+        for (int t = 0; t < T; t++) p.y[(token + t) * S.kept.rows + row] = sums[t].sum() + b;
     }
 }
 
-inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
                      int threads) {
     threads = threads_for(S.kept, io.tokens, threads);
     const int64_t room = Row::room(S);

@@ -35,6 +35,9 @@ struct Vec {
     static Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
     static Vec load(const bfloat16 *p, int64_t n) { return widen_b(_mm256_maskz_loadu_epi16(first(n), p)); }
     static Vec load(const float16 *p, int64_t n) { return widen_h(_mm256_maskz_loadu_epi16(first(n), p)); }
+    static Vec load(const int8_t *p, int64_t n) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+    }
     // Keeps the compiler from loading it again for each use.
     Vec &in_register() {
         asm("" : "+v"(v));

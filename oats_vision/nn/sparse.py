@@ -133,17 +133,19 @@ class QuantisedSparse(nn.Module):
         """S + U V as the kernels take it: these very tensors, no copies."""
         tensors: dict[str, Any] = self._buffers
         return FewBitsWeight(
-            self.grid.bits,
-            self.grid.group_size,
-            self.count,
-            tensors["codes"],
-            tensors["scales"],
-            tensors["zeros"],
-            tensors["bitmask"],
-            U,
-            V,
-            bias,
-            parts,
+            bits=self.grid.bits,
+            group_size=self.grid.group_size,
+            code_count=self.count,
+            codes=tensors["codes"],
+            scales=tensors["scales"],
+            zeros=tensors["zeros"],
+            bitmask=tensors["bitmask"],
+            U=U,
+            V=V,
+            U_scale=None,
+            V_scale=None,
+            bias=bias,
+            parts=parts,
         )
 
     def clear(self) -> None:
