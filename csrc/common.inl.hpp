@@ -50,6 +50,23 @@ void with_type(Type type, F f) {
         f(float16{});
 }
 
+template <class F>
+void with_factor_type(const LowRank &L, F f) {
+    if (L.type == Type::int8)
+        f(int8_t{});
+    else
+        with_type(L.type, f);
+}
+
+inline float scale_at(const uint16_t *scales, int64_t row) { return scales ? to_float(bfloat16{scales[row]}) : 1; }
+
+inline float bias_at(const Bias &bias, int64_t row) {
+    float b = 0;
+    if (bias.values)
+        with_type(bias.type, [&](auto type) { b = to_float(static_cast<const decltype(type) *>(bias.values)[row]); });
+    return b;
+}
+
 // Calls f(rows before, ranks before, part) for each part.
 template <class F>
 OATS_INLINE void for_parts(const LowRank &L, F f) {

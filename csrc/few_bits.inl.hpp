@@ -1,96 +1,79 @@
-// Values of few bits. A row's codes are unpacked to bytes and spread out to their columns in the first-level cache;
-// from there on they are in registers: to floats, less their zero, and times their group's scale.
+// Values of few bits. A row's codes are unpacked to bytes in the first-level cache; from there on they are in registers:
+// to floats, less their zero, at their columns, and times their group's scale.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
+#include "bytes.hpp"
 #include "few_tokens.inl.hpp"
 
 namespace oats::OATS_ISA {
 
-// The codes in a byte, of 2 or 4 bits each, in as many bytes.
-template <int width>
-OATS_INLINE auto spread(uint8_t byte) {
-    if constexpr (width == 4) {
-        const uint16_t v = byte;
-        return static_cast<uint16_t>((v | v << 4) & 0x0f0f);
-    } else {
-        static_assert(width == 2);
-        uint32_t v = byte;
-        v = (v | v << 12) & 0x000f000f;
-        return (v | v << 6) & 0x03030303;
+// Where `bytes` bytes can be read that are those from p on: p, or a copy of what there is before `end`.
+template <int64_t bytes>
+OATS_INLINE const uint8_t *readable(const uint8_t *p, const uint8_t *end, uint8_t (&copy)[bytes]) {
+    __builtin_prefetch(p + 4096);
+    if (end - p >= bytes) return p;
+    return static_cast<const uint8_t *>(std::memcpy(copy, p, static_cast<size_t>(end - p)));
+}
+
+// `count` codes of two pieces (or one: `second` is 0), less 2^(bits - 1). Reads nothing from `end` on, and writes up to
+// 63 bytes more.
+template <int first, int second>
+void unpack(const uint8_t *a, const uint8_t *b, const uint8_t *end, int64_t count, int8_t *to) {
+    constexpr int half = 1 << (first + second - 1);
+    uint8_t last[8 * first] = {}, other[second ? 8 * second : 1] = {};
+    for (int64_t i = 0; i < count; i += 64, a += 8 * first, b += 8 * second) {
+        const uint8_t *from = readable(a, end, last);
+        Bytes codes;
+        if constexpr (first == 8)
+            codes = Bytes::load(from);
+        else
+            codes = Bytes::of_bits<first, 0>(from);
+        if constexpr (second == 1) {
+            codes.minus_where_none(readable(b, end, other), half).store(to + i);
+        } else {
+            if constexpr (second) codes = codes.plus(Bytes::of_bits<second, first>(readable(b, end, other)));
+            codes.minus(half).store(to + i);
+        }
     }
 }
 
-// The first pieces of codes.
-template <int width>
-inline void unpack_first(const uint8_t *from, int64_t bytes, int8_t *to) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i + 4096);
-    for (int64_t i = 0; i < bytes; i++) {
-        const auto codes = spread<width>(from[i]);
-        std::memcpy(to + i * sizeof codes, &codes, sizeof codes);
-    }
-}
-
-// The second pieces of codes of 6 bits: 2 bits, above 4.
-inline void unpack_second_of_6(const uint8_t *from, int64_t bytes, int8_t *to) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i + 4096);
-    for (int64_t i = 0; i < bytes; i++) {
-        uint32_t codes;
-        std::memcpy(&codes, to + i * 4, 4);
-        codes |= spread<2>(from[i]) << 4;
-        std::memcpy(to + i * 4, &codes, 4);
-    }
-}
-
-// The second pieces of codes of 3 bits: 1 bit, above 2. What has it is 4 more, and all are to be 4 less.
-inline void unpack_second_of_3(const uint8_t *from, int64_t bytes, int8_t *to) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i + 2048);
-    for (int64_t i = 0; i < bytes; i += 8) subtract_four_where_none(read_bits(from + i, bytes - i), to + i * 8);
-}
-
-// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1). Reads no byte that holds none
-// of them; writes up to 63 bytes more.
+// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1). Writes up to 63 bytes more.
 inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, int8_t *to) {
-    if (!count) return;  // there may be no memory at all
-    const auto piece = [&](int width, int64_t start) { return S.codes + start + first * width / 8; };
-    const auto bytes = [&](int width) { return ceil_div(count * width, 8); };
+    const auto with_pieces = [&]<int low, int high>() {
+        const int64_t start = ceil_div(all * low, 8), end = start + ceil_div(all * high, 8);  // of the second pieces
+        unpack<low, high>(S.codes + first * low / 8, S.codes + start + first * high / 8, S.codes + end, count, to);
+    };
     switch (S.bits) {
         case 2:
-            unpack_first<2>(piece(2, 0), bytes(2), to);
-            break;
+            return with_pieces.template operator()<2, 0>();
         case 3:
-            unpack_first<2>(piece(2, 0), bytes(2), to);
-            return unpack_second_of_3(piece(1, ceil_div(all, 4)), bytes(1), to);
+            return with_pieces.template operator()<2, 1>();
         case 4:
-            unpack_first<4>(piece(4, 0), bytes(4), to);
-            break;
+            return with_pieces.template operator()<4, 0>();
+        case 5:
+            return with_pieces.template operator()<4, 1>();
         case 6:
-            unpack_first<4>(piece(4, 0), bytes(4), to);
-            unpack_second_of_6(piece(2, ceil_div(all, 2)), bytes(2), to);
-            break;
+            return with_pieces.template operator()<4, 2>();
         default:
-            std::memcpy(to, piece(8, 0), static_cast<size_t>(count));
+            return with_pieces.template operator()<8, 0>();
     }
-    const uint8_t half = static_cast<uint8_t>(1 << (S.bits - 1));
-    for (int64_t i = 0; i < count; i++) to[i] = static_cast<int8_t>(static_cast<uint8_t>(to[i]) - half);
 }
 
-// A row's codes less 2^(bits - 1), for each of its columns: 0 where none is kept. What follows the last column, up to
-// a whole number of `group`, is of no meaning. Scales and zeros are floats, zeros less 2^(bits - 1) too.
+// A row's codes less 2^(bits - 1), in its columns' order. Scales and zeros are floats, zeros less 2^(bits - 1) too.
 class Row {
   public:
     // bytes of memory that it takes
-    static int64_t room(const FewBits &S) { return 2 * codes_room(S) + 2 * scales_room(S); }
+    static int64_t room(const FewBits &S) { return codes_room(S) + 2 * scales_room(S); }
 
     Row(const FewBits &S, const int64_t *row_start, uint8_t *memory)
         : scales(reinterpret_cast<float *>(memory)),
           zeros(reinterpret_cast<float *>(memory + scales_room(S))),
           S_(S),
           row_start_(row_start),
-          packed_(reinterpret_cast<int8_t *>(memory + 2 * scales_room(S))),
-          spread_(packed_ + codes_room(S)) {}
+          memory_(reinterpret_cast<int8_t *>(memory + 2 * scales_room(S))) {}
 
     // False where its bits do not fit.
     bool read(int64_t row) {
@@ -99,65 +82,53 @@ class Row {
         if (bits && !row_fits(S_.kept, row_start_, row)) return false;
         const int64_t start = bits ? row_start_[row] : row * columns, before = start % 8;
         const int64_t count = bits ? row_start_[row + 1] - start : columns;
-        unpack(S_, bits ? S_.kept.nonzeros : S_.kept.rows * columns, start - before, before + count, packed_);
-        codes = bits ? spread_out(packed_ + before) : packed_ + before;
+        unpack(S_, bits ? S_.kept.nonzeros : S_.kept.rows * columns, start - before, before + count, memory_);
+        codes = memory_ + before;
         for (int64_t g = 0; g < groups; g++) scales[g] = to_float(bfloat16{S_.scales[row * groups + g]});
         if (S_.zeros)
             for (int64_t g = 0; g < groups; g++) zeros[g] = static_cast<float>(S_.zeros[row * groups + g] - half);
         return true;
     }
 
-    const int8_t *codes = nullptr;
+    const int8_t *codes = nullptr;  // without gaps where some columns have none
     const uint8_t *bits = nullptr;  // null: all are kept
     float *scales, *zeros;
 
   private:
-    // 7 codes before the row's, 64 that are read beyond its last
+    // 7 codes before the row's, 64 that are written or read beyond its last
     static int64_t codes_room(const FewBits &S) { return round_up(S.kept.columns, 64) + 128; }
     static int64_t scales_room(const FewBits &S) { return round_up(S.groups() * 4, 64); }
 
-    const int8_t *spread_out(const int8_t *from) {
-        const int64_t row_bytes = S_.kept.row_bytes();
-        for (int64_t byte = 0; byte < row_bytes; byte += 8) {
-            const uint64_t mask = read_bits(bits + byte, row_bytes - byte);
-            expand_bytes(mask, from, spread_ + byte * 8);
-            from += popcount(mask);
-        }
-        return spread_;
-    }
-
     const FewBits &S_;
     const int64_t *row_start_;
-    int8_t *packed_, *spread_;
+    int8_t *memory_;
 };
 
-// What is taken off a code: nothing more, its group's zero, or that where a value is kept.
-enum class Offset { none, all, kept };
-
+// Calls f<sparse, zeros>(): whether some columns have no value, and whether groups have zeros of their own.
 template <class F>
-void with_offset(const FewBits &S, F f) {
-    if (!S.zeros)
-        f.template operator()<Offset::none>();
-    else if (!S.kept.bitmask)
-        f.template operator()<Offset::all>();
-    else
-        f.template operator()<Offset::kept>();
+void with_form(const FewBits &S, F f) {
+    const auto with_zeros = [&]<bool sparse>() {
+        S.zeros ? f.template operator()<sparse, true>() : f.template operator()<sparse, false>();
+    };
+    S.kept.bitmask ? with_zeros.template operator()<true>() : with_zeros.template operator()<false>();
 }
 
-// Calls f(i, count, scale, at) for up to `group` columns of one group at a time, those from i on; at(j) is the register
-// of values at column i + j, still to be multiplied by `scale`. A full `group` comes as a constant, for loops unrolled.
-template <Offset offset, class F>
+// Calls f(i, count, scale, next) for up to `group` columns of one group at a time, those from i on; each next() is the
+// register of the next values, still to be multiplied by `scale`. A full `group` comes as a constant, for loops
+// unrolled.
+template <bool sparse, bool zeros, class F>
 OATS_INLINE void for_columns(const FewBits &S, const Row &row, F f) {
-    const int64_t columns = S.kept.columns, row_bytes = S.kept.row_bytes();
+    const int64_t columns = S.kept.columns;
+    const int8_t *codes = row.codes;
     for (int64_t g = 0, begin = 0; begin < columns; g++, begin += S.group_size) {
         const Vec scale = Vec::all(row.scales[g]);
         const auto some = [&](int64_t i, auto count) OATS_INLINE_LAMBDA {
-            const uint64_t mask = offset == Offset::kept ? read_bits(row.bits + i / 8, row_bytes - i / 8) : 0;
-            f(i, count, scale, [&](int64_t j) OATS_INLINE_LAMBDA {
-                Vec w = Vec::load(row.codes + i + j);
-                if constexpr (offset != Offset::none) w = w - Vec::all(row.zeros[g]);
-                if constexpr (offset == Offset::kept) w = w.where(mask >> j & ((1u << Vec::width) - 1));
-                return w;
+            Columns<sparse> here(sparse ? row.bits + i / 8 : nullptr, count, codes);
+            f(i, count, scale, [&]() OATS_INLINE_LAMBDA {
+                uint32_t mask;
+                Vec w = here.next(mask);
+                if constexpr (zeros) w = w - Vec::all(row.zeros[g]);
+                return zeros && sparse ? w.where(mask) : w;
             });
         };
         const int64_t end = least(begin + S.group_size, columns);
@@ -172,16 +143,17 @@ inline bool dequantise(const FewBits &S, const int64_t *row_start, float *dense,
     const int64_t columns = S.kept.columns, chunk = most(1, 65536 / most(columns, 1)), room = Row::room(S);
     Scratch<uint8_t> memory(threads * room);
     Fit fit;
-    with_offset(S, [&]<Offset offset>() {
+    with_form(S, [&]<bool sparse, bool zeros>() {
         parallel(ceil_div(S.kept.rows, chunk), threads, [&](int64_t c, int worker) {
             Row values(S, row_start, memory + worker * room);
             for (int64_t r = c * chunk; r < least(S.kept.rows, (c + 1) * chunk); r++) {
                 if (!values.read(r)) return fit.lost();
                 float *to = dense + r * columns;
-                for_columns<offset>(S, values, [&](int64_t i, auto count, Vec scale, auto at) OATS_INLINE_LAMBDA {
+                for_columns<sparse, zeros>(S, values, [&](int64_t i, auto count, Vec scale, auto next)
+                                                          OATS_INLINE_LAMBDA {
                     int64_t j = 0;
-                    for (; j + W <= count; j += W) (at(j) * scale).store(to + i + j);
-                    if (j < count) (at(j) * scale).store(to + i + j, count - j);
+                    for (; j + W <= count; j += W) (next() * scale).store(to + i + j);
+                    if (j < count) (next() * scale).store(to + i + j, count - j);
                 });
             }
         });
@@ -190,15 +162,15 @@ inline bool dequantise(const FewBits &S, const int64_t *row_start, float *dense,
 }
 
 // sums[t] = row . x[t]
-template <int T, Offset offset>
+template <int T, bool sparse, bool zeros>
 OATS_INLINE void few_bits_dot(const FewBits &S, const Row &row, const float *x, int64_t x_stride, Vec (&sums)[T]) {
     Vec acc[T];
     OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
-    for_columns<offset>(S, row, [&](int64_t i, auto count, Vec scale, auto at) OATS_INLINE_LAMBDA {
+    for_columns<sparse, zeros>(S, row, [&](int64_t i, auto count, Vec scale, auto next) OATS_INLINE_LAMBDA {
         Vec part[T];  // multiplied by the scale once for all of them
         OATS_UNROLL for (int t = 0; t < T; t++) part[t] = Vec::zero();
         for (int64_t j = 0; j < count; j += Vec::width) {
-            const Vec w = at(j);
+            const Vec w = next();
             OATS_UNROLL for (int t = 0; t < T; t++) part[t] = fma(w, Vec::load(x + t * x_stride + i + j), part[t]);
         }
         OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(scale, part[t], acc[t]);
@@ -206,36 +178,46 @@ OATS_INLINE void few_bits_dot(const FewBits &S, const Row &row, const float *x, 
     OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = acc[t];
 }
 
-template <int T, Offset offset>
+// sums[t] += U's row . z[t]
+template <int T>
+OATS_INLINE void add_low_rank(const FewTokens &p, int64_t token, int64_t row, int64_t rank, int64_t rank_start,
+                              Vec (&sums)[T]) {
+    Vec products[T];
+    OATS_UNROLL for (int t = 0; t < T; t++) products[t] = Vec::zero();
+    with_factor_type(p.L, [&](auto type) {
+        dense_dot<T>(static_cast<const decltype(type) *>(p.L.U) + row * p.L.width, rank,
+                     p.z + token * p.z_stride + rank_start, p.z_stride, products);
+    });
+    const Vec scale = Vec::all(scale_at(p.L.U_scale, row));
+    OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = fma(scale, products[t], sums[t]);
+}
+
+template <int T, bool sparse, bool zeros>
 void few_bits_rows(const FewTokens &p, const FewBits &S, int64_t token, int64_t first, int64_t last, int64_t rank,
                    int64_t rank_start, uint8_t *memory) {
     Row values(S, p.row_start, memory);
     for (int64_t row = first; row < last; row++) {
         if (!values.read(row)) return p.fit.lost();
         Vec sums[T];
-        few_bits_dot<T, offset>(S, values, p.x + token * p.x_stride, p.x_stride, sums);
-        with_type(S.kept.type, [&](auto type) {
-            using V = decltype(type);
-            if (rank)
-                dense_dot<T>(static_cast<const V *>(p.L.U) + row * p.L.width, rank,
-                             p.z + token * p.z_stride + rank_start, p.z_stride, sums);
-            const float b = p.bias ? to_float(static_cast<const V *>(p.bias)[row]) : 0;
-            for (int t = 0; t < T; t++) p.y[(token + t) * S.kept.rows + row] = sums[t].sum() + b;
-        });
+        few_bits_dot<T, sparse, zeros>(S, values, p.x + token * p.x_stride, p.x_stride, sums);
+        if (rank) add_low_rank(p, token, row, rank, rank_start, sums);
+        const float b = bias_at(p.bias, row);
+        for (int t = 0; t < T; t++) p.y[(token + t) * S.kept.rows + row] = sums[t].sum() + b;
     }
 }
 
-inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
                      int threads) {
     threads = threads_for(S.kept, io.tokens, threads);
     const int64_t room = Row::room(S);
     Scratch<uint8_t> memory(threads * room);
     bool fits = false;
-    with_offset(S, [&]<Offset offset>() {
+    with_form(S, [&]<bool sparse, bool zeros>() {
         fits = one_pass(S.kept, row_start, L, bias, io, false, threads,
                         [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t start, int worker) {
                             for_tokens(io.tokens, [&]<int T>(int64_t token) {
-                                few_bits_rows<T, offset>(p, S, token, first, last, rank, start, memory + worker * room);
+                                few_bits_rows<T, sparse, zeros>(p, S, token, first, last, rank, start,
+                                                                memory + worker * room);
                             });
                         });
     });

@@ -67,7 +67,7 @@ struct FewTokens {
     const Sparse &S;
     const int64_t *row_start;
     const LowRank &L;
-    const void *bias;
+    const Bias &bias;
     int64_t x_stride, z_stride;
     float *x, *z, *y;  // inputs (tokens, x_stride), V x (tokens, z_stride) and outputs (tokens, rows)
     Fit &fit;
@@ -80,7 +80,8 @@ void project(const FewTokens &p, int64_t token, int64_t first, int64_t last) {
         OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
         dense_dot<T>(static_cast<const V *>(p.L.V) + k * p.S.columns, p.S.columns, p.x + token * p.x_stride, p.x_stride,
                      acc);
-        for (int t = 0; t < T; t++) p.z[(token + t) * p.z_stride + k] = acc[t].sum();
+        const float scale = scale_at(p.L.V_scale, k);
+        for (int t = 0; t < T; t++) p.z[(token + t) * p.z_stride + k] = acc[t].sum() * scale;
     }
 }
 
@@ -102,7 +103,7 @@ void few_rows(const FewTokens &p, int64_t token, int64_t row, int64_t last, int6
         if (rank)
             dense_dot<T>(static_cast<const V *>(p.L.U) + row * p.L.width, rank, p.z + token * p.z_stride + rank_start,
                          p.z_stride, acc);
-        const float b = p.bias ? to_float(static_cast<const V *>(p.bias)[row]) : 0;
+        const float b = bias_at(p.bias, row);
         for (int t = 0; t < T; t++) p.y[(token + t) * p.S.rows + row] = acc[t].sum() + b;
     }
 }
@@ -120,7 +121,7 @@ void for_tokens(int64_t tokens, F f) {
 // Inputs as floats, V x in tasks, each part's rows by rows(p, first, last, rank, rank_start, worker), and outputs in
 // their type.
 template <class Rows>
-bool one_pass(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+bool one_pass(const Sparse &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
               bool interleaved, int threads, Rows rows) {
     const int64_t ranks = ranks_of(L), x_stride = round_up(S.columns, group);
     Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
@@ -134,7 +135,7 @@ bool one_pass(const Sparse &S, const int64_t *row_start, const LowRank &L, const
             for (int64_t i = S.columns; i < x_stride; i++) to[i] = 0;
         }
     });
-    with_type(S.type, [&](auto type) {
+    with_factor_type(L, [&](auto type) {
         const int64_t step = most(4, ceil_div(ranks, int64_t{threads} * 4));
         parallel(ceil_div(ranks, step), threads, [&](int64_t i, int) {
             for_tokens(io.tokens, [&]<int T>(int64_t token) {
@@ -165,7 +166,7 @@ inline int threads_for(const Sparse &S, int64_t tokens, int threads) {
     return S.rows * S.columns * tokens < one_thread ? 1 : threads;
 }
 
-inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const void *bias, const Tokens &io,
+inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
                        int threads) {
     bool fits = false;
     with_type(S.type, [&](auto type) {

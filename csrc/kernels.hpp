@@ -5,7 +5,7 @@
 
 namespace oats {
 
-enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  // int8: of U and V alone
 
 // A sparse matrix (rows, columns) as oats_vision.kernels.PackedWeight holds it: values in row order, and a bitmask with
 // each row padded to a byte.
@@ -28,18 +28,27 @@ struct Part {
     int64_t rows, rank;
 };
 
-// The low-rank term: U (rows, width), V (sum of the parts' ranks, columns), in the values' type.
+// The low-rank term: U (rows, width), V (sum of the parts' ranks, columns). Where they are int8, each of their rows has
+// a scale, the bits of bfloat16; else there are none.
 struct LowRank {
     const void *U, *V;
+    Type type;
+    const uint16_t *U_scale, *V_scale;
     int64_t width, parts;
     const Part *part;
+};
+
+// One number for each row; null values are zeros.
+struct Bias {
+    const void *values;
+    Type type;
 };
 
 // A matrix (rows, columns) whose values have few bits, as oats_vision.nn.QuantisedSparse holds it: codes packed as
 // oats_vision/kernels/codes.py says, scales (rows, groups) as the bits of bfloat16, and zeros (rows, groups) or null.
 struct FewBits {
-    Sparse kept;  // where values are kept: a null bitmask says everywhere. Its own values are null, its type is U's.
-    int bits;     // of a code: 2, 3, 4, 6 or 8
+    Sparse kept;  // where values are kept: a null bitmask says everywhere. Its own values mean nothing.
+    int bits;     // of a code: 2, 3, 4, 5, 6 or 8
     const uint8_t *codes;
     const uint16_t *scales;
     const uint8_t *zeros;
@@ -66,7 +75,7 @@ struct Kernels {
     const char *name;
     RowStarts row_starts;
     // y = S x + U V x + bias: for few tokens, where reading the weights is most of the work.
-    bool (*few_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+    bool (*few_tokens)(const Sparse &, const int64_t *row_start, const LowRank &, const Bias &, const Tokens &,
                        int threads);
     // The same for many tokens, where arithmetic is most of the work. All but the values is float32, and Vx (sum of
     // the ranks, tokens) is V x.
@@ -77,7 +86,7 @@ struct Kernels {
     // S of few bits with its zeros, (rows, columns).
     bool (*dequantise)(const FewBits &, const int64_t *row_start, float *dense, int threads);
     // As few_tokens, with S of few bits. Without a bitmask there are no row starts, and it is always true.
-    bool (*few_bits)(const FewBits &, const int64_t *row_start, const LowRank &, const void *bias, const Tokens &,
+    bool (*few_bits)(const FewBits &, const int64_t *row_start, const LowRank &, const Bias &, const Tokens &,
                      int threads);
     // One round's sparse step of alternating thresholding, float32, all (rows, columns): with R = A - L,
     // S_new = the `keep` largest |R| of each row; S <- S_new, next <- A - (S_new + beta (S_new - S));

@@ -79,8 +79,9 @@ class Packed {
         row_start_ = row_start;
     }
 
-    LowRank low_rank(const void *U) const {
-        return {U, V_, width_, static_cast<int64_t>(parts_.size()), parts_.data()};
+    LowRank low_rank(const void *U, Type type, const uint16_t *U_scale = nullptr,
+                     const uint16_t *V_scale = nullptr) const {
+        return {U, V_, type, U_scale, V_scale, width_, static_cast<int64_t>(parts_.size()), parts_.data()};
     }
     static Tokens io(Address x, int x_type, int64_t tokens, int64_t stride, Address y) {
         return {tokens, stride, static_cast<Type>(x_type), reinterpret_cast<const void *>(x),
@@ -121,8 +122,8 @@ class Matrix : Packed {
 
     void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) {
         run(threads, [&](const int64_t *row_start) {
-            return chosen->few_tokens(sparse_, row_start, low_rank(U_), bias_, io(x, x_type, tokens, stride, y),
-                                      threads);
+            return chosen->few_tokens(sparse_, row_start, low_rank(U_, sparse_.type), {bias_, sparse_.type},
+                                      io(x, x_type, tokens, stride, y), threads);
         });
     }
 
@@ -131,7 +132,7 @@ class Matrix : Packed {
                      int threads) {
         expect_fresh(reinterpret_cast<void *>(y), static_cast<size_t>(tokens * sparse_.rows) * sizeof(float));
         run(threads, [&](const int64_t *row_start) {
-            return chosen->many_tokens(sparse_, row_start, low_rank(reinterpret_cast<const void *>(U)),
+            return chosen->many_tokens(sparse_, row_start, low_rank(reinterpret_cast<const void *>(U), Type::float32),
                                        reinterpret_cast<const float *>(bias), reinterpret_cast<const float *>(Vx),
                                        io(x, static_cast<int>(Type::float32), tokens, stride, y), threads);
         });
@@ -140,7 +141,7 @@ class Matrix : Packed {
     void many_bfloat16(Address x, int64_t tokens, int64_t stride, Address y, int threads) {
         if (!chosen->many_bfloat16) throw std::invalid_argument("this CPU has no matrix units for bfloat16");
         run(threads, [&](const int64_t *row_start) {
-            return chosen->many_bfloat16(sparse_, row_start, low_rank(U_), bias_,
+            return chosen->many_bfloat16(sparse_, row_start, low_rank(U_, Type::bfloat16), bias_,
                                          io(x, static_cast<int>(Type::bfloat16), tokens, stride, y), threads);
         });
     }
@@ -152,24 +153,29 @@ class Matrix : Packed {
     }
 };
 
-// Of values of few bits. `type` is that of U, V and the bias; a bitmask of 0 says that all values are kept.
+// Of values of few bits. `type` is that of U and V; a bitmask of 0 says that all values are kept.
 class FewBitsMatrix : Packed {
   public:
     FewBitsMatrix(int bits, int64_t group_size, Address codes, int64_t count, Address scales, Address zeros,
-                  Address bitmask, int64_t rows, int64_t columns, Address U, Address V, int type, int64_t width,
-                  const Parts &parts, Address bias, int threads)
-        : Packed({rows, columns, count, static_cast<Type>(type), nullptr, reinterpret_cast<const uint8_t *>(bitmask)},
-                 U, V, width, parts, bias, threads),
+                  Address bitmask, int64_t rows, int64_t columns, Address U, Address V, int type, Address U_scale,
+                  Address V_scale, int64_t width, const Parts &parts, Address bias, int bias_type, int threads)
+        : Packed({rows, columns, count, Type::float32, nullptr, reinterpret_cast<const uint8_t *>(bitmask)}, U, V,
+                 width, parts, bias, threads),
           S_{sparse_,
              bits,
              reinterpret_cast<const uint8_t *>(codes),
              reinterpret_cast<const uint16_t *>(scales),
              reinterpret_cast<const uint8_t *>(zeros),
-             group_size} {}
+             group_size},
+          type_(static_cast<Type>(type)),
+          bias_type_(static_cast<Type>(bias_type)),
+          U_scale_(reinterpret_cast<const uint16_t *>(U_scale)),
+          V_scale_(reinterpret_cast<const uint16_t *>(V_scale)) {}
 
     void few_tokens(Address x, int x_type, int64_t tokens, int64_t stride, Address y, int threads) {
         run(threads, [&](const int64_t *row_start) {
-            return chosen->few_bits(S_, row_start, low_rank(U_), bias_, io(x, x_type, tokens, stride, y), threads);
+            return chosen->few_bits(S_, row_start, low_rank(U_, type_, U_scale_, V_scale_), {bias_, bias_type_},
+                                    io(x, x_type, tokens, stride, y), threads);
         });
     }
 
@@ -183,6 +189,8 @@ class FewBitsMatrix : Packed {
 
   private:
     FewBits S_;
+    Type type_, bias_type_;
+    const uint16_t *U_scale_, *V_scale_;
 };
 
 double sparse_step(int64_t rows, int64_t columns, int64_t keep, float beta, Address A, Address L, Address S,
@@ -215,7 +223,8 @@ NB_MODULE(_native, m) {
         .def("expand", &oats::Matrix::expand);
     nb::class_<oats::FewBitsMatrix>(m, "FewBitsMatrix")
         .def(nb::init<int, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t,
-                      uintptr_t, int, int64_t, const std::vector<std::pair<int64_t, int64_t>> &, uintptr_t, int>())
+                      uintptr_t, int, uintptr_t, uintptr_t, int64_t,
+                      const std::vector<std::pair<int64_t, int64_t>> &, uintptr_t, int, int>())
         .def("few_tokens", &oats::FewBitsMatrix::few_tokens)
         .def("dequantise", &oats::FewBitsMatrix::dequantise);
     m.def("sparse_step", &oats::sparse_step);

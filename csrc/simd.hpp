@@ -35,6 +35,9 @@ struct Vec {
     static Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
     static Vec load(const bfloat16 *p, int64_t n) { return widen_b(_mm256_maskz_loadu_epi16(first(n), p)); }
     static Vec load(const float16 *p, int64_t n) { return widen_h(_mm256_maskz_loadu_epi16(first(n), p)); }
+    static Vec load(const int8_t *p, int64_t n) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+    }
     // Keeps the compiler from loading it again for each use.
     Vec &in_register() {
         asm("" : "+v"(v));
@@ -122,17 +125,6 @@ inline void positions(uint64_t mask, uint8_t *out) {
     _mm512_mask_storeu_epi8(out, written, _mm512_maskz_compress_epi8(mask, _mm512_load_si512(iota)));
 }
 
-// Bytes from p go where `mask` has ones, the other 64 become 0. Reads 64 bytes.
-inline void expand_bytes(uint64_t mask, const int8_t *p, int8_t *out) {
-    _mm512_storeu_si512(out, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(p)));
-}
-
-// Takes 4 off those of 64 bytes where `mask` has no ones.
-inline void subtract_four_where_none(uint64_t mask, int8_t *bytes) {
-    const __m512i all = _mm512_loadu_si512(bytes);
-    _mm512_storeu_si512(bytes, _mm512_mask_sub_epi8(all, ~mask, all, _mm512_set1_epi8(4)));
-}
-
 #else
 
 // Positions of the ones in `mask`, ascending.
@@ -153,42 +145,6 @@ struct ExpandTable {
     }
 };
 inline constexpr ExpandTable expand_table{};
-
-// The same to shuffle bytes by, which makes 0 of those whose lane is 0x80.
-struct ExpandBytesTable {
-    uint64_t lanes[256];
-
-    constexpr ExpandBytesTable() : lanes() {
-        for (int mask = 0; mask < 256; mask++)
-            for (int lane = 0; lane < 8; lane++)
-                lanes[mask] |= mask >> lane & 1 ? expand_table.lanes[mask] & uint64_t{0xff} << (8 * lane)
-                                                : uint64_t{0x80} << (8 * lane);
-    }
-};
-inline constexpr ExpandBytesTable expand_bytes_table{};
-
-// Bytes from p go where `mask` has ones, the other 64 become 0. Reads up to 64 bytes.
-inline void expand_bytes(uint64_t mask, const int8_t *p, int8_t *out) {
-    OATS_UNROLL for (int i = 0; i < 64; i += 8, mask >>= 8) {
-        const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
-        const __m128i from = _mm_cvtsi64_si128(static_cast<int64_t>(expand_bytes_table.lanes[mask & 0xff]));
-        _mm_storel_epi64(reinterpret_cast<__m128i *>(out + i), _mm_shuffle_epi8(packed, from));
-        p += popcount(mask & 0xff);
-    }
-}
-
-// Takes 4 off those of 64 bytes where `mask` has no ones.
-inline void subtract_four_where_none(uint64_t mask, int8_t *bytes) {
-    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-    OATS_UNROLL for (int i = 0; i < 64; i += 32, mask >>= 32) {
-        __m256i ones = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(mask)), byte);
-        ones = _mm256_cmpeq_epi8(_mm256_and_si256(ones, bit), bit);
-        auto *at = reinterpret_cast<__m256i *>(bytes + i);
-        const __m256i four = _mm256_andnot_si256(ones, _mm256_set1_epi8(4));
-        _mm256_storeu_si256(at, _mm256_sub_epi8(_mm256_loadu_si256(at), four));
-    }
-}
 
 // For each byte, all ones in a lane where it has a one.
 inline __m256i lanes_of(uint32_t mask) {
@@ -276,17 +232,6 @@ struct Vec {
 };
 
 #else
-
-// Bytes from p go where `mask` has ones, the other 64 become 0. Reads up to 64 bytes.
-inline void expand_bytes(uint64_t mask, const int8_t *p, int8_t *out) {
-    std::memset(out, 0, 64);
-    for (; mask; mask &= mask - 1) out[__builtin_ctzll(mask)] = *p++;
-}
-
-// Takes 4 off those of 64 bytes where `mask` has no ones.
-inline void subtract_four_where_none(uint64_t mask, int8_t *bytes) {
-    for (int i = 0; i < 64; i++) bytes[i] = static_cast<int8_t>(bytes[i] - (~mask >> i & 1) * 4);
-}
 
 struct Vec {
     static constexpr int width = 8;

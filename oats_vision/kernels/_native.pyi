@@ -37,9 +37,12 @@ class FewBitsMatrix:
         U: int,
         V: int,
         type: int,
+        U_scale: int,
+        V_scale: int,
         width: int,
         parts: list[tuple[int, int]],
         bias: int,
+        bias_type: int,
         threads: int,
         /,
     ) -> None: ...

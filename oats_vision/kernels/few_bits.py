@@ -11,7 +11,7 @@ from torch import Tensor
 from oats_vision.kernels import native
 from oats_vision.kernels.codes import WIDTHS, packed_bytes
 from oats_vision.kernels.matrix import Cache, buffer, checked_parts, one_pass
-from oats_vision.kernels.native import TYPES, address
+from oats_vision.kernels.native import INT8, TYPES, address
 from oats_vision.kernels.packed import PartShape
 from oats_vision.kernels.product import ONE_PASS_TOKENS, asks_for_gradients, only_runs
 
@@ -30,9 +30,10 @@ class FewBitsWeight(NamedTuple):
         scales: (out_features, groups), int16: the bits of bfloat16.
         zeros: (out_features, groups), uint8; None: 2^(bits - 1).
         bitmask: as of `PackedWeight`; None where all weights are kept.
-        U, V, bias, parts: as of `PackedWeight`, in one floating dtype.
-        U_scale, V_scale: (out_features,) and (rows of V,), int16, the bits of bfloat16: U and V are int8 then, and
-            stand for themselves times their row's scale. None: U and V are floating.
+        U, V, parts: as of `PackedWeight`; U and V in one floating dtype, or int8 with a scale for each of their rows.
+        U_scale: (out_features,), int16: the bits of bfloat16. None where U and V are floating.
+        V_scale: (sum of the parts' ranks,), likewise.
+        bias: (out_features,), any floating dtype; or None.
     """
 
     bits: int
@@ -62,14 +63,14 @@ class FewBitsMatrix:
     held against the count of the codes in each product, before it is followed.
 
     Args:
-        weight: on the CPU; U, V and bias in one dtype of `native.TYPES`.
+        weight: on the CPU; what is floating in a dtype of `native.TYPES`.
 
     Raises:
         ValueError: the bitmask does not fit the codes, or a shape or dtype does not fit the others.
     """
 
     def __init__(self, weight: FewBitsWeight) -> None:
-        bits, _, group_size, count, codes, scales, zeros, bitmask, U, V, _, _, bias, _ = weight
+        bits, normal, group_size, count, codes, scales, zeros, bitmask, U, V, U_scale, V_scale, bias, _ = weight
         if not scales.dim() == U.dim() == V.dim() == 2:
             raise ValueError("scales, U and V must have two dimensions")
         rows, in_features, width, dtype = len(scales), V.shape[1], U.shape[1], U.dtype
@@ -79,11 +80,17 @@ class FewBitsMatrix:
             raise ValueError(f"group_size must be 0 or a multiple of 16, got {group_size}")
         if count < 0 or (bitmask is None and count != rows * in_features):
             raise ValueError(f"a matrix of {rows} x {in_features} without a bitmask cannot have {count} values")
-        if dtype not in TYPES:
-            raise ValueError(f"U must have a dtype of {', '.join(map(str, TYPES))}, got {dtype}")
+        if (U_scale is None) != (V_scale is None):
+            raise ValueError("U_scale and V_scale must both be given, or neither")
+        types = TYPES if U_scale is None else {torch.int8: INT8}
+        if dtype not in types:
+            raise ValueError(f"U must have a dtype of {', '.join(map(str, types))}, got {dtype}")
+        if bias is not None and bias.dtype not in TYPES:
+            raise ValueError(f"bias must have a dtype of {', '.join(map(str, TYPES))}, got {bias.dtype}")
         size = group_size or max(in_features, 1)
         groups = rows, -(-in_features // size)
         parts = checked_parts(weight.parts, rows, width)
+        ranks = sum(rank for _, rank in parts)
         self._rows, self._in_features = rows, in_features
         self._matrix = native._native.FewBitsMatrix(
             bits,
@@ -96,11 +103,14 @@ class FewBitsMatrix:
             rows,
             in_features,
             address(U, "U", dtype, (rows, width)),
-            address(V, "V", dtype, (sum(rank for _, rank in parts), in_features)),
-            TYPES[dtype],
+            address(V, "V", dtype, (ranks, in_features)),
+            types[dtype],
+            0 if U_scale is None else address(U_scale, "U_scale", torch.int16, (rows,)),
+            0 if V_scale is None else address(V_scale, "V_scale", torch.int16, (ranks,)),
             width,
             parts,
-            0 if bias is None else address(bias, "bias", dtype, (rows,)),
+            0 if bias is None else address(bias, "bias", bias.dtype, (rows,)),
+            0 if bias is None else TYPES[bias.dtype],
             torch.get_num_threads(),
         )
         # others than the caller's tensors, which may come to stand for other memory
@@ -131,7 +141,8 @@ class FewBitsCache(Cache[FewBitsMatrix]):
     def get(self, weight: FewBitsWeight) -> FewBitsMatrix:
         """The matrix of these tensors. Raises ValueError as `FewBitsMatrix` does."""
         # the matrix holds its memory, so that no other tensor can come to lie at these addresses
-        key = (weight.U.dtype, *(0 if tensor is None else tensor.data_ptr() for tensor in weight.tensors))
+        dtypes = weight.U.dtype, None if weight.bias is None else weight.bias.dtype
+        key = (*dtypes, *(0 if tensor is None else tensor.data_ptr() for tensor in weight.tensors))
         matrix = self._matrix
         if matrix is None or key != self._key:
             matrix = FewBitsMatrix(weight)
@@ -146,14 +157,9 @@ def kernels_take(weight: FewBitsWeight, x: Tensor | None = None) -> bool:
     """
     if not only_runs((x, *weight.tensors)) or asks_for_gradients((x, *weight.tensors)):
         return False
-    if (
-        weight.bits == 5
-        or weight.normal
-        or weight.U.dtype not in TYPES
-        or not weight.codes.is_cpu
-        or weight.group_size % 16
-        or not native.available()
-    ):
+    factors_fit = weight.U.dtype in TYPES if weight.U_scale is None else weight.U.dtype == torch.int8
+    bias_fits = weight.bias is None or weight.bias.dtype in TYPES
+    if not (factors_fit and bias_fits) or not weight.codes.is_cpu or weight.group_size % 16 or not native.available():
         return False
     if x is None:
         return True

@@ -23,6 +23,7 @@ except ImportError:  # installed without a compiler
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8 = 3  # for U and V of a `FewBitsWeight` alone
 FORCED = "OATS_VISION_INSTRUCTION_SET"
 
 

@@ -14,7 +14,7 @@ from oats_vision.core.grid import Grid, Quantised, Scales
 from oats_vision.core.oats import Factors
 from oats_vision.kernels import Part, native
 from oats_vision.kernels.codes import WIDTHS
-from oats_vision.kernels.few_bits import FewBitsMatrix, FewBitsWeight
+from oats_vision.kernels.few_bits import FewBitsMatrix, FewBitsWeight, kernels_take
 from oats_vision.nn.sparse import QuantisedSparse
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 
@@ -44,33 +44,48 @@ def problems(draw):
     density = draw(st.sampled_from([None, 0.0, 0.03, 0.4, 0.9, 1.0]))
     cut = draw(st.integers(0, rows))  # two parts, or one
     ranks = (draw(st.integers(0, 6)), draw(st.integers(0, 6)))
-    dtypes = (draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES)))
-    return rows, columns, grid, tokens, density, cut, ranks, dtypes, draw(st.booleans()), draw(st.integers(0, 99))
+    dtypes = (
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from([*DTYPES, torch.int8])),
+        draw(st.sampled_from([*DTYPES, None])),  # without a bias
+    )
+    return rows, columns, grid, tokens, density, cut, ranks, dtypes, draw(st.integers(0, 99))
+
+
+def _factor(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    """U or V, the scales of its rows if it is int8, and what both stand for in float64."""
+    if dtype != torch.int8:
+        factor = torch.randn(rows, columns).to(dtype)
+        return factor, None, factor.double()
+    factor = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    scale = (torch.randn(rows) / 64).bfloat16()
+    return factor, scale.view(torch.int16), factor.double() * scale.double()[:, None]
 
 
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 @settings(max_examples=150, deadline=None)
 @given(problem=problems())
 def test_both_kernels_are_the_matrix_in_float64(instruction_set, problem):
-    rows, columns, grid, tokens, density, cut, ranks, (x_dtype, dtype), with_bias, seed = problem
+    rows, columns, grid, tokens, density, cut, ranks, (x_dtype, dtype, bias_dtype), seed = problem
     torch.manual_seed(seed)
     values = _values(rows, columns, grid, density)
     parts = [Part(cut, ranks[0]), Part(rows - cut, ranks[1])]
-    U, V = torch.randn(rows, max(ranks)).to(dtype), torch.randn(sum(ranks), columns).to(dtype)
-    bias = torch.randn(rows).to(dtype) if with_bias else None
+    U, U_scale, U_values = _factor(rows, max(ranks), dtype)
+    V, V_scale, V_values = _factor(sum(ranks), columns, dtype)
+    bias = None if bias_dtype is None else torch.randn(rows).to(bias_dtype)
     x = torch.randn(tokens, columns).to(x_dtype)
 
     low_rank = torch.cat(
-        [
-            u[:, :r].double() @ v.double()
-            for u, v, r in zip(U.split([cut, rows - cut]), V.split(ranks), ranks, strict=True)
-        ]
+        [u[:, :r] @ v for u, v, r in zip(U_values.split([cut, rows - cut]), V_values.split(ranks), ranks, strict=True)]
     )
     S = values.dense().double()
     b = (torch.zeros(rows) if bias is None else bias).double()
     expected = F.linear(x.double(), S + low_rank, b)
     size = F.linear(x.double().abs(), S.abs() + low_rank.abs() + 3, b.abs()) + 1e-9
-    matrix = FewBitsMatrix(QuantisedSparse.pack([values]).with_factors(U, V, bias, parts))
+    weight = QuantisedSparse.pack([values]).with_factors(U, V, bias, parts)
+    weight = weight._replace(U_scale=U_scale, V_scale=V_scale)
+    assert kernels_take(weight, x) or tokens > 2
+    matrix = FewBitsMatrix(weight)
     with native.instruction_set(instruction_set):
         y, dense = matrix.few_tokens(x), matrix.dequantise()
     assert torch.equal(dense, values.dense())
@@ -133,7 +148,7 @@ def test_shapes_that_do_not_fit_are_errors():
     good = _weight(_layer())
     FewBitsMatrix(good)
     bad = {
-        "bits": 5,
+        "bits": 7,
         "group_size": 32,
         "code_count": good.code_count + 8,
         "codes": good.codes[:-1],
@@ -160,6 +175,29 @@ def test_shapes_that_do_not_fit_are_errors():
         FewBitsMatrix(good._replace(scales=good.scales.T.contiguous().T))
     with pytest.raises(ValueError, match="100 features"):
         FewBitsMatrix(good).few_tokens(torch.zeros(2, 99))
+
+
+def test_factors_in_int8_that_do_not_fit_are_errors():
+    good = _weight(_layer())
+    U, V = torch.ones(24, 3, dtype=torch.int8), torch.ones(3, 100, dtype=torch.int8)
+    scales = {"U_scale": torch.zeros(24, dtype=torch.int16), "V_scale": torch.zeros(3, dtype=torch.int16)}
+    FewBitsMatrix(good._replace(U=U, V=V, **scales))
+    floats, without = good._replace(**scales), good._replace(U=U, V=V)
+    assert not kernels_take(floats)
+    assert not kernels_take(without)
+    for bad in (
+        floats,
+        without,
+        floats._replace(U=U),
+        floats._replace(V=V),
+        floats._replace(U=U, V=V, U_scale=scales["U_scale"][1:]),
+        floats._replace(U=U, V=V, V_scale=scales["U_scale"]),
+        floats._replace(U=U, V=V, V_scale=None),
+        floats._replace(U=U, V=V, U_scale=scales["U_scale"].view(torch.bfloat16)),
+        floats._replace(U=U, V=V, bias=U[:, 0].contiguous()),
+    ):
+        with pytest.raises(ValueError, match="must"):
+            FewBitsMatrix(bad)
 
 
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
