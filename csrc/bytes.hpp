@@ -4,6 +4,7 @@
 //     Bytes::of_bits<width, shift>(p) 64 numbers of `width` bits (2 or 4) from p, shifted left by `shift`
 //     plus, minus, store              bytes plus bytes, bytes less a number, bytes to memory
 //     minus_where_none(p, x)          bytes less x where the 64 bits from p are 0
+//     look_up(table)                  the number that each byte, below 16, has in a table of 16
 //
 //     Columns<sparse>(bits, count, p) up to 64 columns of the numbers from p on, which it moves on: one in each column, or
 //                                     where `bits` are 1, the others being 0. Reads up to 64 bytes beyond.
@@ -36,6 +37,10 @@ struct Bytes {
     Bytes minus(int x) const { return {_mm512_sub_epi8(v, _mm512_set1_epi8(static_cast<char>(x)))}; }
     Bytes minus_where_none(const uint8_t *p, int x) const {
         return {_mm512_mask_sub_epi8(v, ~read_bits(p, 8), v, _mm512_set1_epi8(static_cast<char>(x)))};
+    }
+    Bytes look_up(const int8_t *table) const {
+        const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+        return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), v)};
     }
     void store(int8_t *p) const { _mm512_storeu_si512(p, v); }
 };
@@ -111,6 +116,10 @@ struct Bytes {
             r.v[i] = _mm256_sub_epi8(v[i], _mm256_and_si256(none, _mm256_set1_epi8(static_cast<char>(x))));
         }
         return r;
+    }
+    Bytes look_up(const int8_t *table) const {
+        const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
+        return {{_mm256_shuffle_epi8(levels, v[0]), _mm256_shuffle_epi8(levels, v[1])}};
     }
     void store(int8_t *p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v[0]);
@@ -212,6 +221,12 @@ struct Bytes {
             r.v[i] = v[i] - (reinterpret_cast<Sixteen>(~bits) & static_cast<uint8_t>(x));
         }
         return r;
+    }
+    Bytes look_up(const int8_t *table) const {
+        uint8_t bytes[64];
+        std::memcpy(bytes, v, 64);
+        for (uint8_t &byte : bytes) byte = static_cast<uint8_t>(table[byte]);
+        return load(bytes);
     }
     void store(int8_t *p) const { std::memcpy(p, v, 64); }
 };

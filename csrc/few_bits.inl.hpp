@@ -18,10 +18,10 @@ OATS_INLINE const uint8_t *readable(const uint8_t *p, const uint8_t *end, uint8_
     return static_cast<const uint8_t *>(std::memcpy(copy, p, static_cast<size_t>(end - p)));
 }
 
-// `count` codes of two pieces (or one: `second` is 0), less 2^(bits - 1). Reads nothing from `end` on, and writes up to
-// 63 bytes more.
-template <int first, int second>
-void unpack(const uint8_t *a, const uint8_t *b, const uint8_t *end, int64_t count, int8_t *to) {
+// `count` codes of two pieces (or one: `second` is 0), less 2^(bits - 1), or their levels. Reads nothing from `end` on,
+// and writes up to 63 bytes more.
+template <int first, int second, bool look_up = false>
+void unpack(const uint8_t *a, const uint8_t *b, const uint8_t *end, const int8_t *levels, int64_t count, int8_t *to) {
     constexpr int half = 1 << (first + second - 1);
     uint8_t last[8 * first] = {}, other[second ? 8 * second : 1] = {};
     for (int64_t i = 0; i < count; i += 64, a += 8 * first, b += 8 * second) {
@@ -31,20 +31,27 @@ void unpack(const uint8_t *a, const uint8_t *b, const uint8_t *end, int64_t coun
             codes = Bytes::load(from);
         else
             codes = Bytes::of_bits<first, 0>(from);
-        if constexpr (second == 1) {
-            codes.minus_where_none(readable(b, end, other), half).store(to + i);
-        } else {
-            if constexpr (second) codes = codes.plus(Bytes::of_bits<second, first>(readable(b, end, other)));
-            codes.minus(half).store(to + i);
-        }
+        if constexpr (second == 1)
+            codes = codes.minus_where_none(readable(b, end, other), half);
+        else if constexpr (second)
+            codes = codes.plus(Bytes::of_bits<second, first>(readable(b, end, other)));
+        constexpr int less = second == 1 ? half : 0;  // than they are
+        if constexpr (look_up)
+            codes.minus(-less).look_up(levels).store(to + i);
+        else
+            codes.minus(half - less).store(to + i);
     }
 }
 
-// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1). Writes up to 63 bytes more.
+// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1), or their levels. Writes up to 63
+// bytes more.
 inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, int8_t *to) {
     const auto with_pieces = [&]<int low, int high>() {
         const int64_t start = ceil_div(all * low, 8), end = start + ceil_div(all * high, 8);  // of the second pieces
-        unpack<low, high>(S.codes + first * low / 8, S.codes + start + first * high / 8, S.codes + end, count, to);
+        const uint8_t *a = S.codes + first * low / 8, *b = S.codes + start + first * high / 8;
+        if constexpr (low + high <= 4)
+            if (S.levels) return unpack<low, high, true>(a, b, S.codes + end, S.levels, count, to);
+        unpack<low, high>(a, b, S.codes + end, nullptr, count, to);
     };
     switch (S.bits) {
         case 2:

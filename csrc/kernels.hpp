@@ -52,7 +52,8 @@ struct FewBits {
     const uint8_t *codes;
     const uint16_t *scales;
     const uint8_t *zeros;
-    int64_t group_size;  // columns that share a scale: a multiple of 16, or all
+    int64_t group_size;    // columns that share a scale: a multiple of 16, or all
+    const int8_t *levels;  // of each code, 16; null: code - 2^(bits - 1)
 
     __attribute__((always_inline)) int64_t groups() const { return (kept.columns + group_size - 1) / group_size; }
 };

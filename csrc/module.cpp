@@ -156,7 +156,7 @@ class Matrix : Packed {
 // Of values of few bits. `type` is that of U and V; a bitmask of 0 says that all values are kept.
 class FewBitsMatrix : Packed {
   public:
-    FewBitsMatrix(int bits, int64_t group_size, Address codes, int64_t count, Address scales, Address zeros,
+    FewBitsMatrix(int bits, Address levels, int64_t group_size, Address codes, int64_t count, Address scales, Address zeros,
                   Address bitmask, int64_t rows, int64_t columns, Address U, Address V, int type, Address U_scale,
                   Address V_scale, int64_t width, const Parts &parts, Address bias, int bias_type, int threads)
         : Packed({rows, columns, count, Type::float32, nullptr, reinterpret_cast<const uint8_t *>(bitmask)}, U, V,
@@ -166,7 +166,8 @@ class FewBitsMatrix : Packed {
              reinterpret_cast<const uint8_t *>(codes),
              reinterpret_cast<const uint16_t *>(scales),
              reinterpret_cast<const uint8_t *>(zeros),
-             group_size},
+             group_size,
+             reinterpret_cast<const int8_t *>(levels)},
           type_(static_cast<Type>(type)),
           bias_type_(static_cast<Type>(bias_type)),
           U_scale_(reinterpret_cast<const uint16_t *>(U_scale)),

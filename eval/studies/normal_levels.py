@@ -15,12 +15,12 @@ from oats_vision.core.grid import Grid
 from oats_vision.core.quantise import find_scales
 
 
-def levels(bits: int, groups: int, steps: int) -> tuple[list[float], float, float]:
-    """The levels, the largest 1, and the root of the mean squared error with them and with equally spaced ones."""
+def levels(bits: int, groups: int, steps: int) -> tuple[list[int], float, float]:
+    """The levels, in 127ths of the largest, and the errors (root mean square) with them and with equally spaced ones."""
     normal, equal = Grid(bits, 64, normal=True), Grid(bits, 64)
     W = torch.randn(groups, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ones, count = torch.ones(64), 1 << bits
-    grid.LEVELS[bits] = tuple(torch.linspace(-1, 1, count).tolist())
+    grid.LEVELS[bits] = tuple(torch.linspace(-127, 127, count).tolist())
     for _ in range(steps):
         scales = find_scales(W, normal, ones)
         codes, scale = scales.codes(W).long().flatten(), scales.scale.double().expand_as(W).flatten()
@@ -28,7 +28,8 @@ def levels(bits: int, groups: int, steps: int) -> tuple[list[float], float, floa
         sums[0].index_add_(0, codes, W.flatten() * scale)
         sums[1].index_add_(0, codes, scale * scale)
         found = sums[0] / sums[1]
-        grid.LEVELS[bits] = tuple((found / found[-1]).tolist())
+        grid.LEVELS[bits] = tuple((found / found[-1] * 127).tolist())
+    grid.LEVELS[bits] = tuple(round(level) for level in grid.LEVELS[bits])
     errors = []
     for one in (normal, equal):
         scales = find_scales(W, one, ones)
@@ -43,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     for bits in (2, 3, 4):
         found, normal, equal = levels(bits, args.groups, args.steps)
-        print(f"{bits}: ({', '.join(f'{level:.3f}' for level in found)}), {normal / equal:.3f} of the error")
+        print(f"{bits}: ({', '.join(map(str, found))}), {normal / equal:.3f} of the error")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from oats_vision.core.grid import Grid, Quantised, Scales
+from oats_vision.core.grid import LEVELS, Grid, Quantised, Scales
 from oats_vision.core.oats import Factors, arithmetic, output_error, relative_error
 from oats_vision.core.refit import damped, fit_factors, fit_values
 
@@ -65,9 +65,9 @@ def _scales(grid: Grid, low: Tensor, high: Tensor) -> Scales:
     """Of levels that reach from `low`, at most 0, to `high`, at least 0."""
     tiny = torch.finfo(torch.bfloat16).tiny
     if grid.symmetric:
-        # to the side of the largest value points the one level more, or the sparser side
-        scale = torch.where(high > -low, high, low) if grid.normal else torch.where(high > -low, -high, -low)
-        scale = scale if grid.normal else scale / (grid.levels // 2)
+        # the largest value is to be the largest level
+        largest = LEVELS[grid.bits][-1] if grid.normal else -grid.levels // 2
+        scale = torch.where(high > -low, high, low) / largest
         return Scales(grid, torch.where(scale.abs() < tiny, tiny, scale).bfloat16(), None)
     scale = ((high - low) / (grid.levels - 1)).clamp_min(tiny).bfloat16()
     return Scales(grid, scale, (-low / scale.to(low)).round_().clamp_(0, grid.levels - 1).to(torch.uint8))

@@ -26,6 +26,7 @@ class FewBitsMatrix:
     def __init__(
         self,
         bits: int,
+        levels: int,
         group_size: int,
         codes: int,
         count: int,

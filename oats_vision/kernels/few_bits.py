@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from oats_vision.core.grid import LEVELS
 from oats_vision.kernels import native
 from oats_vision.kernels.codes import WIDTHS, packed_bytes
 from oats_vision.kernels.matrix import Cache, buffer, checked_parts, one_pass
@@ -76,6 +77,7 @@ class FewBitsMatrix:
         rows, in_features, width, dtype = len(scales), V.shape[1], U.shape[1], U.dtype
         if bits not in WIDTHS:
             raise ValueError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {bits}")
+        levels = normal_levels(bits) if normal else None
         if group_size < 0 or group_size % 16:
             raise ValueError(f"group_size must be 0 or a multiple of 16, got {group_size}")
         if count < 0 or (bitmask is None and count != rows * in_features):
@@ -94,6 +96,7 @@ class FewBitsMatrix:
         self._rows, self._in_features = rows, in_features
         self._matrix = native._native.FewBitsMatrix(
             bits,
+            0 if levels is None else levels.data_ptr(),
             size,
             address(codes, "codes", torch.uint8, (packed_bytes(count, bits),)),
             count,
@@ -114,7 +117,7 @@ class FewBitsMatrix:
             torch.get_num_threads(),
         )
         # others than the caller's tensors, which may come to stand for other memory
-        self._held = [tensor.detach() for tensor in weight.tensors if tensor is not None]
+        self._held = [tensor.detach() for tensor in (*weight.tensors, levels) if tensor is not None]
 
     def few_tokens(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), dtype of x, in one pass over the codes.
@@ -133,6 +136,13 @@ class FewBitsMatrix:
         dense = buffer((self._rows, self._in_features), torch.float32)
         self._matrix.dequantise(dense.data_ptr(), torch.get_num_threads())
         return dense
+
+
+def normal_levels(bits: int) -> Tensor:
+    """`LEVELS`, of each code: (16,), int8. Raises ValueError if there are none of so many bits."""
+    if bits not in LEVELS:
+        raise ValueError(f"normal levels have {', '.join(map(str, LEVELS))} bits, got {bits}")
+    return torch.nn.functional.pad(torch.tensor(LEVELS[bits], dtype=torch.int8), (0, 16 - (1 << bits)))
 
 
 class FewBitsCache(Cache[FewBitsMatrix]):

@@ -122,7 +122,7 @@ def test_normal_levels_lose_least_of_normal_values(bits):
 
     assert lost(Grid(bits, 64, normal=True)) < 0.95 * lost(Grid(bits, 64))
     levels = LEVELS[bits]
-    assert max(map(abs, levels)) == levels[-1] == 1.0
+    assert max(map(abs, levels)) == levels[-1] == 127
     assert list(levels) == sorted(levels)
 
 

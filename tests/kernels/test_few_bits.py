@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from oats_vision.core.grid import Grid, Quantised, Scales
+from oats_vision.core.grid import LEVELS, Grid, Quantised, Scales
 from oats_vision.core.oats import Factors
 from oats_vision.kernels import Part, native
 from oats_vision.kernels.codes import WIDTHS
@@ -39,7 +39,9 @@ def _values(rows: int, columns: int, grid: Grid, density: float | None) -> Quant
 @st.composite
 def problems(draw):
     rows, columns = draw(st.integers(1, 40)), draw(st.integers(0, 210))
-    grid = Grid(draw(st.sampled_from(list(WIDTHS))), draw(st.sampled_from([0, 16, 48, 64, 128])), draw(st.booleans()))
+    bits, group_size = draw(st.sampled_from(list(WIDTHS))), draw(st.sampled_from([0, 16, 48, 64, 128]))
+    levels = draw(st.sampled_from(["symmetric", "zeros", *["normal"] * (bits in LEVELS)]))
+    grid = Grid(bits, group_size, levels != "zeros", levels == "normal")
     tokens = draw(st.integers(0, 16))
     density = draw(st.sampled_from([None, 0.0, 0.03, 0.4, 0.9, 1.0]))
     cut = draw(st.integers(0, rows))  # two parts, or one
