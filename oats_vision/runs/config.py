@@ -94,7 +94,9 @@ class RunConfig(DataOptions, CompressionOptions):
         if self.rate is not None:
             raise ValueError(f"rate is given, and {wanted} finds the rate: leave one of them out")
         if self.bits and self.bits != "auto":
-            raise ValueError(f"bits {self.bits:g} and {wanted} are both given: leave one of them out, or give `bits` auto")
+            raise ValueError(
+                f"bits {self.bits:g} and {wanted} are both given: leave one of them out, or give `bits` auto"
+            )
         if self._settings.density is not None and self.bits is None:
             what = "`density`" if self.density else f"`method` {self.method}"
             raise ValueError(f"{wanted.strip('`')} finds the rate, and {what} has none: leave one of them out")
