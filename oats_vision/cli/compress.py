@@ -68,7 +68,7 @@ def _compress(chosen: RunConfig, as_json: bool) -> None:
             chosen, Display(messages), (lambda planned: None) if as_json else print_plan
         )
         if as_json:
-            typer.echo(json.dumps(planned.to_dict() | {"trials": trials, "seconds": trials * estimate.total}))
+            typer.echo(json.dumps(planned.to_dict() | {"trials": trials.most, "seconds": trials.seconds}))
         else:
             print_time(planned, estimate, trials)
     elif chosen.searched_for:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -58,6 +58,16 @@ OVERSIZED = 5  # of `FINER` steps in one, where files are larger than was told
 COSTS = "costs.json"  # of formats
 
 
+class Planned(NamedTuple):
+    """What a search comes to.
+
+    most: trials. seconds: of all of them.
+    """
+
+    most: int
+    seconds: float
+
+
 def search(config: RunConfig, display: Display | None = None) -> FinishedRun:
     """Find the rate, or the bits, that `max_drop` or `target_mb` asks for, and return the model that was made with it.
 
@@ -95,8 +105,8 @@ def folder_of(out: Path) -> Path:
 
 def dry_search(
     config: RunConfig, display: Display, tell: Callable[[Forecast], None] = lambda planned: None
-) -> tuple[Forecast, Estimate, int]:
-    """What a search would begin with, how long one trial would take, and how many there are at most.
+) -> tuple[Forecast, Estimate, Planned]:
+    """What a search would begin with, how long one trial would take, and what all of them come to.
 
     Args:
         tell: called with what is known before a block is tried, which takes a while.
@@ -109,7 +119,10 @@ def dry_search(
     first, *others = candidates(config, model, prepared) if config.target_mb else [prepared.settings]
     if config.max_drop:
         losses.choose(config.drop_of, model, prepared)
-    return *try_out(model, prepared, first, display, tell), 1 + len(others) if config.target_mb else bracket.MOST
+    planned, estimate = try_out(model, prepared, first, display, tell)
+    most = 1 + len(others) if config.target_mb else bracket.MOST
+    later = estimate.total - (estimate.budgets if first.bits else 0.0)  # formats are measured once
+    return planned, estimate, Planned(most, estimate.total + (most - 1) * later)
 
 
 @dataclass

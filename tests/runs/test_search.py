@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
@@ -18,6 +20,7 @@ from oats_vision import checkpoint
 from oats_vision.compression import methods, sharing
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
+from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.evaluation.results import Difference, Ratio
 from oats_vision.runs import file_size
@@ -27,7 +30,7 @@ from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.kept import halves, kept
 from oats_vision.runs.losses import fewest, floor, of_change
 from oats_vision.runs.run import run as run_once
-from oats_vision.runs.search import folder_of, search
+from oats_vision.runs.search import dry_search, folder_of, search
 
 QUICK = {"data": "demo", "samples": 20, "batch_size": 32, "method": "magnitude"}
 LABELLED = QUICK | {"eval_data": "demo", "eval_samples": 120}
@@ -80,8 +83,8 @@ def on_disk() -> list[int]:
 def made(classifier, tmp_path_factory, on_disk) -> FinishedRun:
     out, compress = tmp_path_factory.mktemp("search") / "out", module.compress_and_write
 
-    def counted(*given):
-        done = compress(*given)
+    def counted(*given, **named):
+        done = compress(*given, **named)
         on_disk.append(len(list(folder_of(out).glob("*/model.safetensors"))))
         return done
 
@@ -205,18 +208,24 @@ BITS = {"data": "demo", "samples": 20, "batch_size": 32, "quality": "fast", "bit
 FEW = BITS | {"eval_data": "demo", "eval_samples": 120}
 
 
-@pytest.fixture
-def offers(monkeypatch) -> list[str]:
+@pytest.fixture(scope="module")
+def offers() -> Iterator[list[str]]:
     """Grows with each part of a linear whose formats are tried."""
     done, before = [], sharing.offered
-    monkeypatch.setattr(sharing, "offered", lambda *given: done.append("") or before(*given))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "offered", lambda *given: done.append("") or before(*given))
+        yield done
+
+
+@pytest.fixture(scope="module")
+def of_few_bits(classifier, tmp_path_factory, offers) -> FinishedRun:
+    done = search(config(classifier, tmp_path_factory.mktemp("bits") / "out", **FEW, max_drop=15))
+    assert len(offers) == 12  # parts of 2 blocks, once for all trials
     return done
 
 
-def test_the_fewest_bits_that_stay_below_are_found_and_formats_are_tried_once(classifier, tmp_path, offers):
-    done = search(config(classifier, tmp_path / "out", **FEW, max_drop=15))
-    found, out = done.searched, tmp_path / "out"
-    assert len(offers) == 12  # parts of 2 blocks
+def test_the_fewest_bits_that_stay_below_are_found(of_few_bits):
+    done, found, out = of_few_bits, of_few_bits.searched, of_few_bits.config.out
     below = [one for one in found.trials if one.loss.high < 15]
     assert below
     assert 1 < len(found.trials) <= 8
@@ -239,13 +248,12 @@ def test_the_fewest_bits_that_stay_below_are_found_and_formats_are_tried_once(cl
     assert "Numbers are bits a weight; the chosen one is ringed." in page
     assert "<th>bits a weight</th>" in page.replace(' scope="col"', "")
     assert all(f"<td>{one.settings.bits:g}</td>" in page for one in found.trials)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
 
 def test_a_search_for_bits_that_was_stopped_goes_on_with_what_it_knows_of_the_formats(
-    classifier, tmp_path, monkeypatch, offers
+    of_few_bits, classifier, tmp_path, monkeypatch, offers
 ):
-    whole = search(config(classifier, tmp_path / "whole", **FEW, max_drop=15, report=False))
     offers.clear()
     settings = config(classifier, tmp_path / "out", **FEW, max_drop=15, report=False)
     write = module.write_row
@@ -261,7 +269,7 @@ def test_a_search_for_bits_that_was_stopped_goes_on_with_what_it_knows_of_the_fo
     assert len(offers) == 12
     again = search(settings)
     assert len(offers) == 12
-    for mine, own in zip(again.searched.trials, whole.searched.trials, strict=True):
+    for mine, own in zip(again.searched.trials, of_few_bits.searched.trials, strict=True):
         assert (mine.settings, mine.loss, mine.weights_sha256) == (own.settings, own.loss, own.weights_sha256)
 
 
@@ -279,6 +287,14 @@ def test_bits_reach_a_size_in_one_trial(model_directory, tmp_path, megabytes):
     )  # of so small a model a layer's next format is some per cent
     assert one.settings.bits == done.settings.bits
     assert done.result.cost.samples == 64
+
+
+def test_a_dry_run_counts_the_formats_once(model_directory, tmp_path):
+    wanted = config(model_directory, tmp_path / "out", **BITS, max_drop=20)
+    _, estimate, trials = dry_search(wanted, Display(Console(quiet=True)))
+    assert trials.most == 8
+    assert trials.seconds == pytest.approx(8 * estimate.total - 7 * estimate.budgets)
+    assert 0 < estimate.budgets < estimate.total
 
 
 def test_bits_that_reach_no_size_are_said(model_directory, tmp_path):
