@@ -1,4 +1,4 @@
-"""What a search for a rate tried, as the page of its result shows it."""
+"""What a search for a rate or bits tried, as the page of its result shows it."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from oats_vision.analysis import figures
 from oats_vision.analysis.figures import Point
-from oats_vision.evaluation.searched import Searched
+from oats_vision.evaluation.searched import Searched, varied
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def searched(search: Searched) -> SearchSection:
     limit = f"{search.limit:g} {search.unit}" if for_a_drop else f"{search.limit / 1e6:g} MB"
     points = [
         Point(
-            f"{one.settings.rate:.3g}",
+            next(iter(varied(one.settings).values())),
             one.bytes / 1e6,
             one.loss.value,
             (one.loss.low, one.loss.high),
@@ -38,6 +38,7 @@ def searched(search: Searched) -> SearchSection:
         if one.loss
     ]
     label = f"{search.loss}, {search.unit}"
+    first, *others = varied(search.best.settings)
     lines = (None, search.limit) if for_a_drop else (search.limit / 1e6, None)
     return SearchSection(
         sentence=search.sentence,
@@ -46,18 +47,14 @@ def searched(search: Searched) -> SearchSection:
             if for_a_drop
             else f"The limit, {limit}, is the dashed line."
         )
-        + " Numbers are rates; the chosen one is ringed.",
+        + f" Numbers are {'rates' if first == 'rate' else first}; the chosen one is ringed.",
         caption=f"{search.loss} against bytes, on {search.samples:,} {search.of}, with 95% intervals",
         plot=figures.scatter(points, "MB", label, limit=lines) if points else None,
-        headings=["trial", "rate", "rank ratio", "stored in", "MB", f"{label} [95%]", ""],
+        headings=["trial", first, *others, "MB", f"{label} [95%]", ""],
         rows=[
             [
                 str(one.number),
-                f"{one.settings.rate:.3g}",
-                one.settings.rank_ratio
-                if isinstance(one.settings.rank_ratio, str)
-                else f"{one.settings.rank_ratio:.3g}",
-                str(one.settings.storage_dtype),
+                *varied(one.settings).values(),
                 f"{one.bytes / 1e6:.2f}",
                 str(one.loss or ""),
                 "chosen" * (one == search.best),

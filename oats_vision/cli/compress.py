@@ -23,9 +23,9 @@ a backbone, on a folder of pictures without labels
 a classifier, with its top-1 on labelled pictures before and after
   oats-vision compress --model vit_base_patch16_224 --rate 0.4 \\
     --data imagenet/train --eval-data imagenet/val
-the smallest model that loses less than half a point of top-1
-  oats-vision compress --model vit_base_patch16_224 --max-drop 0.5 \\
-    --data imagenet/train --eval-data imagenet/val
+the smallest file that loses less than half a point of top-1
+  oats-vision compress --model vit_base_patch16_224 --bits auto \\
+    --max-drop 0.5 --data imagenet/train --eval-data imagenet/val
 a language model, with its perplexity before and after
   oats-vision compress --model hf:HuggingFaceTB/SmolLM2-135M \\
     --data c4 --streaming --eval-data wikitext"""
@@ -68,7 +68,7 @@ def _compress(chosen: RunConfig, as_json: bool) -> None:
             chosen, Display(messages), (lambda planned: None) if as_json else print_plan
         )
         if as_json:
-            typer.echo(json.dumps(planned.to_dict() | {"trials": trials, "seconds": trials * estimate.total}))
+            typer.echo(json.dumps(planned.to_dict() | {"trials": trials.most, "seconds": trials.seconds}))
         else:
             print_time(planned, estimate, trials)
     elif chosen.searched_for:

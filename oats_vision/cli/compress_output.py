@@ -9,6 +9,7 @@ from oats_vision.display import Display
 from oats_vision.progress import Estimate, count, duration
 from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.forecast import Forecast
+from oats_vision.runs.search import Planned
 from oats_vision.runs.summary import summary_lines, summary_table
 
 
@@ -17,16 +18,16 @@ def print_plan(planned: Forecast) -> None:
     Display(results()).lines("plan", {name: text for name, text in planned.lines().items() if name != "time"})
 
 
-def print_time(planned: Forecast, estimate: Estimate, trials: int = 0) -> None:
+def print_time(planned: Forecast, estimate: Estimate, trials: Planned | None = None) -> None:
     """The plan's last line.
 
     Args:
-        trials: that a search makes at most; 0: it is none.
+        trials: that a search makes; None: it is none.
     """
     text = f"{estimate}, by a trial of one block; nothing was written"
     if trials:
-        whole = duration(trials * estimate.total)
-        text = f"{text}. The search compresses at most {count(trials, 'time')}: {whole}, and the measurements"
+        whole = duration(trials.seconds)
+        text = f"{text}. The search compresses at most {count(trials.most, 'time')}: {whole}, and the measurements"
     Display(results()).lines("", {"time": text}, column=max(map(len, planned.lines())))
 
 

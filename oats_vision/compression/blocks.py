@@ -17,6 +17,7 @@ from oats_vision.calibration.sensitivity import OutputGradients, output_correlat
 from oats_vision.calibration.statistics import Gram, Statistic
 from oats_vision.compression import methods
 from oats_vision.compression.budgets import PartBudget, candidates, fastest
+from oats_vision.compression.common import Common
 from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError, no_better_than_zeros, oddity
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerException, LayerReport
@@ -77,23 +78,25 @@ class Job:
         report: CompressionReport,
         finished: bool = False,
         layer_done: LayerDone = nobody,
+        common: Common | None = None,
     ) -> "Job":
         """A job at its first block, whose inputs are those of the dense model.
 
         Args:
             linears: to compress, by their names in the block, by the block's name.
             finished: whether all blocks were, before the run was stopped: no gradient is asked for then.
+            common: what earlier compressions found; what is found here is added.
         """
-        gradients = dense = None
-        if settings.sensitivity and not finished:
+        dense, common = None, common or Common()
+        if settings.sensitivity and not finished and common.gradients is None:
             memory = GRADIENTS / STREAM * hidden.memory_limit
-            gradients = OutputGradients(model, structure, linears, calls, memory=memory, tell=clock.gradients)
+            common.gradients = OutputGradients(model, structure, linears, calls, memory=memory, tell=clock.gradients)
         if settings.targets:
             dense = ActivationStore(hidden.memory_limit)
             for b in range(len(hidden)):
                 dense.append(hidden[b])
         residual = structure.family.residual
-        return cls(settings, storage, hidden, calls, clock, report, dense, residual, gradients, layer_done)
+        return cls(settings, storage, hidden, calls, clock, report, dense, residual, common.gradients, layer_done)
 
     def output_moments(self, index: int, name: str, block: nn.Module, linears: Collection[str]) -> dict[str, Gram]:
         """What the model's output asks of the outputs of a dense block's linears; nothing where it is not asked."""

@@ -17,6 +17,7 @@ from oats_vision.calibration.explained import explained
 from oats_vision.compression import methods, resume
 from oats_vision.compression.block_files import BlockFiles
 from oats_vision.compression.blocks import STREAM, Job, LayerDone, nobody
+from oats_vision.compression.common import Common
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.plan import Plan, plan_model
@@ -52,6 +53,7 @@ def compress(
     layer_done: LayerDone = nobody,
     journal: Journal | None = None,
     finished_blocks: Path | None = None,
+    common: Common | None = None,
 ) -> CompressionReport:
     """Compress the linears of a model's blocks, in place, as OATS does it (section 3.3), or by a baseline.
 
@@ -70,6 +72,8 @@ def compress(
             Slicing keeps nothing, and begins again.
         finished_blocks: folder for those of a model that is read block by block, the same for all ranks; a temporary
             one if not given.
+        common: what earlier compressions of the same model on the same data found, with settings that differ only in
+            how large it is to be; what is found here is added.
 
     Returns:
         The settings, and each layer's budget and error.
@@ -135,11 +139,24 @@ def compress(
             else:
                 whole = journal is not None and journal.done == len(plan.blocks)
                 job = Job.of(
-                    model, structure, plan.parts, settings, storage, hidden, calls, clock, report, whole, layer_done
+                    model,
+                    structure,
+                    plan.parts,
+                    settings,
+                    storage,
+                    hidden,
+                    calls,
+                    clock,
+                    report,
+                    whole,
+                    layer_done,
+                    common,
                 )
                 parts = resume.shared_out(
                     journal,
-                    lambda: share_out(model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing),
+                    lambda: share_out(
+                        model, structure, plan, settings, hidden, calls, job.gradients, clock.sharing, common
+                    ),
                 )
                 _compress_blocks(job, plan.blocks, parts, journal, finished, undo.pop_all)
                 if not report.layers:

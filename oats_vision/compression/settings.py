@@ -21,6 +21,7 @@ OnBadLayer = Literal["stop", "dense"]
 Values = Literal["int8", "int6", "int5", "int4", "int3", "int2", "nf4", "nf3", "nf2"]
 FactorValues = Literal["int8", "floating"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Bits = Annotated[float, Field(ge=2.125, le=8.25)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
 # by what is used of these, and how budgets are shared out
 QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
@@ -57,12 +58,7 @@ class _Shared(BaseModel):
         le=1,
         description="in place of a rate: share of the weights that S keeps; 1: all",
     )
-    bits: float | None = Field(
-        None,
-        ge=2.125,
-        le=8.25,
-        description="in place of a rate: bits a weight in all; formats by measured errors",
-    )
+    bits: Bits | Literal["auto"] | None
     group_size: int = Field(64, ge=0, description="with values: columns that share a scale; 0: a whole row")
     symmetric: bool = Field(True, description="with values: levels symmetric about 0; else each group has its own zero")
     act_order: bool = Field(False, description="method gptq: columns of the largest inputs first")
@@ -117,6 +113,7 @@ class CompressionSettings(_Shared):
     targets: bool = False
     sensitivity: bool = False
     budget: Budgets = "uniform"
+    bits: Bits | None = None
 
     @property
     def allocation(self) -> Allocation:
@@ -186,6 +183,9 @@ class CompressionOptions(_Shared):
         None,
         description="non-zeros by row, by layer or N:M, such as 2:4 [default: row; baselines: their own]",
     )
+    bits: Bits | Literal["auto"] | None = Field(
+        None, description="in place of a rate: bits a weight in all; auto: for `max_drop` or `target_mb`"
+    )
     budget: Budgets | None = Field(
         None,
         description="how the rate is shared out over the layers "
@@ -224,6 +224,8 @@ class CompressionOptions(_Shared):
         Raises:
             ValueError: what was given does not fit together; begins with the name of a field.
         """
+        if self.bits == "auto":
+            raise ValueError("bits auto is for a search (`max_drop` or `target_mb` of a run): give a number")
         method = methods.find(self.method)
         method.check(self)
         pattern = Pattern.parse(self.pattern or method.pattern)

@@ -26,6 +26,7 @@ from oats_vision.compression import methods
 from oats_vision.compression.allocation import allocate, refined
 from oats_vision.compression.block_rates import alpha_rates, hill_exponent, outlier_ratio, owl_rates
 from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.common import Common
 from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, Weight, error_curve
 from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError
 from oats_vision.compression.formats import in_formats, offered
@@ -57,6 +58,7 @@ def share_out(
     calls: BlockCalls,
     gradients: OutputGradients | None = None,
     tell: Tell = lambda share: None,
+    common: Common | None = None,
 ) -> Parts:
     """The budgets of all parts, by block and linear: those of the plan, or others that add up to the same.
 
@@ -65,6 +67,7 @@ def share_out(
         hidden: what its first block is given; stays as it is. calls: how its blocks are called.
         gradients: of its output, if they were computed.
         tell: called with the share of the work that is done.
+        common: what earlier compressions found; what is found here is added.
 
     Raises:
         ModelError: the model's values or gradients are not finite.
@@ -75,12 +78,14 @@ def share_out(
     with torch.no_grad():
         measured = partial(_measured, model, structure, plan, settings, hidden, calls, gradients, tell)
         if settings.bits:
-            found = measured(lambda weight, method: offered(weight, method, settings))
+            common = common or Common()
+            if common.costs is None:
+                common.costs = measured(lambda weight, method: offered(weight, method, settings))
             widths = {
                 block: {name: _weight(model, f"{block}.{name}").shape[1] for name in linears}
                 for block, linears in plan.parts.items()
             }
-            return in_formats(plan.parts, widths, settings.bits, found)
+            return in_formats(plan.parts, widths, settings.bits, common.costs)
         if settings.budget == "measured":
             curves_found = measured(lambda weight, method: error_curve(weight, method, settings))
             given = [

@@ -1,4 +1,4 @@
-"""What a search for a rate tried and found: rows that are written one by one, and in report.json all of them."""
+"""What a search for a rate or bits tried and found: rows that are written one by one, and all in report.json."""
 
 from typing import Literal
 
@@ -74,8 +74,20 @@ class Searched(_Row):
     def sentence(self) -> str:
         """What was found, in a line."""
         best, trials = self.best, count(len(self.trials), "trial")
-        found = f"Rate {best.settings.rate:.3g}, found in {trials}"
+        size = best.settings.size
+        found = f"{size[0].upper()}{size[1:]}, found in {trials}"
         if best.loss is None:
             return f"{found}."
         found += f": {self.loss}, {self.unit}: {best.loss} on the {self.samples:,} {self.of} of the search"
         return f"{found}." if self.final is None else f"{found}, {self.final} on {self.final_samples:,} others."
+
+
+def varied(settings: CompressionSettings) -> dict[str, str]:
+    """What trials of a search differ in, by its heading."""
+    ratio = settings.rank_ratio if isinstance(settings.rank_ratio, str) else f"{settings.rank_ratio:.3g}"
+    own = (
+        {"bits a weight": f"{settings.bits:g}"}
+        if settings.bits
+        else {"rate": f"{settings.rate:.3g}", "rank ratio": ratio}
+    )
+    return own | {"stored in": str(settings.storage_dtype)}

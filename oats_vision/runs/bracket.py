@@ -1,4 +1,4 @@
-"""The choice of the next rate of a search: pure, in whole steps of a hundredth.
+"""The choice of the next trial of a search: pure, in whole steps, of which higher ones are smaller models.
 
 A trial at a step has a drop; the search is for the largest step whose drop stays below a limit. The drop grows with
 the step, but for noise, and about exponentially: so the curve is interpolated in its logarithm.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-LOWEST, HIGHEST, STEP = 5, 95, 0.01  # steps of the rate
+LOWEST, HIGHEST = 5, 95  # steps
 MOST = 8  # trials
 ENOUGH, CLOSE = 6, 2  # after so many trials a bracket that is so wide will do
 SLOPE = 0.1  # of the drop's logarithm over a step, before two trials have shown it: what models of all kinds have

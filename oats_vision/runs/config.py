@@ -13,6 +13,7 @@ from oats_vision.compression.settings import NO_RECOVERY, CompressionOptions, Co
 from oats_vision.errors import ConfigError, DataError, did_you_mean, near
 from oats_vision.evaluation.tasks.options import DataOptions
 from oats_vision.fields import validated
+from oats_vision.runs.scale import BITS, FIRST_BITS, RATE, Scale
 
 KNOWN_DATA = ("demo", "c4", "wikitext", "fineweb")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -26,10 +27,12 @@ class RunConfig(DataOptions, CompressionOptions):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
     max_drop: float | None = Field(
-        None, gt=0, description="find the smallest model that loses less: points of accuracy, or % of perplexity"
+        None, gt=0, description="find the smallest model that loses less (points, %); `bits` auto: smaller files"
     )
     drop_of: Drop | None = Field(None, description="what `max_drop` limits [default: as the data allow]")
-    target_mb: float | None = Field(None, gt=0, description="find the most accurate model of this size")
+    target_mb: float | None = Field(
+        None, gt=0, description="find the most accurate model of this size; `bits` auto: more accurate"
+    )
     pretrained: bool = Field(True, description="trained weights, or random ones (to try a run)")
     image_size: int | None = Field(None, ge=1, description="input size (timm models) [default: its own]")
     trust_remote_code: bool = Field(False, description="run model code from a hub (hub:, some hf: models)")
@@ -65,7 +68,7 @@ class RunConfig(DataOptions, CompressionOptions):
 
     @model_validator(mode="after")
     def _possible(self) -> "RunConfig":
-        self._settings = self.resolved()
+        self._settings = self._first.resolved()
         if self.merge and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"merge is for methods that keep the layers' shapes, and {self.method} makes them smaller")
         if self.recover and not methods.find(self.method).keeps_shapes:
@@ -90,8 +93,12 @@ class RunConfig(DataOptions, CompressionOptions):
             raise ValueError("max_drop and `target_mb` are both given: each decides the rate, leave one of them out")
         if self.rate is not None:
             raise ValueError(f"rate is given, and {wanted} finds the rate: leave one of them out")
-        if self._settings.density is not None:
-            what = "`bits`" if self.bits else "`density`" if self.density else f"`method` {self.method}"
+        if self.bits and self.bits != "auto":
+            raise ValueError(
+                f"bits {self.bits:g} and {wanted} are both given: leave one of them out, or give `bits` auto"
+            )
+        if self._settings.density is not None and self.bits is None:
+            what = "`density`" if self.density else f"`method` {self.method}"
             raise ValueError(f"{wanted.strip('`')} finds the rate, and {what} has none: leave one of them out")
         if self.tensorboard:
             raise ValueError(f"tensorboard is for a run whose rate is given, and {wanted} finds the rate: leave it out")
@@ -109,6 +116,20 @@ class RunConfig(DataOptions, CompressionOptions):
                 f"{wanted.strip('`')} finds the rate, which pattern {self._settings.pattern} and rank ratio "
                 f"{self._settings.rank_ratio:g} fix at {self._settings.rate:g}: leave one of these out"
             )
+
+    @property
+    def _first(self) -> CompressionOptions:
+        """The options of the run; where bits are searched for, of the first trial."""
+        if self.bits != "auto":
+            return self
+        if not self.searched_for:
+            raise ValueError("bits auto is searched for: give `max_drop` or `target_mb` too, or a number of bits")
+        return CompressionOptions(**self.compression | {"bits": FIRST_BITS})
+
+    @property
+    def scale(self) -> Scale:
+        """What a search goes along."""
+        return BITS if self.bits == "auto" else RATE
 
     @property
     def _needs_whole_model(self) -> str:

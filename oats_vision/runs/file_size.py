@@ -1,4 +1,4 @@
-"""How many bytes a checkpoint will take, before anything is compressed, and the rate that makes it fit."""
+"""How many bytes a checkpoint will take, before anything is compressed, and the rate or bits that make it fit."""
 
 import json
 from bisect import bisect_left
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oats_vision.checkpoint import measure
 from oats_vision.checkpoint.write import content
 from oats_vision.compression import methods
 from oats_vision.compression.record import CompressionReport
@@ -18,19 +19,21 @@ from oats_vision.compression.settings import CompressionSettings, resolve
 from oats_vision.errors import ConfigError
 from oats_vision.models.record import structure_of
 from oats_vision.models.structure import floating
-from oats_vision.runs.bracket import HIGHEST, LOWEST
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.forecast import planned_shell
 from oats_vision.runs.run import PreparedRun
+from oats_vision.runs.scale import Scale
 
 WIDE = 1.2345678901234567e-05  # no number that JSON holds is longer
-FINEST = 1000  # steps of the rate
+FINER = 10  # steps in the place of one of a search
 RATIOS = (0.1, 0.2, 0.3)  # rank ratios that are tried
 DIGESTS, SPARE = 400, 0.02  # bytes of config.json's digests, and a share for what is not known of it yet
 
 
 def planned_bytes(model: nn.Module, settings: CompressionSettings, others: int = 0) -> int:
     """Bytes of all files that are needed to load the model compressed: exact but for config.json, of which a bound.
+
+    With `bits` as many as the layers may take, which the formats that are chosen may not reach.
 
     Args:
         others: bytes of a tokenizer.
@@ -46,7 +49,9 @@ def planned_bytes(model: nn.Module, settings: CompressionSettings, others: int =
     tied = {name: owner for name, tensor in state.items() if (owner := owners.setdefault(id(tensor), name)) != name}
     tensors = {name: tensor for name, tensor in state.items() if name not in tied}
     config = json.dumps(content(shell, _with_figures(report, len(plan.blocks)), dtype, storage, tied), indent=2)
-    return _weights(tensors, storage) + round(len(config) * (1 + SPARE)) + DIGESTS + others
+    sizes = measure(tensors.values(), report, storage)
+    more = sizes.with_bits(settings.bits, report.dense_parameters).total - sizes.total if settings.bits else 0
+    return _weights(tensors, storage) + more + round(len(config) * (1 + SPARE)) + DIGESTS + others
 
 
 def _weights(tensors: dict[str, Tensor], storage: torch.dtype) -> int:
@@ -86,27 +91,22 @@ def tokenizer_bytes(tokenizer: Any) -> int:
         return size_of(Path(directory))
 
 
-def with_rate(options: dict[str, Any], rate: float, storage: str | None) -> CompressionSettings:
-    """The settings of a run at another rate, with the precision that weights are stored in."""
-    settings = resolve(**options | {"rate": rate})
+def settings_at(options: dict[str, Any], scale: Scale, step: int, storage: str | None) -> CompressionSettings:
+    """The settings of a run at a step, with the precision that weights are stored in."""
+    settings = resolve(**options | {scale.name: scale.at(step)})
     return settings.model_copy(update={"storage_dtype": settings.storage_dtype or storage})
 
 
-def highest_possible(model: nn.Module, options: dict[str, Any], steps: int, least: int, most: int) -> int:
-    """The largest of these steps of the rate at which every layer keeps something; below `least` if none is.
-
-    Args:
-        steps: that the whole rate has. least, most: in these.
-    """
-    return (
-        bisect_left(range(least, most + 1), True, key=lambda step: not _possible(model, options, step / steps))
-        + least
-        - 1
-    )
+def highest_possible(model: nn.Module, options: dict[str, Any], scale: Scale) -> int:
+    """The highest step at which every layer keeps something, or has its bits; below the lowest if none is."""
+    steps = range(scale.lowest, scale.highest + 1)
+    return scale.lowest - 1 + bisect_left(steps, True, key=lambda step: not _possible(model, options, scale, step))
 
 
 def candidates(config: RunConfig, model: nn.Module, prepared: PreparedRun) -> list[CompressionSettings]:
     """The settings that reach `target_mb`, the lowest rate first: for each precision and rank ratio that may be chosen.
+
+    Bits leave no choice.
 
     Without data to choose by there is the first alone.
 
@@ -117,39 +117,39 @@ def candidates(config: RunConfig, model: nn.Module, prepared: PreparedRun) -> li
     own = str(prepared.settings.storage_dtype)
     storages = [own] if config.storage_dtype or own != "float32" else ["float16", own]
     free = config.rank_ratio is None and methods.find(config.method).rank_ratio is None
-    ratios = RATIOS if free and ":" not in prepared.settings.pattern else (config.rank_ratio,)
+    ratios = RATIOS if free and not config.bits and ":" not in prepared.settings.pattern else (config.rank_ratio,)
     others = tokenizer_bytes(prepared.tokenizer)
     for storage, ratio in product(storages, ratios):
         options = config.compression | {"rank_ratio": ratio, "storage_dtype": storage}
-        settings, *both = smallest_fitting(model, options, storage, target, others)
+        settings, *both = largest_fitting(model, options, config.scale, storage, target, others)
         sizes += both
         found += [settings] if settings else []
     if not found:
         raise ConfigError(
-            f"`target_mb` must be in [{min(sizes) / 1e6:.2f}, {max(sizes) / 1e6:.2f}) for {config.model}, the sizes at "
-            f"rates from {HIGHEST / 100:g} to {LOWEST / 100:g}, got {config.target_mb:g}"
+            f"`target_mb` must be in [{min(sizes) / 1e6:.2f}, {max(sizes) / 1e6:.2f}) for {config.model}, the sizes of "
+            f"{config.scale.ends}, got {config.target_mb:g}"
         )
     found.sort(key=lambda one: one.rate)
     return found if config.eval else found[:1]
 
 
-def smallest_fitting(
-    model: nn.Module, options: dict[str, Any], storage: str | None, target: int, others: int = 0
+def largest_fitting(
+    model: nn.Module, options: dict[str, Any], scale: Scale, storage: str | None, target: int, others: int = 0
 ) -> tuple[CompressionSettings | None, int, int]:
-    """The settings of the lowest rate, in thousandths, whose files are no larger than a target.
+    """The settings of the largest model, in tenths of a step, whose files are no larger than a target.
 
     Args:
         target: bytes. others: of these for a tokenizer.
 
     Returns:
-        The settings, None if even the highest rate's files are larger, or the lowest one's smaller; and the bytes of
-        the highest and of the lowest rate.
+        The settings, None if even the smallest model's files are larger, or the largest one's smaller; and the bytes of
+        the smallest and of the largest.
     """
-    least, most = LOWEST * FINEST // 100, HIGHEST * FINEST // 100
-    most = highest_possible(model, options, FINEST, least, most)
+    scale = scale.finer(FINER)
+    least, most = scale.lowest, highest_possible(model, options, scale)
 
     def at(step: int) -> CompressionSettings:
-        return with_rate(options, step / FINEST, storage)
+        return settings_at(options, scale, step, storage)
 
     def size(step: int) -> int:
         return planned_bytes(model, at(step), others)
@@ -161,10 +161,10 @@ def smallest_fitting(
     return at(fitting), smallest, largest
 
 
-def _possible(model: nn.Module, options: dict[str, Any], rate: float) -> bool:
-    """Whether every layer keeps something at a rate."""
+def _possible(model: nn.Module, options: dict[str, Any], scale: Scale, step: int) -> bool:
+    """Whether every layer keeps something at a step, or has its bits."""
     try:
-        planned_shell(model, structure_of(model), with_rate(options, rate, None))
+        planned_shell(model, structure_of(model), settings_at(options, scale, step, None))
     except ConfigError:
         return False
     return True

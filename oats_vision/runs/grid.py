@@ -89,6 +89,8 @@ def sweep_config(**fields: Any) -> SweepConfig:
 def _build(fields: dict[str, Any], called: Callable[[str], str]) -> SweepConfig:
     if alone := [name for name in FOR_ONE_RUN if fields.get(name)]:
         raise ConfigError(f"{called(alone[0])} is not a setting of a sweep: leave it out")
+    if fields.get("bits") == "auto":
+        raise ConfigError(f"{called('bits')} auto is not for a sweep: give a number")
     own = {name: fields[name] for name in Extent.model_fields if name in fields}
     extent = validated(Extent, own, called)
     shared = {name: value for name, value in ({"out": OUT} | fields).items() if name not in {*own, *AXES}}

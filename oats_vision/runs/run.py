@@ -13,6 +13,7 @@ from torch import nn
 
 from oats_vision import checkpoint, ranks
 from oats_vision.compression.blocks import nobody
+from oats_vision.compression.common import Common
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.record import record
@@ -284,11 +285,13 @@ def compress_and_write(
     journal: Journal,
     display: Display,
     watch: Watch | None = None,
+    common: Common | None = None,
 ) -> FinishedRun:
     """Compress the model, in place, as the settings say, and write it to `config.out`.
 
     Args:
         journal: keeps what is done; it is to be removed once the run needs it no more.
+        common: what earlier compressions found; what is found here is added.
     """
     beside = checkpoint.beside(config.out) if ranks.is_main() else nullcontext()
     with saying(lambda: journal.how_to_go_on), beside as folder:
@@ -302,6 +305,7 @@ def compress_and_write(
                 layer_done=watch.layer_done if watch else nobody,
                 journal=journal,
                 finished_blocks=ranks.broadcast(folder),
+                common=common,
             )
         ranks.on_main(lambda: write_noted(model, config, prepared.tokenizer, journal, display))
     skipped = calibration.batches.skipped if isinstance(calibration.batches, Batches) else 0

@@ -1,4 +1,4 @@
-"""`oats-vision compress --max-drop` and `--target-mb`: the rate is found by compressing a model at several.
+"""`oats-vision compress --max-drop` and `--target-mb`: the rate, or the bits, are found by compressing at several.
 
 A search is a sweep whose next cell depends on the rows: each trial is measured and written down before the next begins,
 in a hidden folder beside the output, and a search that was stopped goes on there. Of the checkpoints only the best one
@@ -6,16 +6,18 @@ is kept, which becomes the output.
 """
 
 import copy
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from oats_vision import checkpoint
+from oats_vision.compression.common import Common, Costs, costs_of, plain
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import record
 from oats_vision.compression.settings import CompressionSettings
@@ -27,10 +29,10 @@ from oats_vision.evaluation.searched import Searched, Tried
 from oats_vision.machine import dtype_of
 from oats_vision.progress import Estimate, count
 from oats_vision.runs import bracket, losses
-from oats_vision.runs.bracket import HIGHEST, LOWEST, Bracket, Trial, next_step
+from oats_vision.runs.bracket import Bracket, Trial, next_step
 from oats_vision.runs.compress import describe
 from oats_vision.runs.config import RunConfig
-from oats_vision.runs.file_size import candidates, highest_possible, size_of, with_rate
+from oats_vision.runs.file_size import FINER, candidates, highest_possible, settings_at, size_of
 from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.forecast import Forecast
 from oats_vision.runs.grid import cell_name
@@ -52,17 +54,28 @@ from oats_vision.runs.search_table import plan_lines, show_headings, show_line, 
 from oats_vision.runs.sweep import said_once
 from oats_vision.runs.sweep_folder import read_rows, read_state, write_row, write_state
 
-OVERSIZED = 0.005  # step of the rate where files are larger than was told
+OVERSIZED = 5  # of `FINER` steps in one, where files are larger than was told
+COSTS = "costs.json"  # of formats
+
+
+class Planned(NamedTuple):
+    """What a search comes to.
+
+    most: trials. seconds: of all of them.
+    """
+
+    most: int
+    seconds: float
 
 
 def search(config: RunConfig, display: Display | None = None) -> FinishedRun:
-    """Find the rate that `max_drop` or `target_mb` asks for, and return the model that was made with it.
+    """Find the rate, or the bits, that `max_drop` or `target_mb` asks for, and return the model that was made with it.
 
     Args:
         config: of a run whose rate is not given.
 
     Raises:
-        OatsVisionError: something that was given is wrong, or no rate does what is asked for. Trials that are finished
+        OatsVisionError: something that was given is wrong, or nothing does what is asked for. Trials that are finished
             are kept then, and a search with another `max_drop` begins with them.
     """
     if not config.searched_for:
@@ -92,28 +105,32 @@ def folder_of(out: Path) -> Path:
 
 def dry_search(
     config: RunConfig, display: Display, tell: Callable[[Forecast], None] = lambda planned: None
-) -> tuple[Forecast, Estimate, int]:
-    """What a search would begin with, how long one trial would take, and how many there are at most.
+) -> tuple[Forecast, Estimate, Planned]:
+    """What a search would begin with, how long one trial would take, and what all of them come to.
 
     Args:
         tell: called with what is known before a block is tried, which takes a while.
 
     Raises:
-        OatsVisionError: something that was given is wrong, or no rate reaches the size.
+        OatsVisionError: something that was given is wrong, or nothing reaches the size.
     """
     checkpoint.check_target(config.out, config.overwrite)
     model, prepared = prepare(config, display)
     first, *others = candidates(config, model, prepared) if config.target_mb else [prepared.settings]
     if config.max_drop:
         losses.choose(config.drop_of, model, prepared)
-    return *try_out(model, prepared, first, display, tell), 1 + len(others) if config.target_mb else bracket.MOST
+    planned, estimate = try_out(model, prepared, first, display, tell)
+    most = 1 + len(others) if config.target_mb else bracket.MOST
+    later = estimate.total - (estimate.budgets if first.bits else 0.0)  # formats are measured once
+    return planned, estimate, Planned(most, estimate.total + (most - 1) * later)
 
 
 @dataclass
 class _Search:
     """A search that is under way.
 
-    judged: what trials are judged by; None if there is no choice. target: settings that reach the size.
+    judged: what trials are judged by; None if there is no choice. target: settings that reach the size. common: what
+    trials have found that others use again, by the precision that weights are stored in.
     """
 
     config: RunConfig
@@ -125,6 +142,7 @@ class _Search:
     judged: Judged | None
     target: list[CompressionSettings]
     trials: list[Tried] = field(default_factory=list)
+    common: dict[str | None, Common] = field(default_factory=dict)
 
     @classmethod
     def begun(
@@ -152,23 +170,26 @@ class _Search:
         return cls(config, display, folder, model, prepared, batches, judged, target, trials)
 
     def for_a_drop(self) -> Tried:
-        """The trial of the highest rate that stays below the limit."""
+        """The trial of the smallest model that stays below the limit."""
         assert self.judged
-        limit = float(self.config.max_drop or 0)
-        highest = highest_possible(self.model, self.config.compression, 100, LOWEST, HIGHEST)
-        first = round(100 * self.prepared.settings.rate)
+        limit, scale, options = float(self.config.max_drop or 0), self.config.scale, self.config.compression
+        steps = {
+            "first": scale.step(self.prepared.settings),
+            "lowest": scale.lowest,
+            "highest": highest_possible(self.model, options, scale),
+        }
         self.show_before(f"{self.judged.kind.words} of less than {limit:g} {self.judged.kind.unit}")
-        while (step := next_step(self.judgements, limit, first=first, highest=highest)) is not None:
-            tried = self.trial(with_rate(self.config.compression, step / 100, self.prepared.settings.storage_dtype))
+        while (step := next_step(self.judgements, limit, **steps)) is not None:
+            tried = self.trial(settings_at(options, scale, step, self.prepared.settings.storage_dtype))
             self.keep(self.below(limit))
             show_trial(self.display, tried, "below the limit" if tried.loss and tried.loss.high < limit else "too much")
         if best := self.below(limit):
             return best
-        least = min(self.trials, key=lambda one: one.settings.rate)
+        least = min(self.trials, key=self.step)
         assert least.loss
         kind, more = self.judged.kind, ", or more data for a narrower interval" * (least.loss.value < limit)
         raise ConfigError(
-            f"`max_drop` {limit:g} is not reached: at rate {least.settings.rate:g} it is {least.loss} {kind.unit} "
+            f"`max_drop` {limit:g} is not reached: at {least.settings.size} it is {least.loss} {kind.unit} "
             f"({kind.words}, on {self.judged.samples} {self.judged.of}): give a larger `max_drop`{more}"
         )
 
@@ -178,8 +199,9 @@ class _Search:
         for i in range(len(self.target)):
             # where a method shares out its budget by what it measures, the bytes are known only afterwards
             while (tried := self.trial(self.target[i])).bytes > 1e6 * float(self.config.target_mb or 0):
-                rate = round(self.target[i].rate + OVERSIZED, 3)
-                self.target[i] = self.target[i].model_copy(update={"rate": rate})
+                finer = self.config.scale.finer(FINER)
+                smaller: dict[str, Any] = {finer.name: finer.at(finer.step(self.target[i]) + OVERSIZED)}
+                self.target[i] = self.target[i].model_copy(update=smaller)
             self.keep(self.least())
             show_trial(self.display, tried, f"{tried.bytes / 1e6 / float(self.config.target_mb or 1):.1%} of the size")
         best = self.least()
@@ -188,12 +210,16 @@ class _Search:
 
     @property
     def judgements(self) -> list[Trial]:
-        return [Trial(_step(one), one.loss.high) for one in self.trials if one.loss]
+        return [Trial(self.step(one), one.loss.high) for one in self.trials if one.loss]
+
+    def step(self, one: Tried) -> int:
+        return self.config.scale.step(one.settings)
 
     def below(self, limit: float) -> Tried | None:
         """The smallest model so far that stays below the limit."""
-        low = Bracket.of(self.judgements, limit, LOWEST, HIGHEST).low
-        return next((one for one in self.trials if _step(one) == low), None)
+        scale = self.config.scale
+        low = Bracket.of(self.judgements, limit, scale.lowest, scale.highest).low
+        return next((one for one in self.trials if self.step(one) == low), None)
 
     def least(self) -> Tried | None:
         """The model so far that loses least, of those that are to be tried."""
@@ -201,7 +227,7 @@ class _Search:
         return min(tried, key=lambda one: one.loss.value if one.loss else one.settings.rate, default=None)
 
     def show_before(self, what: str) -> None:
-        show_headings(self.display, what, self.judged)
+        show_headings(self.display, what, self.judged, self.prepared.settings)
         for one in self.trials:
             show_trial(self.display, one, "done before")
 
@@ -225,6 +251,7 @@ class _Search:
         own = self.config.model_copy(update={"out": directory, "overwrite": True})
         own = self.prepared.task.completed(own)
         see_same(journal, own, settings, self.display)
+        common = self.common.setdefault(settings.storage_dtype, Common(costs=self.costs()))
         finished = compress_and_write(
             copy.deepcopy(self.model),
             own,
@@ -233,7 +260,10 @@ class _Search:
             CalibrationSet(self.batches, None),
             journal,
             self.display,
+            common=common,
         )
+        if common.costs:
+            checkpoint.write_json(self.folder / COSTS, plain(common.costs))
         loss = self.judged.judge(self.load(directory)) if self.judged else None
         return Tried(
             number=number,
@@ -244,6 +274,13 @@ class _Search:
             skipped=finished.skipped,
             weights_sha256=checkpoint.read_config(directory).weights_sha256,
         )
+
+    def costs(self) -> Costs | None:
+        """What formats cost, as the search found before it was stopped; None if that is not known."""
+        try:
+            return costs_of(json.loads((self.folder / COSTS).read_text()))
+        except (OSError, ValueError, KeyError):  # not there, or of another version's formats
+            return None
 
     def load(self, directory: Path) -> nn.Module:
         return checkpoint.load(
@@ -305,10 +342,6 @@ class _Search:
 
 
 _KEYS = {"dense_sha256": "the dense weights are", "by": "trials are judged by", "on": "trials are judged on"}
-
-
-def _step(one: Tried) -> int:
-    return round(100 * one.settings.rate)
 
 
 def _name(settings: CompressionSettings) -> str:

@@ -1,30 +1,35 @@
 """A search as it is printed while it goes on: a line for each trial."""
 
+from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
-from oats_vision.evaluation.searched import Tried
+from oats_vision.evaluation.searched import Tried, varied
 from oats_vision.runs import bracket
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.kept import MEMORY
 from oats_vision.runs.losses import Judged
 
-HEADINGS = f"  {'rate':>5}  {'rank ratio':>10}  {'stored in':>9}  {'MB':>8}  "
 
+def show_headings(display: Display, what: str, judged: Judged | None, settings: CompressionSettings) -> None:
+    """What is searched for, what trials are judged by, and the columns.
 
-def show_headings(display: Display, what: str, judged: Judged | None) -> None:
-    """What is searched for, what trials are judged by, and the columns."""
+    Args:
+        settings: of a trial.
+    """
     words = f"{judged.kind.words}, {judged.kind.unit} [95%]" if judged else ""
     on = f", judged by {judged.samples:,} {judged.of}" if judged else ""
     show_line(display, f"search: {what}{on}")
-    show_line(display, f"{HEADINGS}{words}".rstrip())
+    show_line(display, f"  {_row({name: name for name in varied(settings)}, 'MB')}  {words}".rstrip())
 
 
 def show_trial(display: Display, one: Tried, verdict: str) -> None:
     """One trial, and what follows from it."""
-    settings = one.settings
-    ratio = settings.rank_ratio if isinstance(settings.rank_ratio, str) else f"{settings.rank_ratio:.3g}"
-    figures = f"  {settings.rate:5.3g}  {ratio:>10}  {settings.storage_dtype:>9}  {one.bytes / 1e6:8.2f}  "
     loss = str(one.loss) if one.loss else ""
-    show_line(display, f"{figures}{loss:<24}  {verdict}")
+    show_line(display, f"  {_row(varied(one.settings), f'{one.bytes / 1e6:.2f}')}  {loss:<24}  {verdict}")
+
+
+def _row(cells: dict[str, str], size: str) -> str:
+    """Cells by their headings, and the size, below one another."""
+    return "  ".join([*(f"{text:>{max(len(heading), 5)}}" for heading, text in cells.items()), f"{size:>8}"])
 
 
 def show_line(display: Display, line: str) -> None:

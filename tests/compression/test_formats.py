@@ -71,6 +71,7 @@ def test_the_model_has_so_many_bits_a_weight_and_layers_that_matter_have_more(ti
     [
         ({"bits": 9.0}, "bits must be"),
         ({"bits": 2.0}, "bits must be"),
+        ({"bits": "auto"}, "bits auto is for a search"),
         ({"bits": 2.2}, "`bits` must be at least 2.28 for this model, got 2.2"),
         ({"bits": 4.0, "rate": 0.5}, "rate and `bits` are both given"),
         ({"bits": 4.0, "values": "int4"}, "values and `bits` are both given"),

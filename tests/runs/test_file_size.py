@@ -6,13 +6,15 @@ import torch
 import oats_vision as ov
 from oats_vision.compression.settings import resolve
 from oats_vision.runs.file_size import (
-    FINEST,
+    FINER,
     highest_possible,
+    largest_fitting,
     planned_bytes,
+    settings_at,
     size_of,
-    smallest_fitting,
     tokenizer_bytes,
 )
+from oats_vision.runs.scale import BITS, RATE, Scale
 
 SETTINGS = [
     {"rate": 0.5},
@@ -21,6 +23,8 @@ SETTINGS = [
     {"rate": 0.6, "rank_ratio": 0.0, "skip": ("blocks.0",)},
     {"method": "svd", "rate": 0.6},
     {"method": "slicegpt", "rate": 0.3},
+    {"rate": 0.5, "values": "int4", "quality": "fast"},
+    {"method": "sparsegpt", "rate": 0.6, "values": "int3", "symmetric": False},
 ]
 
 
@@ -46,23 +50,39 @@ def test_tied_weights_are_told_once_and_the_tokenizer_counts(language_directory,
     check(model, tokens, tmp_path / "out", resolve(rate=0.4, iterations=2), ov.load_tokenizer(language_directory))
 
 
-def test_the_lowest_rate_that_fits_is_found(model_directory):
+@pytest.mark.parametrize("bits", [2.5, 3.95, 7.0])
+def test_with_bits_files_are_no_larger_than_told(model_directory, pictures, tmp_path, bits):
+    model, _ = ov.load_model(model_directory)
+    told = planned_bytes(model, resolve(bits=bits))
+    ov.compress(model, [batch[..., :28, :28] for batch in pictures], bits=bits, quality="fast").save(tmp_path / "out")
+    assert 0.94 * told < size_of(tmp_path / "out") <= told
+
+
+@pytest.mark.parametrize("scale", [RATE, BITS], ids=lambda scale: scale.name)
+def test_the_largest_that_fits_is_found(model_directory, scale: Scale):
     model, _ = ov.load_model(model_directory)
     options = {"method": "oats"}
-    _, smallest, largest = smallest_fitting(model, options, "float16", 0)
+    _, smallest, largest = largest_fitting(model, options, scale, "float16", 0)
     assert smallest < largest
     for target in (smallest, (smallest + largest) // 2, largest - 1):
-        fitting, *_ = smallest_fitting(model, options, "float16", target)
+        fitting, *_ = largest_fitting(model, options, scale, "float16", target)
         assert planned_bytes(model, fitting) <= target
-        before = fitting.model_copy(update={"rate": fitting.rate - 1 / FINEST})
+        finer = scale.finer(FINER)
+        before = settings_at(options, finer, finer.step(fitting) - 1, "float16")
         assert planned_bytes(model, before) > target
-    assert smallest_fitting(model, options, "float16", smallest - 1)[0] is None
-    assert smallest_fitting(model, options, "float16", largest)[0] is None
+    assert largest_fitting(model, options, scale, "float16", smallest - 1)[0] is None
+    assert largest_fitting(model, options, scale, "float16", largest)[0] is None
 
 
 @pytest.mark.parametrize(
-    ("options", "highest"), [({"rank_ratio": 0.0}, 95), ({"pattern": "2:4"}, 50), ({"rank_ratio": 1e-4}, 4)]
+    ("options", "scale", "highest"),
+    [
+        ({"rank_ratio": 0.0}, RATE, 95),
+        ({"pattern": "2:4"}, RATE, 50),
+        ({"rank_ratio": 1e-4}, RATE, 4),
+        ({}, BITS, 118),  # 2.35 bits: of the tiny model even the smallest format has more than 2.3
+    ],
 )
-def test_the_highest_rate_is_one_that_leaves_every_layer_something(model_directory, options, highest):
+def test_the_highest_step_is_one_that_leaves_every_layer_something(model_directory, options, scale, highest):
     model, _ = ov.load_model(model_directory)
-    assert highest_possible(model, options, 100, 5, 95) == highest
+    assert highest_possible(model, options, scale) == highest

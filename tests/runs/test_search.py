@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
 from command import run
 from oats_vision import checkpoint
-from oats_vision.compression import methods
+from oats_vision.compression import methods, sharing
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
+from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.evaluation.results import Difference, Ratio
 from oats_vision.runs import file_size
@@ -27,7 +30,7 @@ from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.kept import halves, kept
 from oats_vision.runs.losses import fewest, floor, of_change
 from oats_vision.runs.run import run as run_once
-from oats_vision.runs.search import folder_of, search
+from oats_vision.runs.search import dry_search, folder_of, search
 
 QUICK = {"data": "demo", "samples": 20, "batch_size": 32, "method": "magnitude"}
 LABELLED = QUICK | {"eval_data": "demo", "eval_samples": 120}
@@ -80,8 +83,8 @@ def on_disk() -> list[int]:
 def made(classifier, tmp_path_factory, on_disk) -> FinishedRun:
     out, compress = tmp_path_factory.mktemp("search") / "out", module.compress_and_write
 
-    def counted(*given):
-        done = compress(*given)
+    def counted(*given, **named):
+        done = compress(*given, **named)
         on_disk.append(len(list(folder_of(out).glob("*/model.safetensors"))))
         return done
 
@@ -201,10 +204,134 @@ def test_at_most_two_checkpoints_lie_on_the_disk(made, on_disk):
     assert set(on_disk) == {1, 2}
 
 
+BITS = {"data": "demo", "samples": 20, "batch_size": 32, "quality": "fast", "bits": "auto"}
+FEW = BITS | {"eval_data": "demo", "eval_samples": 120}
+
+
+@pytest.fixture(scope="module")
+def offers() -> Iterator[list[str]]:
+    """Grows with each part of a linear whose formats are tried."""
+    done, before = [], sharing.offered
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "offered", lambda *given: done.append("") or before(*given))
+        yield done
+
+
+@pytest.fixture(scope="module")
+def of_few_bits(classifier, tmp_path_factory, offers) -> FinishedRun:
+    done = search(config(classifier, tmp_path_factory.mktemp("bits") / "out", **FEW, max_drop=15))
+    assert len(offers) == 12  # parts of 2 blocks, once for all trials
+    return done
+
+
+def test_the_fewest_bits_that_stay_below_are_found(of_few_bits):
+    done, found, out = of_few_bits, of_few_bits.searched, of_few_bits.config.out
+    below = [one for one in found.trials if one.loss.high < 15]
+    assert below
+    assert 1 < len(found.trials) <= 8
+    assert found.best == min(below, key=lambda one: one.settings.bits)
+    assert ov.record(ov.load(out)).report.settings.bits == found.best.settings.bits == done.settings.bits
+    assert (
+        found.best.bytes
+        == min(one.bytes for one in below)
+        == sum((out / name).stat().st_size for name in ("config.json", "model.safetensors"))
+    )
+    assert found.sentence.startswith(
+        f"{done.settings.bits:g} bits a weight, found in {len(found.trials)} trials: top-1"
+    )
+    report = json.loads((out / "report.json").read_text())
+    assert (report["run"]["bits"], report["settings"]["bits"]) == ("auto", done.settings.bits)
+    assert [one["settings"]["bits"] for one in report["search"]["trials"]] == [
+        one.settings.bits for one in found.trials
+    ]
+    page = (out / "report.html").read_text()
+    assert "Numbers are bits a weight; the chosen one is ringed." in page
+    assert "<th>bits a weight</th>" in page.replace(' scope="col"', "")
+    assert all(f"<td>{one.settings.bits:g}</td>" in page for one in found.trials)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+
+
+def test_a_search_for_bits_that_was_stopped_goes_on_with_what_it_knows_of_the_formats(
+    of_few_bits, classifier, tmp_path, monkeypatch, offers
+):
+    offers.clear()
+    settings = config(classifier, tmp_path / "out", **FEW, max_drop=15, report=False)
+    write = module.write_row
+    with monkeypatch.context() as patch:
+
+        def stop(folder, name, tried):
+            write(folder, name, tried)
+            raise KeyboardInterrupt
+
+        patch.setattr(module, "write_row", stop)
+        with pytest.raises(KeyboardInterrupt):
+            search(settings)
+    assert len(offers) == 12
+    again = search(settings)
+    assert len(offers) == 12
+    for mine, own in zip(again.searched.trials, of_few_bits.searched.trials, strict=True):
+        assert (mine.settings, mine.loss, mine.weights_sha256) == (own.settings, own.loss, own.weights_sha256)
+
+
+def test_a_loss_that_no_bits_keep_to_is_said_with_the_most_of_them(backbone, tmp_path):
+    with pytest.raises(ConfigError, match=r"is not reached: at 8\.25 bits a weight it is .* hundredths \(cosine"):
+        search(config(backbone, tmp_path / "out", **BITS, max_drop=1e-5))
+
+
+@pytest.mark.parametrize("megabytes", [0.06, 0.08])
+def test_bits_reach_a_size_in_one_trial(model_directory, tmp_path, megabytes):
+    done = search(config(model_directory, tmp_path / "out", **BITS, target_mb=megabytes, report=False))
+    (one,) = done.searched.trials
+    assert (
+        0.94e6 * megabytes < one.bytes <= 1e6 * megabytes
+    )  # of so small a model a layer's next format is some per cent
+    assert one.settings.bits == done.settings.bits
+    assert done.result.cost.samples == 64
+
+
+def test_a_dry_run_counts_the_formats_once(model_directory, tmp_path):
+    wanted = config(model_directory, tmp_path / "out", **BITS, max_drop=20)
+    _, estimate, trials = dry_search(wanted, Display(Console(quiet=True)))
+    assert trials.most == 8
+    assert trials.seconds == pytest.approx(8 * estimate.total - 7 * estimate.budgets)
+    assert 0 < estimate.budgets < estimate.total
+
+
+def test_bits_that_reach_no_size_are_said(model_directory, tmp_path):
+    with pytest.raises(ConfigError, match=r"the sizes of bits from 2\.25 to 8\.25, got 5"):
+        search(config(model_directory, tmp_path / "out", **BITS, target_mb=5))
+
+
+@pytest.mark.parametrize("wanted", [{"max_drop": 40}, {"target_mb": 0.06}], ids=["a drop", "a size"])
+def test_a_rate_is_found_for_values_of_few_bits(model_directory, tmp_path, wanted):
+    settings = QUICK | {"method": "sparsegpt", "values": "int4", "report": False}
+    done = search(config(model_directory, tmp_path / "out", **settings, **wanted))
+    assert done.settings.values == "int4"
+    assert {one.settings.values for one in done.searched.trials} == {"int4"}
+    assert done.searched.sentence.startswith(f"Rate {done.settings.rate:.3g}, int4 in groups of 64, found in ")
+    spec = ov.record(ov.load(tmp_path / "out")).report.layers[0].spec
+    assert spec.grid.bits == 4
+    assert spec.nonzeros < spec.dense_parameters
+    if "target_mb" in wanted:
+        assert 57_000 < done.searched.best.bytes <= 60_000
+
+
 WRONG = {
     "two ways": ({"max_drop": 1, "target_mb": 1}, "max_drop and `target_mb` are both given"),
     "a rate too": ({"max_drop": 1, "rate": 0.5}, "rate is given, and `max_drop` finds the rate: leave one"),
-    "bits too": ({"max_drop": 1, "bits": 4}, "max_drop finds the rate, and `bits` has none: leave one of them out"),
+    "bits too": (
+        {"max_drop": 1, "bits": 4},
+        "bits 4 and `max_drop` are both given: leave one of them out, or give `bits` auto",
+    ),
+    "bits of no search": ({"bits": "auto"}, "bits auto is searched for: give `max_drop` or `target_mb` too"),
+    "bits that are searched for, and values": (
+        {"bits": "auto", "max_drop": 1, "values": "int4"},
+        "values and `bits` are both given",
+    ),
+    "values and a density": (
+        {"max_drop": 1, "values": "int4", "density": 0.5},
+        "max_drop finds the rate, and `density` has none: leave one of them out",
+    ),
     "a method without a rate": (
         {"target_mb": 1, "method": "gptq"},
         "target_mb finds the rate, and `method` gptq has none",

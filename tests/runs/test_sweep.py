@@ -124,6 +124,7 @@ WRONG = {
     "for one run": ({"merge": True}, "merge is not a setting of a sweep"),
     "one board": ({"tensorboard": "board"}, "tensorboard is not a setting of a sweep"),
     "one model": ({"low_memory": True}, "low_memory is not a setting of a sweep"),
+    "bits of a search": ({"bits": "auto", "max_drop": None}, "bits auto is not for a sweep: give a number"),
     "nothing that can be": (
         {"pattern": "2:4", "rate": 0.7},
         "no cell of the grid is possible: oats, pattern 2:4, rate 0.7",
