@@ -223,8 +223,8 @@ NB_MODULE(_native, m) {
         .def("many_bfloat16", &oats::Matrix::many_bfloat16)
         .def("expand", &oats::Matrix::expand);
     nb::class_<oats::FewBitsMatrix>(m, "FewBitsMatrix")
-        .def(nb::init<int, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t,
-                      uintptr_t, int, uintptr_t, uintptr_t, int64_t,
+        .def(nb::init<int, uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t,
+                      uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int64_t,
                       const std::vector<std::pair<int64_t, int64_t>> &, uintptr_t, int, int>())
         .def("few_tokens", &oats::FewBitsMatrix::few_tokens)
         .def("dequantise", &oats::FewBitsMatrix::dequantise);

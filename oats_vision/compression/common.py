@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oats_vision.calibration.sensitivity import OutputGradients
-from oats_vision.compression.formats import FORMATS, Format
+from oats_vision.compression.formats import FORMATS
+from oats_vision.core.grid import Grid
 
-Costs = Sequence[dict[Format, float] | None]
+Costs = Sequence[dict[Grid, float] | None]
 
 
 @dataclass
