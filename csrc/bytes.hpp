@@ -6,9 +6,10 @@
 //     minus_where_none(p, x)          bytes less x where the 64 bits from p are 0
 //     look_up(table)                  the number that each byte, below 16, has in a table of 16
 //
-//     Columns<sparse>(bits, count, p) up to 64 columns of the numbers from p on, which it moves on: one in each column, or
-//                                     where `bits` are 1, the others being 0. Reads up to 64 bytes beyond.
-//     next(mask)                      the next register of columns, and their bits if it is sparse
+//     Columns<sparse, zeros>(bits, count, zero, p)
+//                                     up to 64 columns of the numbers from p on, less `zero`: one in each, or where
+//                                     `bits` are 1, the others being 0. Moves p on, and reads up to 64 bytes beyond.
+//     next()                          the next register of columns
 #pragma once
 
 #include "simd.hpp"
@@ -45,10 +46,10 @@ struct Bytes {
     void store(int8_t *p) const { _mm512_storeu_si512(p, v); }
 };
 
-template <bool sparse>
+template <bool sparse, bool zeros>
 class Columns {
   public:
-    Columns(const uint8_t *bits, int64_t count, const int8_t *&p) : from_(p) {
+    Columns(const uint8_t *bits, int64_t count, float zero, const int8_t *&p) : zero_(Vec::all(zero)), from_(p) {
         if constexpr (sparse) {
             mask_ = read_bits(bits, (count + 7) / 8);
             _mm512_store_si512(bytes_, _mm512_maskz_expand_epi8(mask_, _mm512_loadu_si512(p)));
@@ -56,15 +57,18 @@ class Columns {
         }
         p += sparse ? popcount(mask_) : count;
     }
-    Vec next(uint32_t &mask) {
-        mask = static_cast<uint32_t>(mask_ & 0xffff);
-        mask_ >>= Vec::width;
+    Vec next() {
+        Vec w = Vec::load(from_);
         from_ += Vec::width;
-        return Vec::load(from_ - Vec::width);
+        if constexpr (zeros) w = w - zero_;
+        if constexpr (zeros && sparse) w = w.where(static_cast<uint32_t>(mask_ & 0xffff));
+        mask_ >>= Vec::width;
+        return w;
     }
 
   private:
     alignas(64) int8_t bytes_[64];
+    Vec zero_;
     const int8_t *from_;
     uint64_t mask_ = 0;
 };
@@ -147,23 +151,27 @@ struct Bytes {
     }
 };
 
-template <bool sparse>
+template <bool sparse, bool zeros>
 class Columns {
   public:
-    Columns(const uint8_t *bits, int64_t, const int8_t *&p) : bits_(bits), p_(p) {}
-    Vec next(uint32_t &mask) {
+    Columns(const uint8_t *bits, int64_t, float zero, const int8_t *&p) : bits_(bits), zero_(Vec::all(zero)), p_(p) {}
+    Vec next() {
         __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p_));
+        uint32_t mask = 0;
         if constexpr (sparse) {
             mask = *bits_++;
             const auto *from = reinterpret_cast<const __m128i *>(&expand_bytes_table.lanes[mask]);
             bytes = _mm_shuffle_epi8(bytes, _mm_loadu_si128(from));
         }
         p_ += sparse ? popcount(mask) : Vec::width;
-        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+        Vec w = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+        if constexpr (zeros) w = w - zero_;
+        return zeros && sparse ? w.where(mask) : w;
     }
 
   private:
     const uint8_t *bits_;
+    Vec zero_;
     const int8_t *&p_;
 };
 
@@ -231,31 +239,32 @@ struct Bytes {
     void store(int8_t *p) const { std::memcpy(p, v, 64); }
 };
 
-template <bool sparse>
+template <bool sparse, bool zeros>
 class Columns {
   public:
-    Columns(const uint8_t *bits, int64_t count, const int8_t *&p) {
+    Columns(const uint8_t *bits, int64_t count, float zero, const int8_t *&p) {
         const int8_t *from = p;
         int8_t bytes[64] = {};
+        float less[64] = {};
         if constexpr (sparse) {
-            mask_ = read_bits(bits, (count + 7) / 8);
-            for (uint64_t mask = mask_; mask; mask &= mask - 1) bytes[__builtin_ctzll(mask)] = *p++;
+            for (uint64_t mask = read_bits(bits, (count + 7) / 8); mask; mask &= mask - 1) {
+                bytes[__builtin_ctzll(mask)] = *p++;
+                if constexpr (zeros) less[__builtin_ctzll(mask)] = zero;
+            }
             from = bytes;
         } else {
             p += count;
         }
-        for (int i = 0; i < 64; i++) floats_[i] = from[i];  // at once, which compilers turn into vectors
+        // all at once, which compilers turn into vectors
+        for (int i = 0; i < 64; i++) floats_[i] = zeros ? from[i] - (sparse ? less[i] : zero) : from[i];
     }
-    Vec next(uint32_t &mask) {
-        mask = static_cast<uint32_t>(mask_ & 0xff);
-        mask_ >>= Vec::width;
+    Vec next() {
         at_ += Vec::width;
         return Vec::load(floats_ + at_ - Vec::width);
     }
 
   private:
     float floats_[64];
-    uint64_t mask_ = 0;
     int at_ = 0;
 };
 

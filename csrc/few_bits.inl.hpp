@@ -1,5 +1,5 @@
-// Values of few bits. A row's codes are unpacked to bytes in the first-level cache; from there on they are in registers:
-// to floats, less their zero, at their columns, and times their group's scale.
+// Values of few bits. A row's codes are unpacked to bytes in the first-level cache; from there on they are in
+// registers: to floats at their columns, less their zero, and times their group's scale.
 #pragma once
 
 #include <cstring>
@@ -130,13 +130,9 @@ OATS_INLINE void for_columns(const FewBits &S, const Row &row, F f) {
     for (int64_t g = 0, begin = 0; begin < columns; g++, begin += S.group_size) {
         const Vec scale = Vec::all(row.scales[g]);
         const auto some = [&](int64_t i, auto count) OATS_INLINE_LAMBDA {
-            Columns<sparse> here(sparse ? row.bits + i / 8 : nullptr, count, codes);
-            f(i, count, scale, [&]() OATS_INLINE_LAMBDA {
-                uint32_t mask;
-                Vec w = here.next(mask);
-                if constexpr (zeros) w = w - Vec::all(row.zeros[g]);
-                return zeros && sparse ? w.where(mask) : w;
-            });
+            const uint8_t *bits = sparse ? row.bits + i / 8 : nullptr;
+            Columns<sparse, zeros> here(bits, count, zeros ? row.zeros[g] : 0, codes);
+            f(i, count, scale, [&]() OATS_INLINE_LAMBDA { return here.next(); });
         };
         const int64_t end = least(begin + S.group_size, columns);
         int64_t i = begin;

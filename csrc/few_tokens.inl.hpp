@@ -52,15 +52,23 @@ OATS_INLINE const V *sparse_dot(const uint8_t *bits, int64_t row_bytes, const V 
 template <int T, class V>
 OATS_INLINE void dense_dot(const V *row, int64_t n, const float *x, int64_t x_stride, Vec (&acc)[T]) {
     constexpr int W = Vec::width;
+    Vec other[T];  // a second sum hides the latency of the first
+    OATS_UNROLL for (int t = 0; t < T; t++) other[t] = Vec::zero();
+    const auto add = [&](Vec w, int64_t i, Vec (&to)[T]) OATS_INLINE_LAMBDA {
+        OATS_UNROLL for (int t = 0; t < T; t++) to[t] = fma(w, Vec::load(x + t * x_stride + i), to[t]);
+    };
     int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const Vec w = Vec::load(row + i);
-        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(w, Vec::load(x + t * x_stride + i), acc[t]);
+    for (; i + 2 * W <= n; i += 2 * W) {
+        __builtin_prefetch(reinterpret_cast<const char *>(row + i) + 4096);
+        add(Vec::load(row + i), i, acc);
+        add(Vec::load(row + i + W), i + W, other);
     }
+    if (i + W <= n) add(Vec::load(row + i), i, acc), i += W;
     if (i < n) {
         const Vec w = Vec::load(row + i, n - i);
-        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(w, Vec::load(x + t * x_stride + i, n - i), acc[t]);
+        OATS_UNROLL for (int t = 0; t < T; t++) other[t] = fma(w, Vec::load(x + t * x_stride + i, n - i), other[t]);
     }
+    OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = acc[t] + other[t];
 }
 
 struct FewTokens {
