@@ -82,6 +82,15 @@ def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
 
 
 @pytest.mark.slow
+def test_bytes_on_disk_are_those_that_are_counted():
+    output = _script("file_sizes.py", "--models", "demo", "--bits", 2.75, 3.5)
+    lines = [[cell.strip() for cell in line.split("│")] for line in output.splitlines() if "│ demo" in line]
+    for line, asked in zip(lines, (2.75, 3.5), strict=True):
+        assert float(line[2]) == pytest.approx(asked, rel=0.01)
+        assert float(line[5]) == pytest.approx(1, abs=0.01)  # on disk to counted
+
+
+@pytest.mark.slow
 def test_a_model_three_times_as_large_as_its_memory_is_compressed_within_it():
     groups = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
     files = ["memory.limit_in_bytes", "cgroup.subtree_control"]
