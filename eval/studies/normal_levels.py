@@ -16,7 +16,7 @@ from oats_vision.core.quantise import find_scales
 
 
 def levels(bits: int, groups: int, steps: int) -> tuple[list[int], float, float]:
-    """The levels, in 127ths of the largest, and the errors (root mean square) with them and with equally spaced ones."""
+    """Levels, in 127ths of the largest, and root mean squared errors with them and with equally spaced ones."""
     normal, equal = Grid(bits, 64, normal=True), Grid(bits, 64)
     W = torch.randn(groups, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ones, count = torch.ones(64), 1 << bits

@@ -56,12 +56,6 @@ def load(
     layers_dtype = storage if storage.itemsize < dtype.itemsize else dtype
     compressed = tuple(f"{name}." for name in specs)
 
-    def convert(name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        tensor = torch.empty_like(tensor, device="meta") if name in places else tensor
-        return tensor.to(layers_dtype if name.startswith(compressed) else dtype)
-
     places: dict[str, Place] = {}  # of tensors that are not kept
     with WeightsFile(path) as file:
         file.check_layers(specs, storage)
@@ -78,7 +72,12 @@ def load(
         if low_memory:
             inside = tuple(f"{name}." for name, _ in structure.named_blocks(model))
             places |= {name: Place(file.path.resolve(), name) for name in file.tensors if name.startswith(inside)}
-        tensors = file.read(config.weights_sha256, convert, lambda name: name not in buffers)
+        tensors = file.read(
+            config.weights_sha256,
+            lambda name: layers_dtype if name.startswith(compressed) else dtype,
+            is_parameter=lambda name: name not in buffers,
+            keep=lambda name: name not in places or _is_checked(name, file.tensors[name].dtype),
+        )
     for name, spec in specs.items():
         check_layer(tensors, name, spec, f"{file.path}: {name}")
     tensors |= {name: tensors[owner] for name, owner in config.tied.items()}
@@ -113,6 +112,11 @@ def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
     for name, spec in specs.items():
         check_layer(tensors, name, spec, f"{file.path}: {name}")
     return tensors
+
+
+def _is_checked(name: str, dtype: torch.dtype) -> bool:
+    """Whether `check_layer` may look at a tensor of a compressed layer: at positions, scales and zeros."""
+    return not (dtype.is_floating_point or name.endswith(".codes"))
 
 
 def _limits(file: WeightsFile, config: Config) -> Limits:

@@ -31,6 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _HEADER = 100_000_000  # bytes at most, as in safetensors' own reader
+_PIECE = 1 << 16  # values that are looked at, at a time
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
@@ -79,15 +80,19 @@ class WeightsFile:
     def read(
         self,
         sha256: str,
-        convert: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+        dtypes: Callable[[str], torch.dtype | None] = lambda name: None,
         is_parameter: Callable[[str], bool] = lambda name: True,
+        keep: Callable[[str], bool] = lambda name: True,
     ) -> dict[str, Tensor]:
         """All tensors in memory of their own, which the file's later fate does not touch.
 
+        Nothing beside them takes memory: where values change their dtype, they do so in pieces.
+
         Args:
             sha256: what the file's digest must be; it is taken of the very bytes that become tensors.
-            convert: what to keep of each tensor, by its name, as soon as it is read.
+            dtypes: that a floating tensor of that name is to have; None: its own.
             is_parameter: whether the tensor of that name is one, and no buffer.
+            keep: whether its values are kept; else it is on the meta device, and they are only looked at.
 
         Raises:
             CheckpointError: another digest, a value that is not finite, or the file was cut meanwhile.
@@ -97,22 +102,36 @@ class WeightsFile:
         tensors: dict[str, Tensor] = {}
         bad = ""
         for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].start):
-            content = torch.empty(stored.end - stored.start, dtype=torch.uint8, device="cpu")
-            view = content.numpy().data
-            try:
-                if len(view) and self._stream.readinto(view) != len(view):
-                    raise CheckpointError(f"{self.path} is damaged: it ends within {name}")
-            except OSError as problem:
-                raise CheckpointError(f"{self.path} cannot be read: {problem}") from None
-            digest.update(view)
-            tensor = content.ne(0) if stored.dtype == torch.bool else content.view(stored.dtype)
-            bad = bad or broken(tensor, name, is_parameter=is_parameter(name))
-            tensors[name] = convert(name, tensor.view(stored.shape))
+            dtype = (dtypes(name) if stored.dtype.is_floating_point else None) or stored.dtype
+            tensors[name] = tensor = torch.empty(stored.shape, dtype=dtype, device="cpu" if keep(name) else "meta")
+            for piece in tensor.view(-1).split(_PIECE):
+                values = self._next(name, stored.dtype, piece)
+                digest.update(values.view(torch.uint8).numpy().data)
+                bad = bad or broken(values, name, is_parameter=is_parameter(name))
+                if values is not piece:
+                    piece.copy_(values)
         if digest.hexdigest() != sha256:
             raise CheckpointError(f"{self.path} is damaged: its SHA-256 is not the one in config.json")
         if bad:
             raise CheckpointError(f"{self.path} is damaged: {bad}")
         return tensors
+
+    def _next(self, name: str, dtype: torch.dtype, piece: Tensor) -> Tensor:
+        """The next values of the file, as many as a piece of a tensor has: in its own memory, if they can be.
+
+        Raises:
+            CheckpointError: it ends before, or cannot be read.
+        """
+        dtype = torch.uint8 if dtype == torch.bool else dtype  # of which any byte but 0 is true
+        itself = piece.dtype == dtype and not piece.is_meta
+        values = piece if itself else torch.empty(len(piece), dtype=dtype, device="cpu")
+        view = values.view(torch.uint8).numpy().data
+        try:
+            if len(view) and self._stream.readinto(view) != len(view):
+                raise CheckpointError(f"{self.path} is damaged: it ends within {name}")
+        except OSError as problem:
+            raise CheckpointError(f"{self.path} cannot be read: {problem}") from None
+        return values
 
     def check_layers(self, specs: Mapping[str, LayerSpec], storage: torch.dtype) -> None:
         """See that every compressed layer has its tensors, of its shapes and dtypes.
@@ -198,8 +217,8 @@ def check_layer(tensors: Mapping[str, Tensor], name: str, spec: LayerSpec, where
     if spec.grid is None:
         return
     for key in ("sparse.scales", *(("low_rank.U_scale", "low_rank.V_scale") if spec.int8_factors else ())):
-        scales = tensors[f"{name}.{key}"].view(torch.bfloat16)
-        if not (scales.isfinite().all() and scales.float().abs().max() <= LARGEST):
+        low, high = torch.aminmax(tensors[f"{name}.{key}"].view(torch.bfloat16))  # NaN if there is one
+        if not (low >= -LARGEST and high <= LARGEST):
             raise CheckpointError(f"{where} is damaged: a scale is not finite, or beyond {LARGEST:g}")
     if not spec.grid.symmetric and int(tensors[f"{name}.sparse.zeros"].max()) >= spec.grid.levels:
         raise CheckpointError(f"{where} is damaged: a zero is beyond the {spec.grid.levels} levels")
@@ -211,7 +230,7 @@ def check_bitmask(bitmask: Tensor, spec: LayerSpec, where: str) -> None:
     Raises:
         CheckpointError: they do not.
     """
-    ones = int(_POPCOUNT[bitmask.int()].sum(dtype=torch.int64))
+    ones = sum(int(_POPCOUNT[piece.int()].sum(dtype=torch.int64)) for piece in bitmask.view(-1).split(_PIECE))
     if ones != spec.nonzeros:
         raise CheckpointError(f"{where} is damaged: the bitmask has {ones} ones for {spec.nonzeros} values")
     used = spec.in_features % 8

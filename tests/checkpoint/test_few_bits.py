@@ -6,11 +6,14 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import oats_vision as ov
-from oats_vision.checkpoint import measure
+from oats_vision.checkpoint import measure, read_config, weights
 from oats_vision.checkpoint.config import config_digest, schema
 from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.models.loading.load import record_source
@@ -57,6 +60,52 @@ def test_round_trip_is_bit_equal_and_of_the_size_that_is_counted(result, picture
     ov.save(loaded, tmp_path / "again")
     files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+class _Made(TorchDispatchMode):
+    """What tensors are made in memory: bytes, by the place of their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.sizes[storage.data_ptr()] = max(self.sizes.get(storage.data_ptr(), 0), storage.nbytes())
+        return made
+
+
+def test_a_model_of_a_number_of_bits_takes_them_on_disk_and_in_memory(pictures, tmp_path, monkeypatch):
+    args = ARGS | {"embed_dim": 96, "depth": 2}
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, **args, num_classes=10).eval()
+    record_source(model, ModelSource("timm", NAME, {**args, "num_classes": 10}))
+    result = ov.compress(model, pictures, bits=3.5, quality="fast")
+    counted = result.sizes.layers
+    assert 8 * counted / result.report.dense_parameters == pytest.approx(3.5, rel=0.02)
+    ov.save(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    packed = {name: tensor for name, tensor in stored.items() if ".sparse." in name or ".low_rank." in name}
+    assert sum(tensor.nbytes for tensor in packed.values()) == pytest.approx(counted, rel=0.01)
+
+    tensors = ov.load(tmp_path / "out").state_dict()
+    assert all((tensors[name].dtype, tensors[name].shape) == (one.dtype, one.shape) for name, one in packed.items())
+    linears = tuple(f"{layer.name}." for layer in result.report.layers)
+    assert {name for name in tensors if name.startswith(linears) and not name.endswith(".bias")} == packed.keys()
+
+    monkeypatch.setattr(weights, "_PIECE", 256)
+    config = read_config(tmp_path / "out")
+    with weights.WeightsFile(tmp_path / "out") as file, _Made() as made:
+        read = file.read(config.weights_sha256, lambda name: None if name in packed else torch.float32)
+        for name, spec in config.specs.items():
+            weights.check_layer(read, name, spec, "")
+    own = {tensor.untyped_storage().data_ptr() for tensor in read.values()}
+    assert own <= made.sizes.keys()
+    beside = max(size for place, size in made.sizes.items() if place not in own)
+    assert beside <= 8 * 256 < min(read[name].nbytes for name in ("pos_embed", "blocks.0.mlp.fc1.sparse.codes"))
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_three():
-    assert [path.stem for path in NOTEBOOKS] == ["inside_a_layer", "linear_probe", "rank_ratio"]
+def test_there_are_four():
+    assert [path.stem for path in NOTEBOOKS] == ["inside_a_layer", "linear_probe", "rank_ratio", "rate_and_values"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

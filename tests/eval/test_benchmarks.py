@@ -82,6 +82,16 @@ def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
 
 
 @pytest.mark.slow
+def test_bytes_on_disk_are_those_that_are_counted():
+    output = _script("file_sizes.py", "--models", "demo", "--bits", 2.75)
+    line = next(line for line in output.splitlines() if "│ demo" in line)
+    bits, counted, on_disk, to_count = (float(cell) for cell in line.split("│")[2:6])
+    assert bits == pytest.approx(2.75, rel=0.01)
+    assert on_disk == pytest.approx(counted, rel=0.01)
+    assert to_count == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.slow
 def test_a_model_three_times_as_large_as_its_memory_is_compressed_within_it():
     groups = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
     files = ["memory.limit_in_bytes", "cgroup.subtree_control"]
