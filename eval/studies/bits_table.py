@@ -16,19 +16,22 @@ from typing import Any
 from accuracy_table import BENCHES, GROWING, MEASURES, parse, with_loss
 from study import SETTINGS, collect, described, run, settings_of, show_values
 
-FORMATS = [("int8", 64), ("int4", 32), ("int4", 64), ("int3", 32), ("int3", 64), ("int2", 32), ("int2", 64)]
+FORMATS = [("int8", 64), ("int4", 64), ("int3", 32), ("int3", 64), ("int2", 32), ("int2", 64)]
+NORMAL = [("nf4", 64), ("nf3", 64), ("nf2", 64)]
 RATES = [0.3, 0.5, 0.7]
 ROUNDED: list[dict[str, Any]] = [{"values": values, "group_size": size} for values, size in FORMATS]
+IN_NORMAL: list[dict[str, Any]] = [{"values": values, "group_size": size} for values, size in NORMAL]
 # name -> settings of each of its points
 LINES: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"method": "rtn"} | one for one in ROUNDED],
     "gptq": [{"method": "gptq"} | one for one in ROUNDED],
     "gptq+targets": [{"method": "gptq", "targets": True} | one for one in ROUNDED],
+    "gptq+targets+nf": [{"method": "gptq", "targets": True} | one for one in IN_NORMAL],
     "sparsegpt+int4": [{"method": "sparsegpt", "pattern": "row", "values": "int4", "rate": rate} for rate in RATES],
     "oats": [{"rate": rate} for rate in RATES],
     "oats+int6": [{"rate": rate, "values": "int6"} for rate in RATES],
-    "oats+int4": [{"rate": rate, "values": "int4"} for rate in RATES],
-    "bits": [{"bits": bits} for bits in (2.4, 2.75, 3.0, 3.5, 4.25, 6.0, 8.0)],
+    "oats+nf4": [{"rate": rate, "values": "nf4"} for rate in RATES],
+    "bits": [{"bits": bits} for bits in (2.25, 2.5, 3.0, 3.5, 4.25, 6.0, 8.0)],
 }
 
 
