@@ -60,7 +60,7 @@ def pruned(compressed: nn.Module) -> nn.Module:
     model = copy.deepcopy(compressed)
     for name, layer in compressed_layers(model).items():
         rate = 1 - layer.spec.parameters / layer.spec.dense_parameters
-        storage = layer.low_rank.U.dtype
+        storage = layer.dtype
         plain = random_layer(layer.out_features, layer.in_features, rate, 0.0, Pattern(), storage)
         if layer.bias is None:
             plain.bias = None
