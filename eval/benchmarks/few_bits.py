@@ -5,8 +5,8 @@ r"""One token through layers whose values have few bits, against torch's dense l
     python eval/benchmarks/few_bits.py --rank 64 --tokens 1 8 16 17 --csv few_bits.csv
 
 Several layers of a shape run one after the other, so that weights come from memory as in a model. Values are random:
-only how many there are decides the speed. Bytes are those of the packed weight. Torchao's weight-only layers join in
-where torchao is installed.
+only how many there are decides the speed. Bytes are those of the packed weight. PyTorch's kernel for int4 weights,
+which torchao's layers call on CPUs, joins in, and torchao's int8 layer where torchao is installed.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from oats_vision.core.grid import Grid, Quantised, Scales
+from oats_vision.core.grid import LEVELS, Grid, Quantised, Scales
 from oats_vision.core.oats import Factors
+from oats_vision.core.quantise import FACTORS, nearest
 from oats_vision.kernels import native
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.timing import side_by_side
@@ -38,26 +39,41 @@ def random_layer(rows: int, columns: int, grid: Grid, density: float, rank: int)
     zero = None if grid.symmetric else torch.randint(grid.levels, groups, dtype=torch.uint8)
     kept = torch.rand(rows, columns) < density if density < 1 else None
     values = Quantised(codes, kept, Scales(grid, torch.randn(groups).bfloat16(), zero))
-    factors = Factors(values.dense(), torch.randn(rows, rank), torch.randn(rank, columns), 0.0, 0, quantised=values)
+    U, V = torch.randn(rows, rank), torch.randn(rank, columns)
+    low_rank = (nearest(U, FACTORS), nearest(V, FACTORS)) if rank else None
+    factors = Factors(values.dense(), U, V, 0.0, 0, quantised=values, low_rank=low_rank)
     return SparseLowRankLinear.from_factors([("weight", factors)], None, torch.float16)
 
 
-def torchao_layers(W: Tensor, group_size: int) -> dict[str, tuple[nn.Module, torch.dtype, float]]:
-    """Its weight-only layers, the dtype of their inputs, and bytes a weight."""
-    if importlib.util.find_spec("torchao") is None:
-        return {}
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+def others(W: Tensor, group_size: int) -> dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype, float]]:
+    """PyTorch's kernel for int4 weights, which torchao's layers call on CPUs, and torchao's int8 layer where it is.
 
-    layers = {}
-    for name, config, dtype, size in (
-        ("torchao int8", Int8WeightOnlyConfig(), torch.bfloat16, 1.0),
-        ("torchao int4", Int4WeightOnlyConfig(group_size=group_size), torch.bfloat16, 0.5 + 4 / group_size),
-    ):
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=dtype)
-        linear.weight.data = W.to(dtype)
-        quantize_(linear, config)
-        layers[name] = linear, dtype, size
-    return layers
+    Returns:
+        Of each what it runs, the dtype of its inputs, and bytes a weight.
+    """
+    rows, columns = W.shape
+    codes = torch.randint(16, (rows, columns), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales_and_zeros = torch.randn(columns // group_size, rows, 2).bfloat16()
+
+    def int4(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales_and_zeros)
+
+    made: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype, float]] = {
+        "torch int4": (
+            partial(int4, packed=packed, scales_and_zeros=scales_and_zeros),
+            torch.bfloat16,
+            0.5 + 4 / group_size,
+        )
+    }
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        linear = nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
+        linear.weight.data = W.bfloat16()
+        quantize_(linear, Int8WeightOnlyConfig())
+        made["torchao int8"] = linear, torch.bfloat16, 1.0
+    return made
 
 
 def main() -> None:
@@ -68,7 +84,8 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.5])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--zeros", action="store_true", help="levels that are not symmetric")
-    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--normal", action="store_true", help="nf4, nf3 and nf2 in place of int4, int3 and int2")
+    parser.add_argument("--rank", type=int, default=0, help="of U and V, in int8")
     parser.add_argument("--layers", type=int, default=12, help="of each shape, run one after the other as in a model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--instruction-set", choices=native.instruction_sets())
@@ -103,13 +120,14 @@ def measure(m: int, n: int, args: argparse.Namespace) -> list[dict]:
         "dense float32": ([partial(F.linear, weight=W.clone()) for _ in copies], torch.float32, 4.0),
         "dense bfloat16": ([partial(F.linear, weight=W.bfloat16()) for _ in copies], torch.bfloat16, 2.0),
     }
-    for name, (layer, dtype, size) in torchao_layers(W, args.group_size).items():
+    for name, (layer, dtype, size) in others(W, args.group_size).items():
         layers[name] = [copy.deepcopy(layer) for _ in copies], dtype, size
     for bits in args.bits:
         for density in args.densities:
-            ours = random_layer(m, n, Grid(bits, args.group_size, not args.zeros), density, args.rank)
+            grid = Grid(bits, args.group_size, not args.zeros, args.normal and bits in LEVELS)
+            ours = random_layer(m, n, grid, density, args.rank)
             size = ours.spec.stored_bytes(itemsize=2) / (m * n)
-            name = f"int{bits}" + (f", density {density:g}" if density < 1 else "")
+            name = grid.values + (f", density {density:g}" if density < 1 else "")
             layers[name] = [copy.deepcopy(ours) for _ in copies], torch.float32, size
     rows = []
     for tokens in args.tokens:
