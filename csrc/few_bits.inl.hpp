@@ -7,6 +7,7 @@
 
 #include "bytes.hpp"
 #include "few_tokens.inl.hpp"
+#include "lanes.inl.hpp"
 
 namespace oats::OATS_ISA {
 
@@ -195,6 +196,15 @@ OATS_INLINE void add_low_rank(const FewTokens &p, int64_t token, int64_t row, in
     OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = fma(scale, products[t], sums[t]);
 }
 
+// The outputs of a row, of which S's share is known.
+template <int T>
+OATS_INLINE void finish(const FewTokens &p, int64_t token, int64_t row, int64_t rank, int64_t rank_start,
+                        Vec (&sums)[T]) {
+    if (rank) add_low_rank(p, token, row, rank, rank_start, sums);
+    const float b = bias_at(p.bias, row);
+    for (int t = 0; t < T; t++) p.y[(token + t) * p.S.rows + row] = sums[t].sum() + b;
+}
+
 template <int T, bool sparse, bool zeros>
 void few_bits_rows(const FewTokens &p, const FewBits &S, int64_t token, int64_t first, int64_t last, int64_t rank,
                    int64_t rank_start, uint8_t *memory) {
@@ -203,20 +213,40 @@ void few_bits_rows(const FewTokens &p, const FewBits &S, int64_t token, int64_t 
         if (!values.read(row)) return p.fit.lost();
         Vec sums[T];
         few_bits_dot<T, sparse, zeros>(S, values, p.x + token * p.x_stride, p.x_stride, sums);
-        if (rank) add_low_rank(p, token, row, rank, rank_start, sums);
-        const float b = bias_at(p.bias, row);
-        for (int t = 0; t < T; t++) p.y[(token + t) * S.kept.rows + row] = sums[t].sum() + b;
+        finish(p, token, row, rank, rank_start, sums);
     }
 }
+
+#if defined(__AVX512F__)
+template <int bits>
+void in_lanes(const FewBits &S, const LowRank &L, const Bias &bias, const Tokens &io, int threads) {
+    const Lanes<bits> lanes(S);
+    one_pass(S.kept, nullptr, L, bias, io, Lanes<bits>::chunk, Lanes<bits>::reorder, threads,
+             [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t rank_start, int) {
+                 for_tokens(io.tokens, [&]<int T>(int64_t token) {
+                     for (int64_t row = first; row < last; row++) {
+                         Vec sums[T];
+                         lanes.template dot<T>(row, p.x + token * p.x_stride, p.x_stride, sums);
+                         finish(p, token, row, rank, rank_start, sums);
+                     }
+                 });
+             });
+}
+#endif
 
 inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
                      int threads) {
     threads = threads_for(S.kept, io.tokens, threads);
+#if defined(__AVX512F__)
+    if (Lanes<2>::take(S)) return in_lanes<2>(S, L, bias, io, threads), true;
+    if (Lanes<3>::take(S)) return in_lanes<3>(S, L, bias, io, threads), true;
+    if (Lanes<4>::take(S)) return in_lanes<4>(S, L, bias, io, threads), true;
+#endif
     const int64_t room = Row::room(S);
     Scratch<uint8_t> memory(threads * room);
     bool fits = false;
     with_form(S, [&]<bool sparse, bool zeros>() {
-        fits = one_pass(S.kept, row_start, L, bias, io, false, threads,
+        fits = one_pass(S.kept, row_start, L, bias, io, group, [](float *) {}, threads,
                         [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t start, int worker) {
                             for_tokens(io.tokens, [&]<int T>(int64_t token) {
                                 few_bits_rows<T, sparse, zeros>(p, S, token, first, last, rank, start,
