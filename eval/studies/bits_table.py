@@ -31,7 +31,7 @@ LINES: dict[str, list[dict[str, Any]]] = {
     "oats": [{"rate": rate} for rate in RATES],
     "oats+int6": [{"rate": rate, "values": "int6"} for rate in RATES],
     "oats+nf4": [{"rate": rate, "values": "nf4"} for rate in RATES],
-    "bits": [{"bits": bits} for bits in (2.25, 2.5, 3.0, 3.5, 4.25, 6.0, 8.0)],
+    "bits": [{"bits": bits} for bits in (2.3, 2.5, 3.0, 3.5, 4.25, 6.0, 8.0)],
 }
 
 
