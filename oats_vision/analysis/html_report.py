@@ -235,13 +235,13 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
         width = f"{report.slicing.sliced_width} of {report.slicing.width} dimensions"
         label = "share of the second moment kept"
         return [(f"Signal kept in {width}, by block", figures.line_plot(lines, label, from_zero=False))]
-    storage = sizes.dense_layers / max(report.dense_parameters, 1)
-    low_rank = sum(layer.spec.parameters - layer.spec.nonzeros for layer in report.layers)
+    itemsize = sizes.dense_layers // max(report.dense_parameters, 1)
+    low_rank = sum(layer.spec.factor_bytes(itemsize) for layer in report.layers)
     budget: list[tuple[str, float, int | None]] = [
-        ("S, values", sizes.layers - sizes.positions - sizes.scales - low_rank * storage, 0),
+        ("S, values", sizes.layers - sizes.positions - sizes.scales - low_rank, 0),
         *([("S, bitmask", sizes.positions, 4)] if sizes.positions else []),
         *([("S, scales", sizes.scales, 3)] if sizes.scales else []),
-        ("U and V", low_rank * storage, 1),
+        ("U and V", low_rank, 1),
         ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]
     return [

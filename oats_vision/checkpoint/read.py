@@ -116,7 +116,7 @@ def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
 
 def _is_checked(name: str, dtype: torch.dtype) -> bool:
     """Whether `check_layer` may look at a tensor of a compressed layer: at positions, scales and zeros."""
-    return not (dtype.is_floating_point or name.endswith(".codes"))
+    return not (dtype.is_floating_point or name.endswith((".codes", ".low_rank.U", ".low_rank.V")))
 
 
 def _limits(file: WeightsFile, config: Config) -> Limits:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oats_vision.core.grid import Grid
+from oats_vision.core.grid import LEVELS, Grid
 from oats_vision.core.oats import Factors
 from oats_vision.kernels.codes import packed_bytes
 from oats_vision.kernels.few_bits import FewBitsCache, kernels_take
@@ -90,11 +90,17 @@ class LayerSpec:
         Args:
             itemsize: bytes of a floating value.
         """
-        factors = (self.parameters - self.nonzeros) * (1 if self.int8_factors else itemsize)
-        if self.int8_factors:
-            factors += 2 * (self.out_features + sum(self.ranks))  # scales
         values = packed_bytes(self.nonzeros, self.grid.bits) if self.grid else self.nonzeros * itemsize
-        return values + factors + self.bitmask_bytes + self.scale_bytes
+        return values + self.factor_bytes(itemsize) + self.bitmask_bytes + self.scale_bytes
+
+    def factor_bytes(self, itemsize: int) -> int:
+        """Bytes of U and V, with their scales where they have 8 bits.
+
+        Args:
+            itemsize: bytes of a floating value.
+        """
+        entries = self.parameters - self.nonzeros
+        return entries + 2 * (self.out_features + sum(self.ranks)) if self.int8_factors else entries * itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: without what files of format version 1 do not have."""
@@ -117,6 +123,8 @@ class LayerSpec:
             raise ValueError(f"the parts do not make up {spec.out_features} rows")
         if spec.int8_factors and not (spec.grid and sum(spec.ranks)):
             raise ValueError("U and V of 8 bits are for values of few bits and a rank")
+        if spec.grid and spec.grid.normal and not (spec.grid.symmetric and spec.grid.bits in LEVELS):
+            raise ValueError(f"normal levels have {', '.join(map(str, LEVELS))} bits, and no zeros of groups")
         if spec.nonzeros > spec.dense_parameters:
             raise ValueError(f"{spec.nonzeros} values do not fit into {spec.dense_parameters} places")
         return spec

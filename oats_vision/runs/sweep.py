@@ -26,7 +26,6 @@ from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError, saying
 from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import count, duration
-from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
 from oats_vision.runs.partial import journal_of, see_same
 from oats_vision.runs.run import CalibrationSet, PreparedRun, compress_and_write, measure_stored, prepare
@@ -179,7 +178,7 @@ def _cell(
     start, prepared, directory = time.perf_counter(), dense.prepared, _directory(config, row_name(settings, seed))
     directory.parent.mkdir(exist_ok=True)
     own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
-    own_config = RunConfig(**prepared.config.model_dump() | settings.model_dump() | own)
+    own_config = prepared.config.model_copy(update=settings.model_dump() | own)
     stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
     see_same(journal, own_config, stored, display)
     model = copy.deepcopy(dense.model)

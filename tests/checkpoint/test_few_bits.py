@@ -54,6 +54,8 @@ def test_round_trip_is_bit_equal_and_of_the_size_that_is_counted(result, picture
     sizes = measure(tensors.values(), result.report, torch.float16)
     on_disk = load_file(tmp_path / "out/model.safetensors")
     assert sum(tensor.nbytes for tensor in on_disk.values()) == sizes.total
+    factors = sum(layer.spec.factor_bytes(2) for layer in result.report.layers)
+    assert factors == sum(tensor.nbytes for name, tensor in on_disk.items() if ".low_rank." in name)
     counted = sum(8 * tensor.nbytes for name, tensor in on_disk.items() if ".sparse." in name or ".low_rank." in name)
     assert sizes.bits == pytest.approx(counted / result.report.dense_parameters)
     assert f"{sizes.bits:.2f}" in str(result)
@@ -106,6 +108,15 @@ def test_a_model_of_a_number_of_bits_takes_them_on_disk_and_in_memory(pictures, 
     assert own <= made.sizes.keys()
     beside = max(size for place, size in made.sizes.items() if place not in own)
     assert beside <= 8 * 256 < min(read[name].nbytes for name in ("pos_embed", "blocks.0.mlp.fc1.sparse.codes"))
+
+
+def test_values_that_need_no_check_stay_in_the_file(saved, monkeypatch):
+    read, kept = weights.WeightsFile.read, {}
+    monkeypatch.setattr(weights.WeightsFile, "read", lambda *args, **how: kept.update(read(*args, **how)) or kept)
+    ov.load(saved, low_memory=True)
+    held = {name.split(".", 3)[3] for name, tensor in kept.items() if ".attn.proj." in name and not tensor.is_meta}
+    checked = {"sparse.scales", "sparse.zeros", "sparse.bitmask", "low_rank.U_scale", "low_rank.V_scale"}
+    assert {name.removeprefix("proj.") for name in held} == checked
 
 
 @torch.no_grad()
@@ -191,6 +202,8 @@ def _spec(**fields):
         (_spec(int8_factors=False), "U is int8"),
         (_spec(grid=None), "config.json is damaged: U and V of 8 bits are for values of few bits and a rank"),
         (_grid(bits=4), "codes is uint8"),
+        (_grid(bits=5, symmetric=True, normal=True), "config.json is damaged: normal levels have 2, 3, 4 bits"),
+        (_grid(normal=True), "config.json is damaged: normal levels have 2, 3, 4 bits, and no zeros of groups"),
         (_grid(group_size=24), "group_size"),
         (_grid(group_size=-16), "group_size"),
         (_grid(symmetric=True), "zeros is not of this architecture"),

@@ -158,6 +158,16 @@ def made(model_directory, tmp_path_factory) -> Sweep:
     return sweep(sweep_config(model=str(model_directory), out=out, **QUICK, **grid))
 
 
+@pytest.mark.parametrize(
+    ("grid", "name"), [({"method": "rtn"}, "rtn-int4x64"), ({"bits": 3.5, "quality": "fast"}, "oats-3.5bits")]
+)
+def test_cells_without_a_rate_run(model_directory, tmp_path, grid, name):
+    done = sweep(sweep_config(model=str(model_directory), out=tmp_path / "out", **BYTES, **grid))
+    (row,) = done.rows
+    assert cell_name(row.settings) == name
+    assert row.run.bytes < row.run.dense_bytes
+
+
 def test_every_cell_and_seed_is_measured_as_compress_measures(made):
     assert [(row.settings.method, row.settings.rate, row.seed) for row in made.rows] == [
         (method, rate, seed) for method in ("oats", "wanda") for rate in (0.3, 0.6) for seed in (42, 43)
