@@ -44,8 +44,8 @@ void unpack(const uint8_t *a, const uint8_t *b, const uint8_t *end, const int8_t
     }
 }
 
-// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1), or their levels. Writes up to 63
-// bytes more.
+// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1), or their levels. Writes up to
+// 63 bytes more.
 inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, int8_t *to) {
     const auto with_pieces = [&]<int low, int high>() {
         const int64_t start = ceil_div(all * low, 8), end = start + ceil_div(all * high, 8);  // of the second pieces

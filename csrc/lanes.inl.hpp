@@ -1,5 +1,5 @@
-// Codes of 2 to 4 bits where every weight is kept, on AVX-512: looked up as they lie in a register's 16 lanes of 32 bits,
-// without a byte of their own in between. A lane holds 8 (of 4 bits) or 16 neighbouring columns; the k-th of all lanes
+// Codes of 2 to 4 bits where every weight is kept, on AVX-512: looked up as they lie in a register's 16 lanes of 32
+// bits, without a byte of their own in between. A lane holds 8 (of 4 bits) or 16 neighbouring columns; the k-th of all lanes
 // make one vector of weights, so that inputs are put in the same order beforehand.
 #pragma once
 
@@ -50,7 +50,8 @@ struct Lanes {
     template <int T>
     OATS_INLINE void dot(int64_t row, const float *x, int64_t x_stride, Vec (&sums)[T]) const {
         const int64_t columns = S_.kept.columns, row_bytes = columns * low / 8;
-        const uint8_t *codes = S_.codes + row * row_bytes, *high = S_.codes + S_.kept.rows * row_bytes + row * columns / 8;
+        const uint8_t *codes = S_.codes + row * row_bytes;
+        const uint8_t *high = S_.codes + S_.kept.rows * row_bytes + row * columns / 8;
         const auto *scales = reinterpret_cast<const bfloat16 *>(S_.scales) + row * groups_;
         int64_t groups_left = groups_, chunks_left = chunks_;
         OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = Vec::zero();

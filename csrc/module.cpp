@@ -156,8 +156,8 @@ class Matrix : Packed {
 // Of values of few bits. `type` is that of U and V; a bitmask of 0 says that all values are kept.
 class FewBitsMatrix : Packed {
   public:
-    FewBitsMatrix(int bits, Address levels, int64_t group_size, Address codes, int64_t count, Address scales, Address zeros,
-                  Address bitmask, int64_t rows, int64_t columns, Address U, Address V, int type, Address U_scale,
+    FewBitsMatrix(int bits, Address levels, int64_t group_size, Address codes, int64_t count, Address scales,
+                  Address zeros, Address bitmask, int64_t rows, int64_t columns, Address U, Address V, int type, Address U_scale,
                   Address V_scale, int64_t width, const Parts &parts, Address bias, int bias_type, int threads)
         : Packed({rows, columns, count, Type::float32, nullptr, reinterpret_cast<const uint8_t *>(bitmask)}, U, V,
                  width, parts, bias, threads),

@@ -22,7 +22,6 @@ from oats_vision.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-
 # all weights are kept: positions and U V, in place of bits, lose more than they save at every total (docs/results.md)
 FORMATS = tuple(
     Grid(bits, group_size, normal=bits <= 4)

@@ -147,7 +147,8 @@ def put_back(
 
 
 def _layer(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> SparseLowRankLinear:
-    layer = SparseLowRankLinear.empty(spec, tensors["low_rank.U"].dtype)
+    floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    layer = SparseLowRankLinear.empty(spec, next(floating, torch.float32))
     layer.load_state_dict(tensors, assign=True)
     return layer
 
