@@ -242,7 +242,7 @@ class CompressionOptions(_Shared):
                 "pattern": str(pattern),
                 "budget": self.budget or method.budget(self),
                 "values": values,
-                "factors": self.factors or ("int8" if self.bits or (values and allocation.rank_ratio) else None),
+                "factors": self.factors or ("int8" if values and allocation.rank_ratio else None),
                 "density": density,
                 "storage_dtype": storage,
                 **method.levers(self),
