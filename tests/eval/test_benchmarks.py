@@ -48,8 +48,8 @@ def test_layers_of_few_bits_against_dense(tmp_path):
         found = {(row["layer"], row["tokens"]): row for row in csv.DictReader(rows)}
     ours = ["int8", "int8, density 0.5", "int3", "int3, density 0.5"]
     assert {layer for layer, _ in found} >= {"dense float32", "dense bfloat16", *ours}
-    # codes, a scale and a zero for 64 columns, and the factors in 16 bits
-    expected = 3 + 24 / 64 + 16 * 4 * (96 + 128) / (96 * 128)
+    # codes, a scale and a zero for 64 columns, and the factors in 8 bits with a scale for each row
+    expected = 3 + 24 / 64 + (8 * 4 * (96 + 128) + 16 * (96 + 4)) / (96 * 128)
     assert float(found["int3", "1"]["bits_a_weight"]) == pytest.approx(expected)
     for row in found.values():
         dense = found["dense float32", row["tokens"]]
