@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import oats_vision as ov
 from oats_vision.evaluation.paired import paired_ratio
@@ -19,7 +20,7 @@ def gguf() -> str:
 
 
 @pytest.mark.slow
-def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
+def test_it_is_loaded_compressed_and_still_knows_its_language(gguf, tmp_path):
     model, transform = ov.load_model(gguf)
     tokenizer = ov.load_tokenizer(gguf)
     assert transform is None
@@ -38,6 +39,9 @@ def test_it_is_loaded_compressed_and_still_knows_its_language(gguf):
     texts = ov.load_sequences("demo", tokenizer, samples=4, sequence_length=256, batch_size=4)
     report = ov.compress(model, texts, rate=0.3, iterations=5, storage_dtype="float16").report
     assert len(report.layers) == 30 * 7
+    ov.save(model, tmp_path / "out")
+    loaded = ov.load(tmp_path / "out")
+    assert torch.equal(loaded(prompt).logits, model(prompt).logits)
     ratio = paired_ratio(dense, perplexity(ov.merge(model), ids, sequence_length=256, batch_size=4))
     assert 0.9 < ratio.value < 1.6
     assert likelier_than_paris() < 50

@@ -29,6 +29,8 @@ class Gguf(Provider):
         failed, auto = f"model {name!r} cannot be loaded", transformers.AutoModelForCausalLM
         if wanted.pretrained:
             model = library(failed, auto.from_pretrained, **_place(name), dtype=torch.float32)
+            # newer releases of transformers note the file that the weights, which are floats now, came from
+            vars(model.config).pop("quantization_config", None)
         else:
             config = library(failed, transformers.AutoConfig.from_pretrained, **_place(name))
             model = library(failed, auto.from_config, config)

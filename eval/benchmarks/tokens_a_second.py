@@ -1,7 +1,7 @@
 r"""Tokens a second of a compressed Llama, one after another as in generation, against llama.cpp on its own formats.
 
     oats-vision compress --model model.gguf --data text.txt --bits 4.25 --out model_4.25/
-    python eval/benchmarks/llama_cpp.py model_4.25/ --gguf model.gguf --threads 1
+    python eval/benchmarks/tokens_a_second.py model_4.25/ --gguf model.gguf --threads 1
 
 Needs llama-cpp-python. From the GGUF file of the same model it makes one in each of its formats (if that file has few
 bits itself, their values are those of a second rounding: only how fast they are counts here). A whole token is timed,
@@ -75,7 +75,8 @@ def main() -> None:
             file = converted(args.gguf, name, Path(folder))
             size = args.prompt + args.repeats + 8
             model = Llama(str(file), n_ctx=size, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
-            model.eval(prompt)
+            for token in prompt:  # one after another: its products for many tokens crash on some CPUs
+                model.eval([token])
             calls[f"llama.cpp {name}"] = partial(model.eval, [1])
         for checkpoint in args.checkpoints:
             model = ov.load(checkpoint)
