@@ -1,7 +1,8 @@
 """What the studies share: a grid of compressions, each evaluated and written down before the next one starts.
 
 A row of the CSV file is one compression measured on one set of data. A study that is started again does what is
-missing from its file.
+missing from its file. Compressions that follow each other and differ only in how large the model is to be share what
+they find out about it, as those of a search do: the seconds of all but the first are without that.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.table import Table
 
 import oats_vision as ov
 from benches import Bench, Row, console
+from oats_vision.compression.common import Common
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.settings import CompressionSettings, resolve
 from oats_vision.files import replacing
@@ -114,6 +116,7 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
     """Compress for each job, and measure what is missing of it."""
     dense = bench.load()
     calibration = lru_cache(maxsize=1)(bench.calibration)  # of one seed, for all its cells
+    common = lru_cache(maxsize=1)(lambda of_any_size, seed: Common())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=len(jobs))
@@ -121,7 +124,8 @@ def _do(bench: Bench, file: Path, jobs: dict[tuple[CompressionSettings, int], li
             bar.update(task, description=f"{settings.method} {settings.rate:.3g} seed {seed}")
             model, start = copy.deepcopy(dense), time.perf_counter()
             memory = bench.config.activation_memory
-            report = compress(model, calibration(seed), settings, activation_memory=memory)
+            shared = common(settings.model_copy(update={"rate": 0.0, "bits": None}), seed)
+            report = compress(model, calibration(seed), settings, activation_memory=memory, common=shared)
             layers = _layers(report, time.perf_counter() - start)
             ov.merge(model)
             for row in rows:
