@@ -2,14 +2,17 @@
 //
 //     Bytes::load(p)                  64 bytes from p
 //     Bytes::of_bits<width, shift>(p) 64 numbers of `width` bits (2 or 4) from p, shifted left by `shift`
-//     plus, minus, store              bytes plus bytes, bytes less a number, bytes to memory
-//     minus_where_none(p, x)          bytes less x where the 64 bits from p are 0
-//     look_up(table)                  the number that each byte, below 16, has in a table of 16
+//     plus, store                     bytes plus bytes, bytes to memory
+//     plus_where(p, x)                bytes plus x where the 64 bits from p are 1
+//     look_up(table)                  the byte that each, below 16, has in a table of 16
+//     Bytes::spread(bits, count, fill, p)
+//                                     up to 64 columns: the bytes from p on where `bits` are 1, `fill` elsewhere. Moves
+//                                     p on, and reads up to 64 bytes beyond.
 //
-//     Columns<sparse, zeros>(bits, count, zero, p)
-//                                     up to 64 columns of the numbers from p on, less `zero`: one in each, or where
-//                                     `bits` are 1, the others being 0. Moves p on, and reads up to 64 bytes beyond.
-//     next()                          the next register of columns
+//     order(x, to)                    64 integers of 16 bits, as `Sums` wants them: 128 bytes
+//     Sums::none()                    a sum of products of bytes and such integers, exact while it stays below 2^31
+//     add(bytes, x)                   plus 64 products, x being what `order` wrote
+//     floats()                        a register of floats that add up to it
 #pragma once
 
 #include "simd.hpp"
@@ -35,55 +38,56 @@ struct Bytes {
         return {_mm512_and_si512(bytes, _mm512_set1_epi8(((1 << width) - 1) << shift))};
     }
     Bytes plus(Bytes other) const { return {_mm512_add_epi8(v, other.v)}; }
-    Bytes minus(int x) const { return {_mm512_sub_epi8(v, _mm512_set1_epi8(static_cast<char>(x)))}; }
-    Bytes minus_where_none(const uint8_t *p, int x) const {
-        return {_mm512_mask_sub_epi8(v, ~read_bits(p, 8), v, _mm512_set1_epi8(static_cast<char>(x)))};
+    Bytes plus_where(const uint8_t *p, int x) const {
+        return {_mm512_mask_add_epi8(v, read_bits(p, 8), v, _mm512_set1_epi8(static_cast<char>(x)))};
     }
-    Bytes look_up(const int8_t *table) const {
+    Bytes look_up(const uint8_t *table) const {
         const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
         return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), v)};
     }
-    void store(int8_t *p) const { _mm512_storeu_si512(p, v); }
+    static Bytes spread(const uint8_t *bits, int64_t count, uint8_t fill, const uint8_t *&p) {
+        const uint64_t mask = read_bits(bits, (count + 7) / 8);
+        const __m512i none = _mm512_set1_epi8(static_cast<char>(fill));
+        const Bytes r = {_mm512_mask_expand_epi8(none, mask, _mm512_loadu_si512(p))};
+        p += popcount(mask);
+        return r;
+    }
+    void store(uint8_t *p) const { _mm512_storeu_si512(p, v); }
 };
 
-template <bool sparse, bool zeros>
-class Columns {
-  public:
-    Columns(const uint8_t *bits, int64_t count, float zero, const int8_t *&p) : zero_(Vec::all(zero)), from_(p) {
-        if constexpr (sparse) {
-            mask_ = read_bits(bits, (count + 7) / 8);
-            _mm512_store_si512(bytes_, _mm512_maskz_expand_epi8(mask_, _mm512_loadu_si512(p)));
-            from_ = bytes_;
-        }
-        p += sparse ? popcount(mask_) : count;
-    }
-    Vec next() {
-        Vec w = Vec::load(from_);
-        from_ += Vec::width;
-        if constexpr (zeros) w = w - zero_;
-        if constexpr (zeros && sparse) w = w.where(static_cast<uint32_t>(mask_ & 0xffff));
-        mask_ >>= Vec::width;
-        return w;
-    }
+// The even ones, then the odd ones.
+inline void order(const int16_t *x, uint8_t *to) {
+    int16_t ordered[64];
+    for (int i = 0; i < 64; i++) ordered[i % 2 * 32 + i / 2] = x[i];
+    std::memcpy(to, ordered, sizeof ordered);
+}
 
-  private:
-    alignas(64) int8_t bytes_[64];
-    Vec zero_;
-    const int8_t *from_;
-    uint64_t mask_ = 0;
+struct Sums {
+    __m512i sum;
+
+    static Sums none() { return {_mm512_setzero_si512()}; }
+    void add(Bytes bytes, const uint8_t *x) {
+        const __m512i even = _mm512_and_si512(bytes.v, _mm512_set1_epi16(0xff)), odd = _mm512_srli_epi16(bytes.v, 8);
+        sum = _mm512_dpwssd_epi32(sum, even, _mm512_loadu_si512(x));
+        sum = _mm512_dpwssd_epi32(sum, odd, _mm512_loadu_si512(x + 64));
+    }
+    Vec floats() const { return {_mm512_cvtepi32_ps(sum)}; }
 };
 
 #elif defined(__AVX2__)
 
-// As `ExpandTable`, to shuffle bytes by, which makes 0 of those whose lane is 0x80.
+// As `ExpandTable`, to shuffle the first or the second 8 of 16 bytes by; lanes are 0x80 where nothing is moved to.
 struct ExpandBytesTable {
-    uint64_t lanes[257];  // read two at a time
+    uint64_t first[256], second[256];
 
-    constexpr ExpandBytesTable() : lanes() {
+    constexpr ExpandBytesTable() : first(), second() {
         for (int mask = 0; mask < 256; mask++)
-            for (int lane = 0; lane < 8; lane++)
-                lanes[mask] |= mask >> lane & 1 ? expand_table.lanes[mask] & uint64_t{0xff} << (8 * lane)
-                                                : uint64_t{0x80} << (8 * lane);
+            for (int lane = 0; lane < 8; lane++) {
+                const bool moved = mask >> lane & 1;
+                const uint64_t from = expand_table.lanes[mask] >> (8 * lane) & 0xff;
+                first[mask] |= (moved ? from : 0x80) << (8 * lane);
+                second[mask] |= (moved ? from + 8 : 0x80) << (8 * lane);
+            }
     }
 };
 inline constexpr ExpandBytesTable expand_bytes_table{};
@@ -104,11 +108,7 @@ struct Bytes {
     Bytes plus(Bytes other) const {
         return {{_mm256_add_epi8(v[0], other.v[0]), _mm256_add_epi8(v[1], other.v[1])}};
     }
-    Bytes minus(int x) const {
-        const __m256i less = _mm256_set1_epi8(static_cast<char>(x));
-        return {{_mm256_sub_epi8(v[0], less), _mm256_sub_epi8(v[1], less)}};
-    }
-    Bytes minus_where_none(const uint8_t *p, int x) const {
+    Bytes plus_where(const uint8_t *p, int x) const {
         const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
         const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
         Bytes r;
@@ -116,16 +116,32 @@ struct Bytes {
             int32_t bits;
             std::memcpy(&bits, p, 4);
             const __m256i ones = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
-            const __m256i none = _mm256_cmpeq_epi8(ones, _mm256_setzero_si256());
-            r.v[i] = _mm256_sub_epi8(v[i], _mm256_and_si256(none, _mm256_set1_epi8(static_cast<char>(x))));
+            const __m256i where = _mm256_cmpeq_epi8(ones, bit);
+            r.v[i] = _mm256_add_epi8(v[i], _mm256_and_si256(where, _mm256_set1_epi8(static_cast<char>(x))));
         }
         return r;
     }
-    Bytes look_up(const int8_t *table) const {
+    Bytes look_up(const uint8_t *table) const {
         const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
         return {{_mm256_shuffle_epi8(levels, v[0]), _mm256_shuffle_epi8(levels, v[1])}};
     }
-    void store(int8_t *p) const {
+    static Bytes spread(const uint8_t *bits, int64_t count, uint8_t fill, const uint8_t *&p) {
+        uint64_t mask = read_bits(bits, (count + 7) / 8);
+        const __m128i none = _mm_set1_epi8(static_cast<char>(fill));
+        __m128i of16[4];
+        OATS_UNROLL for (int i = 0; i < 4; i++, mask >>= 16) {
+            const uint32_t low = mask & 0xff, high = mask >> 8 & 0xff;
+            const uint8_t *second = p + popcount(low);
+            const __m128i packed = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)),
+                                                      _mm_loadl_epi64(reinterpret_cast<const __m128i *>(second)));
+            const __m128i lanes = _mm_set_epi64x(static_cast<int64_t>(expand_bytes_table.second[high]),
+                                                 static_cast<int64_t>(expand_bytes_table.first[low]));
+            of16[i] = _mm_blendv_epi8(_mm_shuffle_epi8(packed, lanes), none, lanes);
+            p = second + popcount(high);
+        }
+        return {{_mm256_set_m128i(of16[1], of16[0]), _mm256_set_m128i(of16[3], of16[2])}};
+    }
+    void store(uint8_t *p) const {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v[0]);
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(p) + 1, v[1]);
     }
@@ -151,28 +167,27 @@ struct Bytes {
     }
 };
 
-template <bool sparse, bool zeros>
-class Columns {
-  public:
-    Columns(const uint8_t *bits, int64_t, float zero, const int8_t *&p) : bits_(bits), zero_(Vec::all(zero)), p_(p) {}
-    Vec next() {
-        __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p_));
-        uint32_t mask = 0;
-        if constexpr (sparse) {
-            mask = *bits_++;
-            const auto *from = reinterpret_cast<const __m128i *>(&expand_bytes_table.lanes[mask]);
-            bytes = _mm_shuffle_epi8(bytes, _mm_loadu_si128(from));
-        }
-        p_ += sparse ? popcount(mask) : Vec::width;
-        Vec w = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
-        if constexpr (zeros) w = w - zero_;
-        return zeros && sparse ? w.where(mask) : w;
-    }
+// Of each 32, the even ones, then the odd ones.
+inline void order(const int16_t *x, uint8_t *to) {
+    int16_t ordered[64];
+    for (int i = 0; i < 64; i++) ordered[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = x[i];
+    std::memcpy(to, ordered, sizeof ordered);
+}
 
-  private:
-    const uint8_t *bits_;
-    Vec zero_;
-    const int8_t *&p_;
+struct Sums {
+    __m256i sum;
+
+    static Sums none() { return {_mm256_setzero_si256()}; }
+    void add(Bytes bytes, const uint8_t *x) {
+        const auto *from = reinterpret_cast<const __m256i *>(x);
+        OATS_UNROLL for (int i = 0; i < 2; i++) {
+            const __m256i even = _mm256_and_si256(bytes.v[i], _mm256_set1_epi16(0xff));
+            const __m256i odd = _mm256_srli_epi16(bytes.v[i], 8);
+            sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(from + 2 * i)),
+                                                         _mm256_madd_epi16(odd, _mm256_loadu_si256(from + 2 * i + 1))));
+        }
+    }
+    Vec floats() const { return {_mm256_cvtepi32_ps(sum)}; }
 };
 
 #else
@@ -217,55 +232,47 @@ struct Bytes {
         for (int i = 0; i < 4; i++) other.v[i] += v[i];
         return other;
     }
-    Bytes minus(int x) const {
-        Bytes r;
-        for (int i = 0; i < 4; i++) r.v[i] = v[i] - static_cast<uint8_t>(x);
-        return r;
-    }
-    Bytes minus_where_none(const uint8_t *p, int x) const {
+    Bytes plus_where(const uint8_t *p, int x) const {
         Bytes r;
         for (int i = 0; i < 4; i++) {
             const Two bits = {bits_table.bytes[p[2 * i]], bits_table.bytes[p[2 * i + 1]]};
-            r.v[i] = v[i] - (reinterpret_cast<Sixteen>(~bits) & static_cast<uint8_t>(x));
+            r.v[i] = v[i] + (reinterpret_cast<Sixteen>(bits) & static_cast<uint8_t>(x));
         }
         return r;
     }
-    Bytes look_up(const int8_t *table) const {
+    Bytes look_up(const uint8_t *table) const {
         uint8_t bytes[64];
         std::memcpy(bytes, v, 64);
-        for (uint8_t &byte : bytes) byte = static_cast<uint8_t>(table[byte]);
+        for (uint8_t &byte : bytes) byte = table[byte];
         return load(bytes);
     }
-    void store(int8_t *p) const { std::memcpy(p, v, 64); }
+    static Bytes spread(const uint8_t *bits, int64_t count, uint8_t fill, const uint8_t *&p) {
+        uint8_t bytes[64];
+        std::memset(bytes, fill, 64);
+        for (uint64_t mask = read_bits(bits, (count + 7) / 8); mask; mask &= mask - 1)
+            bytes[__builtin_ctzll(mask)] = *p++;
+        return load(bytes);
+    }
+    void store(uint8_t *p) const { std::memcpy(p, v, 64); }
 };
 
-template <bool sparse, bool zeros>
-class Columns {
-  public:
-    Columns(const uint8_t *bits, int64_t count, float zero, const int8_t *&p) {
-        const int8_t *from = p;
-        int8_t bytes[64] = {};
-        float less[64] = {};
-        if constexpr (sparse) {
-            for (uint64_t mask = read_bits(bits, (count + 7) / 8); mask; mask &= mask - 1) {
-                bytes[__builtin_ctzll(mask)] = *p++;
-                if constexpr (zeros) less[__builtin_ctzll(mask)] = zero;
-            }
-            from = bytes;
-        } else {
-            p += count;
-        }
-        // all at once, which compilers turn into vectors
-        for (int i = 0; i < 64; i++) floats_[i] = zeros ? from[i] - (sparse ? less[i] : zero) : from[i];
-    }
-    Vec next() {
-        at_ += Vec::width;
-        return Vec::load(floats_ + at_ - Vec::width);
-    }
+inline void order(const int16_t *x, uint8_t *to) { std::memcpy(to, x, 128); }
 
-  private:
-    float floats_[64];
-    int at_ = 0;
+struct Sums {
+    int32_t sum;
+
+    static Sums none() { return {0}; }
+    void add(Bytes bytes, const uint8_t *x) {
+        uint8_t factors[64];
+        int16_t others[64];
+        bytes.store(factors);
+        std::memcpy(others, x, 128);
+        for (int i = 0; i < 64; i++) sum += static_cast<int16_t>(factors[i]) * others[i];  // compilers know such sums
+    }
+    Vec floats() const {
+        float first[Vec::width] = {static_cast<float>(sum)};
+        return Vec::load(first);
+    }
 };
 
 #endif

@@ -1,5 +1,5 @@
-// Values of few bits. A row's codes are unpacked to bytes in the first-level cache; from there on they are in
-// registers: to floats at their columns, less their zero, and times their group's scale.
+// Values of few bits. Their codes, or the levels that these stand for, become bytes in registers, which integers that
+// stand for the inputs are multiplied by: sums of integers, times the scales of both, are the products.
 #pragma once
 
 #include <cstring>
@@ -7,185 +7,274 @@
 
 #include "bytes.hpp"
 #include "few_tokens.inl.hpp"
-#include "lanes.inl.hpp"
+#include "integers.inl.hpp"
 
 namespace oats::OATS_ISA {
 
-// Where `bytes` bytes can be read that are those from p on: p, or a copy of what there is before `end`.
-template <int64_t bytes>
-OATS_INLINE const uint8_t *readable(const uint8_t *p, const uint8_t *end, uint8_t (&copy)[bytes]) {
-    __builtin_prefetch(p + 4096);
-    if (end - p >= bytes) return p;
-    return static_cast<const uint8_t *>(std::memcpy(copy, p, static_cast<size_t>(end - p)));
-}
+// 64 codes at a time, each a byte; or their levels plus 128.
+template <int low, int high, bool look_up>
+class Codes {
+  public:
+    // the byte of what is zero, where groups have no zeros of their own
+    static constexpr int zero = look_up ? 128 : 1 << (low + high - 1);
 
-// `count` codes of two pieces (or one: `second` is 0), less 2^(bits - 1), or their levels. Reads nothing from `end` on,
-// and writes up to 63 bytes more.
-template <int first, int second, bool look_up = false>
-void unpack(const uint8_t *a, const uint8_t *b, const uint8_t *end, const int8_t *levels, int64_t count, int8_t *to) {
-    constexpr int half = 1 << (first + second - 1);
-    uint8_t last[8 * first] = {}, other[second ? 8 * second : 1] = {};
-    for (int64_t i = 0; i < count; i += 64, a += 8 * first, b += 8 * second) {
-        const uint8_t *from = readable(a, end, last);
-        Bytes codes;
-        if constexpr (first == 8)
-            codes = Bytes::load(from);
-        else
-            codes = Bytes::of_bits<first, 0>(from);
-        if constexpr (second == 1)
-            codes = codes.minus_where_none(readable(b, end, other), half);
-        else if constexpr (second)
-            codes = codes.plus(Bytes::of_bits<second, first>(readable(b, end, other)));
-        constexpr int less = second == 1 ? half : 0;  // than they are
+    explicit Codes(const FewBits &S) {
+        const int64_t count = S.kept.bitmask ? S.kept.nonzeros : S.kept.rows * S.kept.columns;
+        low_ = S.codes, high_ = S.codes + ceil_div(count * low, 8), end_ = high_ + ceil_div(count * high, 8);
         if constexpr (look_up)
-            codes.minus(-less).look_up(levels).store(to + i);
-        else
-            codes.minus(half - less).store(to + i);
+            for (int i = 0; i < 16; i++) levels_[i] = static_cast<uint8_t>(S.levels[i] + 128);
     }
-}
 
-// Codes first .. first + count - 1, where `first` is a multiple of 8, less 2^(bits - 1), or their levels. Writes up to
-// 63 bytes more.
-inline void unpack(const FewBits &S, int64_t all, int64_t first, int64_t count, int8_t *to) {
-    const auto with_pieces = [&]<int low, int high>() {
-        const int64_t start = ceil_div(all * low, 8), end = start + ceil_div(all * high, 8);  // of the second pieces
-        const uint8_t *a = S.codes + first * low / 8, *b = S.codes + start + first * high / 8;
+    // Those from `first` on, a multiple of 8; anything past the last.
+    OATS_INLINE Bytes at(int64_t first) const {
+        const uint8_t *p = low_ + first * low / 8, *q = high_ + first * high / 8;
+        uint8_t near_end[8 * (low + high)];
+        if (!whole(first, 64)) copy_rest(p, q, near_end);
+        return read(p, q);
+    }
+
+    // Whether `count` from `first` on, both multiples of 8, can be read without a look at where codes end.
+    OATS_INLINE bool whole(int64_t first, int64_t count) const {
+        const int64_t last = first + count;
+        return low_ + last * low / 8 <= end_ && high_ + last * high / 8 <= end_;
+    }
+
+    // `count` bytes, those from `first` on, as they lie in memory: null where none do, or not so many.
+    const uint8_t *in_memory(int64_t first, int64_t count) const {
+        return low == 8 && whole(first, count) ? low_ + first : nullptr;
+    }
+
+    // As `few_bits_dot` reads them, those from `first` on.
+    auto from(int64_t first) const {
+        return [this, p = low_ + first * low / 8, q = high_ + first * high / 8](auto, uint8_t) mutable
+               OATS_INLINE_LAMBDA {
+            const Bytes bytes = read(p, q);
+            p += 8 * low, q += 8 * high;
+            return bytes;
+        };
+    }
+
+  private:
+    OATS_INLINE Bytes read(const uint8_t *p, const uint8_t *q) const {
+        __builtin_prefetch(p + 4096);
+        Bytes codes;
+        if constexpr (low == 8)
+            codes = Bytes::load(p);
+        else
+            codes = Bytes::of_bits<low, 0>(p);
+        if constexpr (high == 1)
+            codes = codes.plus_where(q, 1 << low);
+        else if constexpr (high)
+            codes = codes.plus(Bytes::of_bits<high, low>(q));
+        return look_up ? codes.look_up(levels_) : codes;
+    }
+
+    // Pieces of which some bytes are there, and others past the end.
+    void copy_rest(const uint8_t *&p, const uint8_t *&q, uint8_t (&to)[8 * (low + high)]) const {
+        std::memset(to, 0, sizeof to);
+        std::memcpy(to, p, static_cast<size_t>(least(end_ - p, 8 * low)));
+        if (high && q < end_) std::memcpy(to + 8 * low, q, static_cast<size_t>(least(end_ - q, 8 * high)));
+        p = to, q = to + 8 * low;
+    }
+
+    const uint8_t *low_, *high_, *end_;
+    uint8_t levels_[16];
+};
+
+// Calls f(codes).
+template <class F>
+void with_codes(const FewBits &S, F f) {
+    const auto of_pieces = [&]<int low, int high>() {
         if constexpr (low + high <= 4)
-            if (S.levels) return unpack<low, high, true>(a, b, S.codes + end, S.levels, count, to);
-        unpack<low, high>(a, b, S.codes + end, nullptr, count, to);
+            if (S.levels) return f(Codes<low, high, true>(S));
+        f(Codes<low, high, false>(S));
     };
     switch (S.bits) {
         case 2:
-            return with_pieces.template operator()<2, 0>();
+            return of_pieces.template operator()<2, 0>();
         case 3:
-            return with_pieces.template operator()<2, 1>();
+            return of_pieces.template operator()<2, 1>();
         case 4:
-            return with_pieces.template operator()<4, 0>();
+            return of_pieces.template operator()<4, 0>();
         case 5:
-            return with_pieces.template operator()<4, 1>();
+            return of_pieces.template operator()<4, 1>();
         case 6:
-            return with_pieces.template operator()<4, 2>();
+            return of_pieces.template operator()<4, 2>();
         default:
-            return with_pieces.template operator()<8, 0>();
+            return of_pieces.template operator()<8, 0>();
     }
 }
 
-// A row's codes less 2^(bits - 1), in its columns' order. Scales and zeros are floats, zeros less 2^(bits - 1) too.
+// A row's bytes in the first-level cache, where some columns have none, or it does not begin with a byte.
 class Row {
   public:
-    // bytes of memory that it takes
-    static int64_t room(const FewBits &S) { return codes_room(S) + 2 * scales_room(S); }
+    // bytes of memory that it takes: 7 codes before the row's, 64 that are written or read beyond its last
+    static int64_t room(const FewBits &S) { return round_up(S.kept.columns, 64) + 128; }
 
     Row(const FewBits &S, const int64_t *row_start, uint8_t *memory)
-        : scales(reinterpret_cast<float *>(memory)),
-          zeros(reinterpret_cast<float *>(memory + scales_room(S))),
-          S_(S),
-          row_start_(row_start),
-          memory_(reinterpret_cast<int8_t *>(memory + 2 * scales_room(S))) {}
+        : S_(S), row_start_(row_start), memory_(memory) {}
 
     // False where its bits do not fit.
-    bool read(int64_t row) {
-        const int64_t columns = S_.kept.columns, groups = S_.groups(), half = 1 << (S_.bits - 1);
-        bits = S_.kept.bitmask ? S_.kept.bitmask + row * S_.kept.row_bytes() : nullptr;
-        if (bits && !row_fits(S_.kept, row_start_, row)) return false;
-        const int64_t start = bits ? row_start_[row] : row * columns, before = start % 8;
-        const int64_t count = bits ? row_start_[row + 1] - start : columns;
-        unpack(S_, bits ? S_.kept.nonzeros : S_.kept.rows * columns, start - before, before + count, memory_);
-        codes = memory_ + before;
-        for (int64_t g = 0; g < groups; g++) scales[g] = to_float(bfloat16{S_.scales[row * groups + g]});
-        if (S_.zeros)
-            for (int64_t g = 0; g < groups; g++) zeros[g] = static_cast<float>(S_.zeros[row * groups + g] - half);
+    template <class C>
+    bool read(const C &codes, int64_t row) {
+        const int64_t columns = S_.kept.columns;
+        bits_ = S_.kept.bitmask ? S_.kept.bitmask + row * S_.kept.row_bytes() : nullptr;
+        if (bits_ && !row_fits(S_.kept, row_start_, row)) return false;
+        const int64_t start = bits_ ? row_start_[row] : row * columns, before = start % 8;
+        const int64_t count = before + (bits_ ? row_start_[row + 1] - start : columns);
+        first_ = codes.in_memory(start - before, round_up(count, 64) + 64);
+        if (!first_) {
+            for (int64_t i = 0; i < count; i += 64) codes.at(start - before + i).store(memory_ + i);
+            first_ = memory_;
+        }
+        first_ += before;
         return true;
     }
 
-    const int8_t *codes = nullptr;  // without gaps where some columns have none
-    const uint8_t *bits = nullptr;  // null: all are kept
-    float *scales, *zeros;
+    // Its columns as `few_bits_dot` reads them.
+    template <bool sparse>
+    auto columns() const {
+        return [bits = bits_, p = first_](int64_t count, uint8_t fill) mutable OATS_INLINE_LAMBDA {
+            const uint8_t *bits_here = bits, *here = p;
+            __builtin_prefetch(p + 4096);
+            if constexpr (sparse) {
+                bits += count / 8;
+                return Bytes::spread(bits_here, count, fill, p);
+            }
+            p += count;
+            return Bytes::load(here);
+        };
+    }
 
   private:
-    // 7 codes before the row's, 64 that are written or read beyond its last
-    static int64_t codes_room(const FewBits &S) { return round_up(S.kept.columns, 64) + 128; }
-    static int64_t scales_room(const FewBits &S) { return round_up(S.groups() * 4, 64); }
-
     const FewBits &S_;
     const int64_t *row_start_;
-    int8_t *memory_;
+    uint8_t *memory_;
+    const uint8_t *first_ = nullptr;  // without gaps
+    const uint8_t *bits_ = nullptr;  // null: all are kept
 };
 
-// Calls f<sparse, zeros>(): whether some columns have no value, and whether groups have zeros of their own.
-template <class F>
-void with_form(const FewBits &S, F f) {
-    const auto with_zeros = [&]<bool sparse>() {
-        S.zeros ? f.template operator()<sparse, true>() : f.template operator()<sparse, false>();
-    };
-    S.kept.bitmask ? with_zeros.template operator()<true>() : with_zeros.template operator()<false>();
-}
-
-// Calls f(i, count, scale, next) for up to `group` columns of one group at a time, those from i on; each next() is the
-// register of the next values, still to be multiplied by `scale`. A full `group` comes as a constant, for loops
-// unrolled.
-template <bool sparse, bool zeros, class F>
-OATS_INLINE void for_columns(const FewBits &S, const Row &row, F f) {
-    const int64_t columns = S.kept.columns;
-    const int8_t *codes = row.codes;
-    for (int64_t g = 0, begin = 0; begin < columns; g++, begin += S.group_size) {
-        const Vec scale = Vec::all(row.scales[g]);
-        const auto some = [&](int64_t i, auto count) OATS_INLINE_LAMBDA {
-            const uint8_t *bits = sparse ? row.bits + i / 8 : nullptr;
-            Columns<sparse, zeros> here(bits, count, zeros ? row.zeros[g] : 0, codes);
-            f(i, count, scale, [&]() OATS_INLINE_LAMBDA { return here.next(); });
-        };
-        const int64_t end = least(begin + S.group_size, columns);
-        int64_t i = begin;
-        for (; i + group <= end; i += group) some(i, std::integral_constant<int64_t, group>{});
-        if (i < end) some(i, end - i);
+// A row with its zeros, floats.
+template <bool sparse>
+void dequantise_row(const FewBits &S, int64_t row, int zero, const Row &own, float *to) {
+    const int64_t columns = S.kept.columns, groups = S.groups();
+    auto next = own.columns<sparse>();
+    for (int64_t g = row * groups, begin = 0; begin < columns; g++, begin += S.group_size) {
+        if (S.zeros) zero = S.zeros[g];
+        const Vec zeros = Vec::all(static_cast<float>(zero)), scale = Vec::all(to_float(bfloat16{S.scales[g]}));
+        for (int64_t i = begin, end = least(begin + S.group_size, columns); i < end; i += 64) {
+            uint8_t bytes[64];
+            const int64_t count = least(end - i, 64);
+            next(count, static_cast<uint8_t>(zero)).store(bytes);
+            for (int64_t j = 0; j < count; j += Vec::width) {
+                const Vec values = (Vec::load(bytes + j) - zeros) * scale;
+                count - j < Vec::width ? values.store(to + i + j, count - j) : values.store(to + i + j);
+            }
+        }
     }
 }
 
 inline bool dequantise(const FewBits &S, const int64_t *row_start, float *dense, int threads) {
-    constexpr int W = Vec::width;
-    const int64_t columns = S.kept.columns, chunk = most(1, 65536 / most(columns, 1)), room = Row::room(S);
-    Scratch<uint8_t> memory(threads * room);
+    const int64_t columns = S.kept.columns, chunk = most(1, 65536 / most(columns, 1));
+    Scratch<uint8_t> memory(threads * Row::room(S));
     Fit fit;
-    with_form(S, [&]<bool sparse, bool zeros>() {
+    with_codes(S, [&](const auto &codes) {
         parallel(ceil_div(S.kept.rows, chunk), threads, [&](int64_t c, int worker) {
-            Row values(S, row_start, memory + worker * room);
-            for (int64_t r = c * chunk; r < least(S.kept.rows, (c + 1) * chunk); r++) {
-                if (!values.read(r)) return fit.lost();
-                float *to = dense + r * columns;
-                for_columns<sparse, zeros>(S, values, [&](int64_t i, auto count, Vec scale, auto next)
-                                                          OATS_INLINE_LAMBDA {
-                    int64_t j = 0;
-                    for (; j + W <= count; j += W) (next() * scale).store(to + i + j);
-                    if (j < count) (next() * scale).store(to + i + j, count - j);
-                });
+            Row own(S, row_start, memory + worker * Row::room(S));
+            for (int64_t row = c * chunk; row < least(S.kept.rows, (c + 1) * chunk); row++) {
+                if (!own.read(codes, row)) return fit.lost();
+                float *to = dense + row * columns;
+                if (S.kept.bitmask)
+                    dequantise_row<true>(S, row, codes.zero, own, to);
+                else
+                    dequantise_row<false>(S, row, codes.zero, own, to);
             }
         });
     });
     return fit;
 }
 
-// sums[t] = row . x[t]
-template <int T, bool sparse, bool zeros>
-OATS_INLINE void few_bits_dot(const FewBits &S, const Row &row, const float *x, int64_t x_stride, Vec (&sums)[T]) {
-    Vec acc[T];
-    OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = Vec::zero();
-    for_columns<sparse, zeros>(S, row, [&](int64_t i, auto count, Vec scale, auto next) OATS_INLINE_LAMBDA {
-        Vec part[T];  // multiplied by the scale once for all of them
-        OATS_UNROLL for (int t = 0; t < T; t++) part[t] = Vec::zero();
-        for (int64_t j = 0; j < count; j += Vec::width) {
-            const Vec w = next();
-            OATS_UNROLL for (int t = 0; t < T; t++) part[t] = fma(w, Vec::load(x + t * x_stride + i + j), part[t]);
+// Scales of a row's stretches, times those of the inputs. Returns what zeros add to the row's product.
+OATS_INLINE Vec scale_stretches(const FewBits &S, const Integers &x, int64_t token, int64_t row, int zero, float *to) {
+    constexpr int W = Vec::width;
+    const int64_t count = x.count, first = row * S.groups();
+    const auto *own = reinterpret_cast<const bfloat16 *>(S.scales) + first;
+    const float *scales = x.scales(token), *sums = x.sums(token);
+    Vec less = Vec::zero();
+    if (x.in_group == 1 && !S.zeros) {
+        const Vec minus = Vec::all(static_cast<float>(-zero));
+        int64_t s = 0;
+        for (; s + W <= count; s += W) {
+            const Vec scale = Vec::load(own + s) * Vec::load(scales + s);
+            scale.store(to + s);
+            less = fma(scale * minus, Vec::load(sums + s), less);
         }
-        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(scale, part[t], acc[t]);
-    });
+        if (s < count) {
+            const Vec scale = Vec::load(own + s, count - s) * Vec::load(scales + s, count - s);
+            scale.store(to + s, count - s);
+            less = fma(scale * minus, Vec::load(sums + s, count - s), less);
+        }
+        return less;
+    }
+    float total[W] = {};
+    for (int64_t s = 0, g = 0, left = x.in_group; s < count; s++) {
+        to[s] = to_float(own[g]) * scales[s];
+        total[s % W] -= to[s] * static_cast<float>(S.zeros ? S.zeros[first + g] : zero) * sums[s];
+        if (!--left) left = x.in_group, g++;
+    }
+    return Vec::load(total);
+}
+
+// sums[t] = row . x[t]; next(count, fill) are the bytes of the next columns, 64 at most, `fill` where there is none.
+// zero: of groups that have none of their own. scales: room for those of products, T times x.count.
+template <int T, bool with_zeros, class Next>
+OATS_INLINE void few_bits_dot(const FewBits &S, const Integers &x, int64_t token, int64_t row, int zero, Next next,
+                              float *scales, Vec (&sums)[T]) {
+    const int64_t columns = S.kept.columns, size = x.size, count = x.count, stride = x.stride;
+    const uint8_t *zeros = S.zeros + (with_zeros ? row * S.groups() : 0), *values = x.values(token);
+    Vec acc[T];  // in registers
+    OATS_UNROLL for (int t = 0; t < T; t++)
+        acc[t] = scale_stretches(S, x, token + t, row, zero, scales + t * count);
+    int64_t in_group = x.in_group;
+    const auto stretch = [&](auto n) OATS_INLINE_LAMBDA {
+        const auto fill = static_cast<uint8_t>(with_zeros ? *zeros : zero);
+        Sums part[T];
+        OATS_UNROLL for (int t = 0; t < T; t++) part[t] = Sums::none();
+        const auto add = [&](auto some) OATS_INLINE_LAMBDA {
+            const Bytes bytes = next(some, fill);
+            OATS_UNROLL for (int t = 0; t < T; t++) part[t].add(bytes, values + t * stride);
+            values += 128;
+        };
+        int64_t i = 0;
+        for (; i + 64 <= n; i += 64) add(std::integral_constant<int64_t, 64>{});
+        if (i < n) add(n - i);
+        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(part[t].floats(), Vec::all(scales[t * count]), acc[t]);
+        scales++;
+        if (with_zeros && !--in_group) in_group = x.in_group, zeros++;
+    };
+    int64_t begin = 0;
+    if (size == 64)
+        for (; begin + 64 <= columns; begin += 64) stretch(std::integral_constant<int64_t, 64>{});
+    for (; begin < columns; begin += size) stretch(least(size, columns - begin));
     OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = acc[t];
+}
+
+// The same of bytes in the first-level cache: one function for all codes.
+template <int T>
+void few_bits_dot(const FewBits &S, const Integers &x, int64_t token, int64_t row, int zero, const Row &own, float *scales,
+                  Vec (&sums)[T]) {
+    if (S.kept.bitmask && S.zeros)
+        few_bits_dot<T, true>(S, x, token, row, zero, own.columns<true>(), scales, sums);
+    else if (S.kept.bitmask)
+        few_bits_dot<T, false>(S, x, token, row, zero, own.columns<true>(), scales, sums);
+    else
+        few_bits_dot<T, false>(S, x, token, row, zero, own.columns<false>(), scales, sums);
 }
 
 // sums[t] += U's row . z[t]
 template <int T>
-OATS_INLINE void add_low_rank(const FewTokens &p, int64_t token, int64_t row, int64_t rank, int64_t rank_start,
-                              Vec (&sums)[T]) {
+void add_low_rank(const FewTokens &p, int64_t token, int64_t row, int64_t rank, int64_t rank_start,
+                  Vec (&sums)[T]) {
     Vec products[T];
     OATS_UNROLL for (int t = 0; t < T; t++) products[t] = Vec::zero();
     with_factor_type(p.L, [&](auto type) {
@@ -205,53 +294,40 @@ OATS_INLINE void finish(const FewTokens &p, int64_t token, int64_t row, int64_t 
     for (int t = 0; t < T; t++) p.y[(token + t) * p.S.rows + row] = sums[t].sum() + b;
 }
 
-template <int T, bool sparse, bool zeros>
-void few_bits_rows(const FewTokens &p, const FewBits &S, int64_t token, int64_t first, int64_t last, int64_t rank,
-                   int64_t rank_start, uint8_t *memory) {
-    Row values(S, p.row_start, memory);
-    for (int64_t row = first; row < last; row++) {
-        if (!values.read(row)) return p.fit.lost();
-        Vec sums[T];
-        few_bits_dot<T, sparse, zeros>(S, values, p.x + token * p.x_stride, p.x_stride, sums);
-        finish(p, token, row, rank, rank_start, sums);
-    }
+// Outputs first .. last - 1 of all tokens.
+template <class C>
+void few_bits_rows(const FewTokens &p, const FewBits &S, const C &codes, const Integers &x, int64_t tokens,
+                   int64_t first, int64_t last, int64_t rank, int64_t rank_start, uint8_t *memory, float *scales) {
+    const int64_t columns = S.kept.columns;
+    const bool in_registers = !S.kept.bitmask && columns % 8 == 0 && x.size % 64 == 0;
+    Row own(S, p.row_start, memory);
+    for_tokens(tokens, [&]<int T>(int64_t token) {
+        for (int64_t row = first; row < last; row++) {
+            Vec sums[T];
+            if (in_registers && codes.whole(row * columns, round_up(columns, 64)))
+                few_bits_dot<T, false>(S, x, token, row, codes.zero, codes.from(row * columns), scales, sums);
+            else if (own.read(codes, row))
+                few_bits_dot<T>(S, x, token, row, codes.zero, own, scales, sums);
+            else
+                return p.fit.lost();
+            finish(p, token, row, rank, rank_start, sums);
+        }
+    });
 }
-
-#if defined(__AVX512F__)
-template <int bits>
-void in_lanes(const FewBits &S, const LowRank &L, const Bias &bias, const Tokens &io, int threads) {
-    const Lanes<bits> lanes(S);
-    one_pass(S.kept, nullptr, L, bias, io, Lanes<bits>::chunk, Lanes<bits>::reorder, threads,
-             [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t rank_start, int) {
-                 for_tokens(io.tokens, [&]<int T>(int64_t token) {
-                     for (int64_t row = first; row < last; row++) {
-                         Vec sums[T];
-                         lanes.template dot<T>(row, p.x + token * p.x_stride, p.x_stride, sums);
-                         finish(p, token, row, rank, rank_start, sums);
-                     }
-                 });
-             });
-}
-#endif
 
 inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
                      int threads) {
     threads = threads_for(S.kept, io.tokens, threads);
-#if defined(__AVX512F__)
-    if (Lanes<2>::take(S)) return in_lanes<2>(S, L, bias, io, threads), true;
-    if (Lanes<3>::take(S)) return in_lanes<3>(S, L, bias, io, threads), true;
-    if (Lanes<4>::take(S)) return in_lanes<4>(S, L, bias, io, threads), true;
-#endif
-    const int64_t room = Row::room(S);
-    Scratch<uint8_t> memory(threads * room);
+    Scratch<uint8_t> memory(threads * Row::room(S));
+    Integers x(io.tokens, S.kept.columns, S.group_size);
+    Scratch<float> scales(threads * 8 * x.count);
     bool fits = false;
-    with_form(S, [&]<bool sparse, bool zeros>() {
-        fits = one_pass(S.kept, row_start, L, bias, io, group, [](float *) {}, threads,
+    with_codes(S, [&](const auto &codes) {
+        const auto set = [&](const FewTokens &p) { x.set(p.x, p.x_stride); };
+        fits = one_pass(S.kept, row_start, L, bias, io, set, threads,
                         [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t start, int worker) {
-                            for_tokens(io.tokens, [&]<int T>(int64_t token) {
-                                few_bits_rows<T, sparse, zeros>(p, S, token, first, last, rank, start,
-                                                                memory + worker * room);
-                            });
+                            few_bits_rows(p, S, codes, x, io.tokens, first, last, rank, start,
+                                          memory + worker * Row::room(S), scales + worker * 8 * x.count);
                         });
     });
     return fits;

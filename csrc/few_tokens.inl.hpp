@@ -126,12 +126,12 @@ void for_tokens(int64_t tokens, F f) {
     if (t < tokens) f.template operator()<1>(t);
 }
 
-// Inputs as floats, V x in tasks, each part's rows by rows(p, first, last, rank, rank_start, worker), and outputs in
-// their type. Rows find each `unit` of the inputs in the order that reorder(x) puts it in.
-template <class Reorder, class Rows>
+// Inputs as floats, V x in tasks, then prepare(p), which may change the inputs, each part's rows by rows(p, first, last,
+// rank, rank_start, worker), and outputs in their type.
+template <class Prepare, class Rows>
 bool one_pass(const Sparse &S, const int64_t *row_start, const LowRank &L, const Bias &bias, const Tokens &io,
-              int64_t unit, Reorder reorder, int threads, Rows rows) {
-    const int64_t ranks = ranks_of(L), x_stride = round_up(S.columns, unit);
+              Prepare prepare, int threads, Rows rows) {
+    const int64_t ranks = ranks_of(L), x_stride = round_up(S.columns, group);
     Scratch<float> x(io.tokens * x_stride), z(io.tokens * ranks), y(io.tokens * S.rows);
     Fit fit;
     const FewTokens p{S, row_start, L, bias, x_stride, ranks, x + 0, z + 0, y + 0, fit};
@@ -151,7 +151,7 @@ bool one_pass(const Sparse &S, const int64_t *row_start, const LowRank &L, const
             });
         });
     });
-    for (int64_t i = 0; i < io.tokens * x_stride; i += unit) reorder(x + i);
+    prepare(p);
     const int64_t chunk = most(16, ceil_div(S.rows, int64_t{threads} * 4));
     parallel(ceil_div(S.rows, chunk), threads, [&](int64_t i, int worker) {
         const int64_t begin = i * chunk, end = least(S.rows, begin + chunk);
@@ -178,11 +178,11 @@ inline bool few_tokens(const Sparse &S, const int64_t *row_start, const LowRank 
     bool fits = false;
     with_type(S.type, [&](auto type) {
         using V = decltype(type);
-        const auto reorder = [](float *x) {
+        const auto reorder = [&](const FewTokens &p) {
             if (Vec::interleaved<V>)
-                for (int64_t i = 0; i < group; i += 2 * Vec::width) interleave(x + i);
+                for (int64_t i = 0; i < io.tokens * p.x_stride; i += 2 * Vec::width) interleave(p.x + i);
         };
-        fits = one_pass(S, row_start, L, bias, io, group, reorder, threads_for(S, io.tokens, threads),
+        fits = one_pass(S, row_start, L, bias, io, reorder, threads_for(S, io.tokens, threads),
                         [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t rank_start, int) {
                             for_tokens(io.tokens, [&]<int T>(int64_t token) {
                                 few_rows<T, V>(p, token, first, last, rank, rank_start);

@@ -26,6 +26,7 @@ inline uint32_t to_bits(float x) {
 
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
+inline float to_float(uint8_t x) { return x; }
 inline float to_float(bfloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
 inline float to_float(float16 x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;

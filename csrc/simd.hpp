@@ -31,6 +31,9 @@ struct Vec {
     static Vec load(const int8_t *p) {
         return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
     }
+    static Vec load(const uint8_t *p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
+    }
     // the first n (below `width`) of p, then zeros
     static Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
     static Vec load(const bfloat16 *p, int64_t n) { return widen_b(_mm256_maskz_loadu_epi16(first(n), p)); }
@@ -168,6 +171,9 @@ struct Vec {
     }
     static Vec load(const int8_t *p) {
         return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
+    }
+    static Vec load(const uint8_t *p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
     }
     static Vec load(const float *p, int64_t n) { return {_mm256_maskload_ps(p, lanes_of((1u << n) - 1))}; }
     template <class T>
