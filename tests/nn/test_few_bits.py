@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,3 +118,21 @@ def test_spreading_out_gives_what_kernels_take():
     from oats_vision.kernels.product import sparse_low_rank_linear
 
     torch.testing.assert_close(sparse_low_rank_linear(x, packed), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normal", [False, True])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_give_the_same_outputs(normal, density, tokens, tmp_path):
+    import onnxruntime
+
+    floating = _factors(24, 40, 3, density, Grid(4, 16, normal=normal))
+    factors = replace(floating, low_rank=(nearest(floating.U, Grid(8, 0)), nearest(floating.V, Grid(8, 0))))
+    layer = SparseLowRankLinear.from_factors([("w", factors)], torch.randn(24), torch.float32)
+    x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other), **close)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", input_names=["x"], dynamo=False)
+    (y,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(other), **close)
