@@ -21,7 +21,10 @@ OnBadLayer = Literal["stop", "dense"]
 Values = Literal["int8", "int6", "int5", "int4", "int3", "int2", "nf4", "nf3", "nf2"]
 FactorValues = Literal["int8", "floating"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-Bits = Annotated[float, Field(ge=2.125, le=8.25)]
+# of a weight, with the 16 bits of each scale: the smallest format there is, 2 bits in groups of 128, and more than the
+# largest, 8 bits in groups of 128, since groups at the ends of rows are shorter
+LEAST_BITS, MOST_BITS = 2.125, 8.25
+Bits = Annotated[float, Field(ge=LEAST_BITS, le=MOST_BITS)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
 # by what is used of these, and how budgets are shared out
 QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
