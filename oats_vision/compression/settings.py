@@ -32,9 +32,6 @@ QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
     (("refit",), "uniform"): "fast",
     ((), "uniform"): "plain",
 }
-NO_RECOVERY = (
-    "recover trains floating values, which `values`, `bits`, methods rtn and gptq round: leave one of them out"
-)
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
@@ -251,6 +248,12 @@ class CompressionOptions(_Shared):
                 **method.levers(self),
             }
         )
+
+
+def no_recovery(method: str, values: str | None, bits: float | str | None) -> str:
+    """Why what these options round to few bits cannot be recovered, and what to do."""
+    rounding = "`bits`" if bits else "`values`" if values else f"method {method}"
+    return f"recover trains floating values, which {rounding} rounds: leave one of them out"
 
 
 def resolve(**options: Any) -> CompressionSettings:
