@@ -148,6 +148,21 @@ class CompressionSettings(_Shared):
         return f"density {self.density:.3g}, {self.grid}" if self.density < 1 else str(self.grid)
 
     @property
+    def named(self) -> dict[str, Any]:
+        """By name, without what is not set, and what has no say beside the others."""
+        idle = {"act_order"} if self.method != "gptq" else set[str]()
+        if self.bits:  # chooses the format of each linear
+            idle |= {"rate", "rank_ratio", "pattern", "density", "group_size", "symmetric"}
+        elif not self.grid:
+            idle |= {"group_size", "symmetric"}
+        if self.density is not None:
+            idle |= {"rate"}
+        if self.rank_ratio != "auto":
+            idle |= {"error_tolerance", "latency_tokens"}
+        fields = self.model_dump().items()
+        return {name: value for name, value in fields if value not in (None, ()) and name not in idle}
+
+    @property
     def summary(self) -> str:
         """Method, quality, rate, rank ratio and pattern in words."""
         used = f" {self.quality}" if self.quality else "".join(f" + {name}" for name in LEVERS if getattr(self, name))

@@ -93,6 +93,10 @@ class LayerSpec:
         values = packed_bytes(self.nonzeros, self.grid.bits) if self.grid else self.nonzeros * itemsize
         return values + self.factor_bytes(itemsize) + self.bitmask_bytes + self.scale_bytes
 
+    def bits(self, itemsize: int) -> float:
+        """Of a weight, all of `stored_bytes` counted."""
+        return 8 * self.stored_bytes(itemsize) / max(self.dense_parameters, 1)
+
     def factor_bytes(self, itemsize: int) -> int:
         """Bytes of U and V, with their scales where they have 8 bits.
 

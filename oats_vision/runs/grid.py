@@ -145,7 +145,7 @@ def expand(
             given = [f"{name.replace('_', ' ')} {value}" for name, value in cell.items() if value is not None]
             skipped[f"{', '.join(given).removeprefix('method ')}: {wrong}"] = None
         else:
-            if asked not in (None, settings.rate):
+            if asked not in (None, settings.rate) and settings.density is None:
                 notes[f"{cell_words(settings)}: the rate follows from the pattern and the rank ratio"] = None
             cells.setdefault(cell_name(settings), settings)
     if not cells:

@@ -98,6 +98,7 @@ def test_what_a_grid_leaves_out_is_said_once():
     assert list(grid.notes) == said
     assert [reason.partition(":4, ")[0] for reason in grid.skipped] == ["oats, pattern 2", "oats, pattern 2"]
     assert all("rank_ratio auto is for method oats with pattern row or layer" in reason for reason in grid.skipped)
+    assert expand({}, method=["gptq"], rate=[0.5]).notes == ("gptq has no rate: it runs once for all of the grid's",)
     assert not expand({}, method=["wanda"], rate=[0.5], pattern=["2:4"]).notes  # what was asked for is what follows
 
 
