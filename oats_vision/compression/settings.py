@@ -156,7 +156,7 @@ class CompressionSettings(_Shared):
         elif not self.grid:
             idle |= {"group_size", "symmetric"}
         if self.density is not None:
-            idle |= {"rate"}
+            idle |= {"rate", "pattern"} if self.density == 1 else {"rate"}
         if self.rank_ratio != "auto":
             idle |= {"error_tolerance", "latency_tokens"}
         fields = self.model_dump().items()

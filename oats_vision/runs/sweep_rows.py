@@ -127,9 +127,7 @@ def csv_row(row: Row) -> dict[str, Any]:
 
 
 def _identity(name: str, settings: CompressionSettings, seed: int) -> dict[str, Any]:
-    axes = {field: getattr(settings, field) for field in AXES}
-    by_bits = dict.fromkeys(("rate", "rank_ratio", "pattern")) if settings.bits else {}
-    return {"name": name, **axes, **by_bits, "seed": seed}
+    return {"name": name, **{field: settings.named.get(field) for field in AXES}, "seed": seed}
 
 
 def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, Any]:

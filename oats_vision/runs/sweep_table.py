@@ -86,17 +86,11 @@ def _settings(settings: CompressionSettings) -> tuple[str, ...]:
 
 def _setting(settings: CompressionSettings, name: str) -> str:
     method = methods.find(settings.method)
-    if name == "bits":
-        return f"{settings.bits:g}" if settings.bits else ""
-    if name != "method" and settings.bits:  # which chooses the rest
-        return ""
-    if name == "rate" and method.density is not None:
-        return ""
     if name == "pattern" and not method.keeps_sparse:
         return ""
     if name == "rank_ratio" and method.rank_ratio is not None:
         return ""
-    value = getattr(settings, name)
+    value = settings.named.get(name, "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
