@@ -237,7 +237,7 @@ def _number(value: float | None) -> tuple[str, str]:
 
 
 def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str, Markup]]:
-    """Each linear's error by block, and its bits if they are few; where the bytes go; of a sliced model the signal."""
+    """Each linear's error by block, its bits if they were chosen, and where bytes go; of a sliced model the signal."""
     if report.slicing:
         kept = {"attention": report.slicing.kept[::2], "MLP": report.slicing.kept[1::2]}
         lines = {name: dict(enumerate(values)) for name, values in kept.items()}
@@ -254,10 +254,10 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
         ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]
     bits = by_block(report, lambda layer: layer.spec.bits(itemsize))
-    few = any(layer.spec.grid for layer in report.layers)
+    chosen = bool(report.settings.grid) and report.settings.budget != "uniform"  # by layer
     return [
         ("Error of each linear, by block", figures.line_plot(errors_by_block(report), report.error_name)),
-        *([("Bits of each linear, by block", figures.line_plot(bits, "bits a weight, all counted"))] if few else []),
+        *([("Bits of each linear, by block", figures.line_plot(bits, "bits a weight, all counted"))] if chosen else []),
         (
             "Bytes of the compressed layers, out of the dense ones' bytes",
             figures.bar(budget, "Bytes of the compressed layers"),
