@@ -120,7 +120,7 @@ def columns(rows: Sequence[ComparedModel]) -> list[Column]:
     for name, texts in _what_they_are(rows).items():
         if len(set(texts)) > 1:
             keys = [_key(text) for text in texts]
-            numeric = all(isinstance(key, float) for key in keys)
+            numeric = all(isinstance(key, float) for key in keys if key)
             table.append(Column(name, [Cell(text, key) for text, key in zip(texts, keys, strict=True)], numeric))
     sizes = [Cell(f"{run.bytes / 1e6:.2f}", run.bytes, f"{run.bytes / run.dense_bytes:.3f} x") for run in rows]
     table.append(_ranked("MB", sizes, min))
@@ -242,11 +242,12 @@ def _ranked(heading: str, cells: list[Cell], best: Callable[[list[float]], float
 
 
 def _what_they_are(rows: Sequence[ComparedModel]) -> dict[str, list[str]]:
-    """Model and settings of each run in words: the usual settings, and others that differ."""
+    """Model and settings of each run in words: the usual settings, and others that differ; none where it had no say."""
     settings = [run.settings.model_dump() for run in rows]
     names = [name for name in settings[0] if name in ALWAYS or len({_text(one[name]) for one in settings}) > 1]
+    named = [run.settings.named for run in rows]
     found = {"model": [run.model for run in rows]}
-    found |= {name.replace("_", " "): [_text(one[name]) for one in settings] for name in names}
+    found |= {name.replace("_", " "): [_text(one.get(name)) for one in named] for name in names}
     if any(run.seed is not None for run in rows):
         found["seed"] = [_text(run.seed) for run in rows]
     return found

@@ -1,7 +1,7 @@
 """One compressed model as comparisons show it, read from its files."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from oats_vision.checkpoint import measure, read_config
 from oats_vision.checkpoint.weights import WeightsFile
-from oats_vision.compression.record import CompressionReport
+from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation.results import Cost, Evaluation
@@ -111,15 +111,22 @@ def read_compared(directories: Sequence[Path]) -> list[ComparedModel]:
 
 
 def errors_by_block(report: CompressionReport) -> dict[str, dict[int, float]]:
-    """Mean relative error of each kind of linear (its name within a block), by the block's number.
+    """Mean relative error of each kind of linear, as `by_block`."""
+    return by_block(report, lambda layer: layer.error)
+
+
+def by_block(report: CompressionReport, figure: Callable[[LayerReport], float]) -> dict[str, dict[int, float]]:
+    """Mean figure of each kind of linear (its name within a block), by the block's number.
 
     Experts of a block count as one kind.
     """
     gathered: dict[str, dict[int, list[float]]] = {}
     for layer in report.layers:
         block, kind = _place(layer.name)
-        gathered.setdefault(kind, {}).setdefault(block, []).append(layer.error)
-    return {kind: {block: sum(es) / len(es) for block, es in blocks.items()} for kind, blocks in gathered.items()}
+        gathered.setdefault(kind, {}).setdefault(block, []).append(figure(layer))
+    return {
+        kind: {block: sum(found) / len(found) for block, found in blocks.items()} for kind, blocks in gathered.items()
+    }
 
 
 def mean_errors(report: CompressionReport) -> dict[int, float]:

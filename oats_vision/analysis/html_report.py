@@ -11,7 +11,7 @@ from markupsafe import Markup
 from oats_vision import checkpoint
 from oats_vision.analysis import figures
 from oats_vision.analysis.compare import short
-from oats_vision.analysis.compared import errors_by_block
+from oats_vision.analysis.compared import by_block, errors_by_block
 from oats_vision.analysis.page import render, write_page
 from oats_vision.analysis.searched import searched
 from oats_vision.analysis.spectra import spectra, spectra_of
@@ -34,6 +34,7 @@ HEADINGS = [
     ("part", True),
     *((heading, False) for heading in ("shape", "rank", "non-zeros", "kept", "error", "output error", "iterations")),
     ("values", True),
+    ("bits", False),
 ]
 
 
@@ -97,7 +98,9 @@ def html_report(directory: Path, progress: Callable[[int], None] = lambda layers
         mean_error=f"{sum(layer.error for layer in report.layers) / max(len(report.layers), 1):.4f}",
         error_name=report.error_name,
         headings=HEADINGS,
-        rows=_rows(report),
+        rows=_rows(report, config.storage_dtype.itemsize),
+        few_bits=any(layer.spec.grid for layer in report.layers),
+        two_terms=any("low_rank" in one["values"] for one in found),
         spectra=found,
         drawn=[report.layers[i].name for i in chosen],
         about=_tables(config, report, measured, name),
@@ -122,7 +125,7 @@ def _bytes(sizes: checkpoint.Sizes) -> Headline:
         f"{sizes.total / sizes.dense_total:.2f}",
         " x the bytes",
         f"{sizes.dense_total / 1e6:.1f} → {sizes.total / 1e6:.1f} MB",
-        [f"{sizes.layer_ratio:.3f} x in the compressed layers"],
+        [f"{sizes.layer_ratio:.3f} x in the compressed layers: {sizes.bits:.2f} bits a weight"],
     )
 
 
@@ -195,10 +198,15 @@ def _timing_row(timing: Timing) -> list[str]:
     return [timing.what, *times, f"{timing.speedup:.2f} x{spread}", *rates, timing.unit]
 
 
-def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
-    """The table of layers: what is shown and what is sorted by, for each cell."""
+def _rows(report: CompressionReport, itemsize: int) -> list[list[tuple[str, str]]]:
+    """The table of layers: what is shown and what is sorted by, for each cell.
+
+    Args:
+        itemsize: bytes of a floating value.
+    """
     rows: list[list[tuple[str, str]]] = []
     for layer in report.layers:
+        bits = layer.spec.bits(itemsize)
         for part in layer.spec.parts:
             size = part.out_features * layer.spec.in_features
             kept = (part.nonzeros + part.rank * (part.out_features + layer.spec.in_features)) / max(size, 1)
@@ -215,8 +223,9 @@ def _rows(report: CompressionReport) -> list[list[tuple[str, str]]]:
                     (str(layer.iterations.get(part.name, "")), str(layer.iterations.get(part.name, ""))),
                     (
                         layer.spec.grid.short if layer.spec.grid else "floating",
-                        str(layer.spec.grid.bits if layer.spec.grid else 16),
+                        str(layer.spec.grid.bits if layer.spec.grid else 8 * itemsize),
                     ),
+                    (f"{bits:.3f}", f"{bits:.6f}"),
                 ]
             )
     return rows
@@ -228,7 +237,7 @@ def _number(value: float | None) -> tuple[str, str]:
 
 
 def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str, Markup]]:
-    """Error of each linear by block, and where the bytes go; of a sliced model the signal kept by block."""
+    """Each linear's error by block, its bits if they were chosen, and where bytes go; of a sliced model the signal."""
     if report.slicing:
         kept = {"attention": report.slicing.kept[::2], "MLP": report.slicing.kept[1::2]}
         lines = {name: dict(enumerate(values)) for name, values in kept.items()}
@@ -241,11 +250,14 @@ def _plots(report: CompressionReport, sizes: checkpoint.Sizes) -> list[tuple[str
         ("S, values", sizes.layers - sizes.positions - sizes.scales - low_rank, 0),
         *([("S, bitmask", sizes.positions, 4)] if sizes.positions else []),
         *([("S, scales", sizes.scales, 3)] if sizes.scales else []),
-        ("U and V", low_rank, 1),
+        *([("U and V", low_rank, 1)] if low_rank else []),
         ("saved", max(sizes.dense_layers - sizes.layers, 0), None),
     ]
+    bits = by_block(report, lambda layer: layer.spec.bits(itemsize))
+    chosen = bool(report.settings.grid) and report.settings.budget != "uniform"  # by layer
     return [
         ("Error of each linear, by block", figures.line_plot(errors_by_block(report), report.error_name)),
+        *([("Bits of each linear, by block", figures.line_plot(bits, "bits a weight, all counted"))] if chosen else []),
         (
             "Bytes of the compressed layers, out of the dense ones' bytes",
             figures.bar(budget, "Bytes of the compressed layers"),
@@ -258,8 +270,8 @@ def _tables(
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the checkpoint is, its settings, the run and the machine: titles, and names with values."""
     source = config.source
-    settings = {key: value for key, value in report.settings.model_dump().items() if value not in (None, ())}
-    run = [(key, value) for key, value in measured.run if key not in (*settings, *UNTOLD)]
+    settings = report.settings.named
+    run = [(key, value) for key, value in measured.run if key not in (*type(report.settings).model_fields, *UNTOLD)]
     times = [("compression" if key == "total" else key, f"{value:.1f} s") for key, value in report.seconds.items()]
     whole = [("whole run", f"{measured.seconds:.1f} s")] if measured.seconds else []
     memory = [("peak memory", f"{measured.peak_memory / 1e9:.2f} GB")] if measured.peak_memory else []

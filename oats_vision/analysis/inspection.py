@@ -31,7 +31,7 @@ class Inspection:
             stream = {"residual stream": f"{done.slicing.sliced_width} of {done.slicing.width} dimensions"}
         return {
             "model": f"{config.source.kind} {config.source.name} (family {done.family})",
-            **{name: value for name, value in done.settings.model_dump().items() if value is not None},
+            **done.settings.named,
             "calibration": f"{done.samples} {done.unit}",
             "time": shares(done.seconds),
             **({"recovery": done.recovery.summary} if done.recovery else {}),
@@ -40,12 +40,16 @@ class Inspection:
             "parameters of the layers": f"{done.parameters:,} of {done.dense_parameters:,} "
             f"({done.parameters / done.dense_parameters:.1%})",
             "bytes of the layers": f"{megabytes(sizes.layers)} of {megabytes(sizes.dense_layers)} "
-            f"({sizes.layer_ratio:.3f}), of which bitmask of S {megabytes(sizes.positions)}"
-            + f", scales {megabytes(sizes.scales)}"
-            * bool(sizes.scales),
+            f"({sizes.layer_ratio:.3f}){self._besides_values()}",
             "bits a weight": f"{sizes.bits:.2f}",
             "bytes of the model": f"{megabytes(sizes.total)} of {megabytes(sizes.dense_total)}",
         }
+
+    def _besides_values(self) -> str:
+        """What bytes of the layers are not numbers of the weight itself."""
+        shares = {"the bitmask of S": self.sizes.positions, "scales": self.sizes.scales}
+        parts = [f"{name} {megabytes(size)}" for name, size in shares.items() if size]
+        return f", of which {', '.join(parts)}" if parts else ""
 
 
 def inspect(directory: Path) -> Inspection:

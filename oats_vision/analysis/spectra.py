@@ -57,18 +57,19 @@ def spectrum(name: str, spec: LayerSpec, tensors: dict[str, Tensor]) -> dict[str
     """Singular values of a stored layer and of its two terms, at up to `POINTS` ranks.
 
     Returns:
-        `rank`, from 1, and `values` of `whole`, `sparse` and `low_rank` at these.
+        `rank`, from 1, and `values` of `whole`, `sparse` and `low_rank` at these; of S alone where there is no U V.
     """
     layer = SparseLowRankLinear.empty(spec, torch.float32)
     prefix = f"{name}."
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     layer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
-    whole, sparse = layer.dense_weight(), layer.sparse.dense()
-    count = min(whole.shape)
+    count = min(spec.out_features, spec.in_features)
     ranks = sorted({round(1 + i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})
-    terms = {"whole": _singular_values(whole), "sparse": _singular_values(sparse)}
-    packed = layer.packed
-    terms["low_rank"] = _singular_values(torch.linalg.qr(packed.U_blocks()).R @ packed.V)
+    terms = {"sparse": _singular_values(layer.sparse.dense())}
+    if sum(spec.ranks):
+        packed = layer.packed
+        terms = {"whole": _singular_values(layer.dense_weight()), **terms}
+        terms["low_rank"] = _singular_values(torch.linalg.qr(packed.U_blocks()).R @ packed.V)
     values = {}
     for term, singular in terms.items():
         floor = 1e-6 * float(singular[0]) if len(singular) else 0.0  # what lies below is rounding

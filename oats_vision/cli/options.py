@@ -88,10 +88,8 @@ SETTINGS = {
 # and of them those of a sweep; the grid's may be given several times
 SWEEP = {
     WHAT: SETTINGS[WHAT],
-    GRID: {name: SETTINGS[HOW_MUCH][name] for name in ("rate", "rank_ratio", "method", "pattern")},
-    HOW_MUCH: {
-        name: SETTINGS[HOW_MUCH][name] for name in ("bits", "values", "density", "budget", "quality", "targets")
-    },
+    GRID: {name: SETTINGS[HOW_MUCH][name] for name in ("rate", "bits", "rank_ratio", "method", "pattern")},
+    HOW_MUCH: {name: SETTINGS[HOW_MUCH][name] for name in ("values", "density", "budget", "quality", "targets")},
     CALIBRATION: SETTINGS[CALIBRATION],
     EVALUATION: {name: metavar for name, metavar in SETTINGS[EVALUATION].items() if name != "drop_of"},
     OUTPUT: {"storage_dtype": "DTYPE", "dry_run": ""},

@@ -26,6 +26,8 @@ EXAMPLES = """\
 three rates by two rank ratios, on the demo
   oats-vision sweep --rate 0.3 --rate 0.5 --rate 0.7 \\
     --rank-ratio 0.1 --rank-ratio 0.2
+rates and bits a weight, side by side
+  oats-vision sweep --rate 0.3 --rate 0.5 --bits 4 --bits 3
 OATS and two baselines, with three draws of the calibration pictures
   oats-vision sweep --model vit_base_patch16_224 --rate 0.4 --rate 0.5 \\
     --method oats --method wanda --method sparsegpt --seeds 3 \\
@@ -62,8 +64,8 @@ def sweep(
 ) -> None:
     """Compress a model in several ways, and show what each costs against its size and its speed.
 
-    The options of the grid may be repeated: every possible combination is run. A sweep that was stopped resumes
-    when it is started again; with more values, it runs those too.
+    The options of the grid may be repeated: every possible combination is run, with rates and bits side by side.
+    A sweep that was stopped resumes when it is started again; with more values, it runs those too.
     """
     logs.set_up(verbose, log_file)
     validated(Extent, given_fields({"seeds": seeds, "keep": keep}), flag)

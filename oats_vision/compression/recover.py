@@ -24,7 +24,6 @@ from oats_vision.compression.block_training import Streams, relative, train_bloc
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
 from oats_vision.compression.recovery_journal import keep, recovery_journal, trained
-from oats_vision.compression.settings import NO_RECOVERY
 from oats_vision.compression.together import WholeStreams, train_together
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
@@ -84,7 +83,10 @@ def recover(
         raise ConfigError(f"activation_memory must be above 0 GB, got {activation_memory}")
     start, report = time.perf_counter(), record(model).report
     if report.settings.values or report.settings.bits:
-        raise ConfigError(NO_RECOVERY)
+        how = report.settings.summary
+        raise ConfigError(
+            f"recover trains floating values, and the model's are rounded ({how}): compress it without that"
+        )
     blocks, twins = _twin_blocks(model, dense)
     model.eval()
     dense.eval()

@@ -21,7 +21,10 @@ OnBadLayer = Literal["stop", "dense"]
 Values = Literal["int8", "int6", "int5", "int4", "int3", "int2", "nf4", "nf3", "nf2"]
 FactorValues = Literal["int8", "floating"]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-Bits = Annotated[float, Field(ge=2.125, le=8.25)]
+# of a weight, with the 16 bits of each scale: the smallest format there is, 2 bits in groups of 128, and more than the
+# largest, 8 bits in groups of 128, since groups at the ends of rows are shorter
+LEAST_BITS, MOST_BITS = 2.125, 8.25
+Bits = Annotated[float, Field(ge=LEAST_BITS, le=MOST_BITS)]
 LEVERS = ("joint", "refit", "targets", "sensitivity")
 # by what is used of these, and how budgets are shared out
 QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
@@ -29,9 +32,6 @@ QUALITIES: dict[tuple[tuple[str, ...], Budgets], Quality] = {
     (("refit",), "uniform"): "fast",
     ((), "uniform"): "plain",
 }
-NO_RECOVERY = (
-    "recover trains floating values, which `values`, `bits`, methods rtn and gptq round: leave one of them out"
-)
 PATTERNS = ("row", "layer", "2:4", "2:8")  # N:M may be any
 FIRST_GUESS = 0.2  # of rank ratio auto, before any layer is timed
 
@@ -148,6 +148,21 @@ class CompressionSettings(_Shared):
         return f"density {self.density:.3g}, {self.grid}" if self.density < 1 else str(self.grid)
 
     @property
+    def named(self) -> dict[str, Any]:
+        """By name, without what is not set, and what has no say beside the others."""
+        idle = {"act_order"} if self.method != "gptq" else set[str]()
+        if self.bits:  # chooses the format of each linear
+            idle |= {"rate", "rank_ratio", "pattern", "density", "group_size", "symmetric"}
+        elif not self.grid:
+            idle |= {"group_size", "symmetric"}
+        if self.density is not None:
+            idle |= {"rate", "pattern"} if self.density == 1 else {"rate"}
+        if self.rank_ratio != "auto":
+            idle |= {"error_tolerance", "latency_tokens"}
+        fields = self.model_dump().items()
+        return {name: value for name, value in fields if value not in (None, ()) and name not in idle}
+
+    @property
     def summary(self) -> str:
         """Method, quality, rate, rank ratio and pattern in words."""
         used = f" {self.quality}" if self.quality else "".join(f" + {name}" for name in LEVERS if getattr(self, name))
@@ -248,6 +263,12 @@ class CompressionOptions(_Shared):
                 **method.levers(self),
             }
         )
+
+
+def no_recovery(method: str, values: str | None, bits: float | str | None) -> str:
+    """Why what these options round to few bits cannot be recovered, and what to do."""
+    rounding = "`bits`" if bits else "`values`" if values else f"method {method}"
+    return f"recover trains floating values, which {rounding} rounds: leave one of them out"
 
 
 def resolve(**options: Any) -> CompressionSettings:

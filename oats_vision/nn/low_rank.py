@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oats_vision.core.grid import Quantised
+from oats_vision.nn.scale_bits import from_bits, to_bits
 
 
 class LowRank(nn.Module):
@@ -35,8 +36,6 @@ class LowRank(nn.Module):
 class QuantisedLowRank(nn.Module):
     """The same in 8 bits, with a scale for each row.
 
-    Scales are held as the bits of bfloat16, which conversions of the model to another dtype leave alone.
-
     Args:
         U, V: int8, of the shapes of `LowRank`.
         U_scale: (out_features,), V_scale: (sum of the parts' ranks,), int16: the bits of bfloat16.
@@ -57,12 +56,12 @@ class QuantisedLowRank(nn.Module):
         """Of each part's U and V."""
         codes = stacked([(_signed(U.codes), _signed(V.codes)) for U, V in parts])
         scales = [torch.cat([X.scales.scale[:, 0] for X in of_all]) for of_all in zip(*parts, strict=True)]
-        return cls(*codes, *(scale.view(torch.int16) for scale in scales))
+        return cls(*codes, *map(to_bits, scales))
 
     def floating(self) -> tuple[Tensor, Tensor]:
         """U and V in float32."""
         pairs = (self.U, self.U_scale), (self.V, self.V_scale)
-        U, V = (codes.float() * scale.view(torch.bfloat16).float()[:, None] for codes, scale in pairs)
+        U, V = (codes.float() * from_bits(scale).float()[:, None] for codes, scale in pairs)
         return U, V
 
     def clear(self) -> None:

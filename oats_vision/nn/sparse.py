@@ -12,6 +12,7 @@ from oats_vision.kernels.codes import pack_codes, unpack_codes
 from oats_vision.kernels.few_bits import FewBitsMatrix, FewBitsWeight, kernels_take
 from oats_vision.kernels.packed import Part, PartShape, unpack
 from oats_vision.kernels.product import expand, only_runs
+from oats_vision.nn.scale_bits import from_bits, to_bits
 
 
 class PackedSparse(nn.Module):
@@ -57,8 +58,6 @@ class PackedSparse(nn.Module):
 class QuantisedSparse(nn.Module):
     """A matrix S (out_features, in_features) whose values have few bits; see `core/grid.py`.
 
-    Scales are held as the bits of bfloat16, which conversions of the model to another dtype leave alone.
-
     Args:
         codes: as `pack_codes` makes them of the values' codes, in row order.
         scales: (out_features, groups), int16: the bits of bfloat16.
@@ -94,7 +93,7 @@ class QuantisedSparse(nn.Module):
         """Pack matrices of one grid, one below the other."""
         grid, in_features = parts[0].scales.grid, parts[0].codes.shape[1]
         codes = torch.cat([part.codes for part in parts])
-        scales = torch.cat([part.scales.scale for part in parts]).view(torch.int16)
+        scales = to_bits(torch.cat([part.scales.scale for part in parts]))
         zeros = None if grid.symmetric else torch.cat([_known(part.scales.zero) for part in parts])
         if all(part.count == part.codes.numel() for part in parts):
             return cls(grid, pack_codes(codes.flatten(), grid.bits), scales, zeros, None, codes.numel(), in_features)
@@ -120,7 +119,7 @@ class QuantisedSparse(nn.Module):
         if kernels_take(weight):
             return FewBitsMatrix(weight).dequantise().to(dtype)
         codes = unpack_codes(self.codes, self.grid.bits, self.count)
-        scales = Scales(self.grid, self.scales.view(torch.bfloat16), self.zeros)
+        scales = Scales(self.grid, from_bits(self.scales), self.zeros)
         if self.bitmask is None:
             return scales.values(codes.view(len(self.scales), self.in_features), dtype)
         mask = self.mask()

@@ -3,7 +3,7 @@
 W = S + U V as in OATS (Zhang and Papyan, ICLR 2025).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,6 +93,10 @@ class LayerSpec:
         values = packed_bytes(self.nonzeros, self.grid.bits) if self.grid else self.nonzeros * itemsize
         return values + self.factor_bytes(itemsize) + self.bitmask_bytes + self.scale_bytes
 
+    def bits(self, itemsize: int) -> float:
+        """Of a weight, all of `stored_bytes` counted."""
+        return 8 * self.stored_bytes(itemsize) / max(self.dense_parameters, 1)
+
     def factor_bytes(self, itemsize: int) -> int:
         """Bytes of U and V, with their scales where they have 8 bits.
 
@@ -140,6 +144,7 @@ class SparseLowRankLinear(nn.Module):
         spec: shapes, and the parts of a fused weight.
         sparse, low_rank: of these shapes; what is floating, in one dtype.
         bias: (out_features,), in the same dtype, or None.
+        dtype: of the layer, where none of this is floating.
     """
 
     bias: nn.Parameter | None
@@ -150,9 +155,11 @@ class SparseLowRankLinear(nn.Module):
         sparse: PackedSparse | QuantisedSparse,
         low_rank: LowRank | QuantisedLowRank,
         bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self._dtype = dtype
         self.sparse = sparse
         self.low_rank = low_rank
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -183,9 +190,9 @@ class SparseLowRankLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of U, V and the bias; where none of these is floating, float32."""
+        """Of U, V and the bias; where none of these is floating, what they would have."""
         U, bias = self.low_rank.U, self.bias
-        return U.dtype if U.is_floating_point() else torch.float32 if bias is None else bias.dtype
+        return U.dtype if U.is_floating_point() else self._dtype if bias is None else bias.dtype
 
     def _spread_out(self) -> PackedWeight:
         mask = self.sparse.mask()
@@ -233,7 +240,7 @@ class SparseLowRankLinear(nn.Module):
         sparse = QuantisedSparse.pack(rounded) if rounded else PackedSparse.pack(torch.cat(S), dtype)
         floating = [(factors.U, factors.V) for _, factors in parts]
         low_rank = QuantisedLowRank.pack(int8) if int8 else LowRank.pack(floating, dtype)
-        return cls(spec, sparse, low_rank, bias)
+        return cls(spec, sparse, low_rank, bias, dtype)
 
     @classmethod
     def empty(cls, spec: LayerSpec, dtype: torch.dtype, device: torch.device | str = "meta") -> "SparseLowRankLinear":
@@ -262,7 +269,8 @@ class SparseLowRankLinear(nn.Module):
             low_rank = QuantisedLowRank(*codes, *scales)
         else:
             low_rank = LowRank(torch.empty(U_shape, **options), torch.empty(V_shape, **options))
-        return cls(spec, sparse, low_rank, torch.empty(spec.out_features, **options) if spec.bias else None)
+        bias = torch.empty(spec.out_features, **options) if spec.bias else None
+        return cls(spec, sparse, low_rank, bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of x or of autocast.
@@ -294,9 +302,10 @@ class SparseLowRankLinear(nn.Module):
     def _forget(self) -> None:
         self._cache, self._few_bits = MatrixCache(), FewBitsCache()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         self._forget()  # what would keep the memory of tensors that move to another device
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # of PyTorch
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]  # of PyTorch
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """S + U V in float32 or better, rounded once to `dtype` (or the layer's): (out_features, in_features)."""

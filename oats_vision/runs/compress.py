@@ -19,7 +19,7 @@ from oats_vision.compression import methods, pipeline
 from oats_vision.compression import recover as recovery
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import CompressionReport
-from oats_vision.compression.settings import NO_RECOVERY, CompressionOptions, resolve
+from oats_vision.compression.settings import CompressionOptions, no_recovery, resolve
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.evaluation.reference import Reference
@@ -257,7 +257,7 @@ def compress(
     if recover and not methods.find(settings.method).keeps_shapes:
         raise ConfigError(f"recover is for methods that keep the layers' shapes, and {settings.method} does not")
     if recover and settings.grid:
-        raise ConfigError(NO_RECOVERY)
+        raise ConfigError(no_recovery(method, values, bits))
     if recover:
         ranks.refuse("recover")
     if recover and record_of(model).on_disk:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from oats_vision.compression import methods
-from oats_vision.compression.settings import NO_RECOVERY, CompressionOptions, CompressionSettings, Dtype
+from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype, no_recovery
 from oats_vision.errors import ConfigError, DataError, did_you_mean, near
 from oats_vision.evaluation.tasks.options import DataOptions
 from oats_vision.fields import validated
@@ -74,7 +74,7 @@ class RunConfig(DataOptions, CompressionOptions):
         if self.recover and not methods.find(self.method).keeps_shapes:
             raise ValueError(f"recover is for methods that keep the layers' shapes, and {self.method} does not")
         if self.recover and (self._settings.values or self.bits):
-            raise ValueError(NO_RECOVERY)
+            raise ValueError(no_recovery(self.method, self.values, self.bits))
         if self.low_memory and (why := self._needs_whole_model):
             raise ValueError(f"low_memory is given, and {why} needs the whole model: leave one of them out")
         self._check_search()

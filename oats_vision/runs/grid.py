@@ -16,7 +16,7 @@ from oats_vision.fields import validated
 from oats_vision.runs.config import RunConfig, with_flags
 
 OUT = Path("oats_sweep")
-AXES = ("method", "rate", "rank_ratio", "pattern")
+AXES = ("method", "rate", "bits", "rank_ratio", "pattern")
 OF_QUALITY = ("quality", "refit", "joint", "sensitivity")  # settings of methods that have a quality
 # settings that mean nothing here
 FOR_ONE_RUN = (
@@ -74,7 +74,7 @@ def load_sweep_config(path: Path | None, flags: dict[str, Any]) -> SweepConfig:
 
 
 def sweep_config(**fields: Any) -> SweepConfig:
-    """A sweep over the grid of `method`, `rate`, `rank_ratio` and `pattern`, each one value or several.
+    """A sweep over the grid of `method`, `rate` and `bits`, `rank_ratio` and `pattern`, each one value or several.
 
     Args:
         fields: these, `seeds` (how many draws of the calibration data), `keep` (the cells' checkpoints), and the
@@ -89,14 +89,14 @@ def sweep_config(**fields: Any) -> SweepConfig:
 def _build(fields: dict[str, Any], called: Callable[[str], str]) -> SweepConfig:
     if alone := [name for name in FOR_ONE_RUN if fields.get(name)]:
         raise ConfigError(f"{called(alone[0])} is not a setting of a sweep: leave it out")
-    if fields.get("bits") == "auto":
-        raise ConfigError(f"{called('bits')} auto is not for a sweep: give a number")
     own = {name: fields[name] for name in Extent.model_fields if name in fields}
     extent = validated(Extent, own, called)
     shared = {name: value for name, value in ({"out": OUT} | fields).items() if name not in {*own, *AXES}}
     base = validated(RunConfig, shared, called)
     settings = base.model_fields_set & CompressionOptions.model_fields.keys()
     axes = {name: _values(name, fields.get(name), called) for name in AXES}
+    if "auto" in axes["bits"]:
+        raise ConfigError(f"{called('bits')} auto is not for a sweep: give a number")
     grid = expand({name: getattr(base, name) for name in settings}, **axes)
     seeds = tuple(range(base.seed, base.seed + extent.seeds))
     return SweepConfig(base, grid, seeds, base.out, extent.keep)
@@ -112,17 +112,19 @@ def expand(
     shared: dict[str, Any],
     method: Sequence[Any] = (),
     rate: Sequence[Any] = (),
+    bits: Sequence[Any] = (),
     rank_ratio: Sequence[Any] = (),
     pattern: Sequence[Any] = (),
 ) -> Grid:
     """Every combination that can be, once.
 
-    A method without a choice of rank ratio (of pattern) is done once for all of them, and N:M, where the rank ratio is
-    given, once for all rates, since its rate follows from it.
+    Rates and bits are sizes, one after the other. Bits choose rank and positions, so they are done once for all rank
+    ratios and patterns; a method without a choice of one of these (of bits) is done once for all of them; and N:M,
+    where the rank ratio is given, once for all rates, since its rate follows from it.
 
     Args:
         shared: settings of all cells.
-        method, rate, rank_ratio, pattern: values that are right by themselves; none: the default.
+        method, rate, bits, rank_ratio, pattern: values that are right by themselves; none: the default.
 
     Raises:
         ConfigError: no combination can be.
@@ -130,8 +132,9 @@ def expand(
     cells: dict[str, CompressionSettings] = {}
     skipped: dict[str, None] = {}
     notes: dict[str, None] = {}
-    for values in product(method or ["oats"], pattern or [None], rate or [None], rank_ratio or [None]):
-        cell = dict(zip(("method", "pattern", "rate", "rank_ratio"), values, strict=True))
+    sizes = [{"rate": one} for one in rate] + [{"bits": one} for one in bits] or [{}]
+    for name, shape, size, ratio in product(method or ["oats"], pattern or [None], sizes, rank_ratio or [None]):
+        cell = {"method": name, "pattern": shape, "rate": None, "bits": None, **size, "rank_ratio": ratio}
         asked = cell["rate"]
         notes |= dict.fromkeys(_fit(cell))
         own = () if methods.find(cell["method"]).has_quality else OF_QUALITY
@@ -142,7 +145,7 @@ def expand(
             given = [f"{name.replace('_', ' ')} {value}" for name, value in cell.items() if value is not None]
             skipped[f"{', '.join(given).removeprefix('method ')}: {wrong}"] = None
         else:
-            if asked not in (None, settings.rate):
+            if asked not in (None, settings.rate) and settings.density is None:
                 notes[f"{cell_words(settings)}: the rate follows from the pattern and the rank ratio"] = None
             cells.setdefault(cell_name(settings), settings)
     if not cells:
@@ -157,6 +160,13 @@ def _fit(cell: dict[str, Any]) -> list[str]:
         What is to be said of it.
     """
     method, notes = methods.find(cell["method"]), list[str]()
+    if cell["bits"] and method.density is not None:
+        notes.append(f"{method.name} has a format of its own: it runs once for all bits of the grid")
+        cell["bits"] = None
+    if cell["bits"] and method.rank_ratio is None:
+        if (cell["rank_ratio"], cell["pattern"]) != (None, None):
+            notes.append("bits have neither rank ratio nor pattern: they run once for all of the grid's")
+        cell["rank_ratio"] = cell["pattern"] = None
     if method.rank_ratio is not None:
         if cell["rank_ratio"] not in (None, method.rank_ratio):
             notes.append(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.settings import LEAST_BITS, MOST_BITS, CompressionSettings
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class Scale:
 
 
 RATE = Scale("rate", 0.0, 0.01, 5, 95)
-BITS = Scale("bits", 8.25, -0.05, 0, 120)
+BITS = Scale("bits", MOST_BITS, -1 / 16, 0, round(16 * (MOST_BITS - LEAST_BITS)))
 FIRST_BITS = 4.0  # to begin with

@@ -179,7 +179,8 @@ def _cell(
     directory.parent.mkdir(exist_ok=True)
     own = {"seed": seed, "out": directory, "overwrite": directory.exists(), "report": config.keep}
     own_config = prepared.config.model_copy(update=settings.model_dump() | own)
-    stored = settings.model_copy(update={"storage_dtype": prepared.settings.storage_dtype})
+    storage = settings.storage_dtype or prepared.settings.storage_dtype
+    stored = settings.model_copy(update={"storage_dtype": storage})
     see_same(journal, own_config, stored, display)
     model = copy.deepcopy(dense.model)
     finished = compress_and_write(model, own_config, stored, prepared, calibration, journal, display)

@@ -1,6 +1,7 @@
 """What a sweep found: one row for each cell and seed, also as a CSV file."""
 
 import csv
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -58,13 +59,14 @@ def row_name(settings: CompressionSettings, seed: int) -> str:
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Rows by method, pattern, rate, rank ratio and seed."""
+    """Rows by method, pattern, rate, rank ratio and seed; those by bits after those by rate, the smallest last."""
     names = methods.names()
 
     def place(row: Row) -> tuple[Any, ...]:
         how = row.settings.allocation
         kind = ("row", "layer", "n:m").index(how.pattern.kind)
-        own = names.index(row.settings.method), kind, str(how.pattern), how.rate, how.rank_ratio
+        size = -(row.settings.bits or math.inf)
+        own = names.index(row.settings.method), size, kind, str(how.pattern), how.rate, how.rank_ratio
         return *own, cell_name(row.settings), row.seed
 
     return sorted(rows, key=place)
@@ -125,7 +127,7 @@ def csv_row(row: Row) -> dict[str, Any]:
 
 
 def _identity(name: str, settings: CompressionSettings, seed: int) -> dict[str, Any]:
-    return {"name": name, **{field: getattr(settings, field) for field in AXES}, "seed": seed}
+    return {"name": name, **{field: settings.named.get(field) for field in AXES}, "seed": seed}
 
 
 def _with_interval(name: str, value: float, low: float, high: float) -> dict[str, Any]:

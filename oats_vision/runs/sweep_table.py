@@ -90,7 +90,7 @@ def _setting(settings: CompressionSettings, name: str) -> str:
         return ""
     if name == "rank_ratio" and method.rank_ratio is not None:
         return ""
-    value = getattr(settings, name)
+    value = settings.named.get(name, "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -125,6 +125,17 @@ def test_settings_that_differ_are_columns_and_others_are_said_once():
     assert "top-1 80.00%" in alike([replace(run, labelled=_labelled(79)) for run in rows])
 
 
+def test_settings_that_had_no_say_are_left_out():
+    rows = [_run(1), _run(2, settings=resolve(bits=4)), _run(3, settings=resolve(method="gptq"))]
+    texts = {column.heading: [cell.text for cell in column.cells] for column in columns(rows)}
+    assert texts["rate"] == ["0.1", "", ""]
+    assert texts["bits"] == ["", "4", ""]
+    assert texts["values"] == ["", "", "int4"]
+    assert texts["rank ratio"] == ["0.2", "", "0"]
+    assert "group size" not in texts
+    assert {column.heading: column.numeric for column in columns(rows)}["bits"]
+
+
 def test_a_scatter_shows_accuracy_else_cost_else_errors():
     rows = [_run(1), _run(2)]
     assert [caption for caption, _ in scatters(rows)] == [

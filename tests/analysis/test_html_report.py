@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -233,6 +234,29 @@ def test_odd_names_are_shown_as_they_are(saved, pictures, tmp_path):
         assert f"mlp.{name}" in found.texts["text"]  # of the plot
     assert {directory.name, "<u>top1", '"/><script>alert(2)</script>', markup} <= set(found.texts["td"])
     assert markup in set(found.texts["li"]) & set(found.texts["span"])
+
+
+def test_page_of_few_bits(tiny_vit, pictures, browser, tmp_path):
+    report = ov.compress(tiny_vit, pictures, bits=4.0, quality="fast").report
+    ov.save(tiny_vit, tmp_path / "out")
+    write_html(tmp_path / "out", tmp_path / "page.html")
+    show(browser, tmp_path / "page.html")
+    check_quiet(browser, tmp_path / "page.html")
+    check_width(browser)
+    (bits,) = re.findall(r"in the compressed layers: ([\d.]+) bits a weight", _headlines(browser)[0])
+    headings = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "#layers thead th")]
+    rows = [row.text.split() for row in browser.find_elements(By.CSS_SELECTOR, "#layers tbody tr")]
+    weights = [part.out_features * layer.spec.in_features for layer in report.layers for part in layer.spec.parts]
+    assert headings[-2:] == ["values", "bits"]
+    assert [row[-2] for row in rows] == [layer.spec.grid.short for layer in report.layers for _ in layer.spec.parts]
+    mean = sum(float(row[-1]) * weight for row, weight in zip(rows, weights, strict=True)) / sum(weights)
+    assert mean == pytest.approx(float(bits), abs=0.01)
+    captions = [one.text for one in browser.find_elements(By.CSS_SELECTOR, ".plots figcaption")]
+    assert captions[:2] == ["Error of each linear, by block", "Bits of each linear, by block"]
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#spectrum polyline")) == 1  # S is the whole weight
+    said = browser.find_element(By.TAG_NAME, "body").text
+    assert "S, scales" in said
+    assert not any(words in said for words in ("U and V", "bitmask", "group size", "rank ratio"))
 
 
 def test_spectrum_is_numpys(saved, tiny_vit):

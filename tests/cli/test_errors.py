@@ -51,6 +51,11 @@ def place(tmp_path, monkeypatch, model_directory, language_directory) -> dict[st
 
 
 WRONG = {
+    "levels switched off": (
+        ["compress", "--values", "nf4", "--no-symmetric"],
+        ["--no-symmetric must be left out with"],
+    ),
+    "levels for bits": (["compress", "--bits", "3", "--no-symmetric"], ["--no-symmetric must be left out with bits"]),
     "model misspelt": (
         ["compress", "--model", "vit_bas_patch16", "--data", "train"],
         ["unknown model 'vit_bas_patch16'", "vit_base_patch16_224'"],

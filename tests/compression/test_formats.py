@@ -77,10 +77,11 @@ def test_the_model_has_so_many_bits_a_weight_and_layers_that_matter_have_more(ti
         ({"bits": 4.0, "values": "int4"}, "values and `bits` are both given"),
         ({"bits": 4.0, "method": "gptq"}, "bits must be left out with method gptq"),
         ({"bits": 4.0, "budget": "uniform"}, "budget must be measured"),
-        ({"bits": 4.0, "group_size": 32}, "group_size and symmetric must be left out"),
+        ({"bits": 4.0, "group_size": 32}, "group_size must be left out with bits"),
+        ({"bits": 4.0, "symmetric": False}, "`symmetric=False` must be left out with bits"),
         ({"bits": 4.0, "quality": "plain"}, "bits rounds by the inputs' second moments"),
         ({"bits": 4.0, "factors": "int8"}, "factors and `bits` are both given"),
-        ({"bits": 4.0, "recover": 3}, "recover trains floating values"),
+        ({"bits": 4.0, "recover": 3}, "recover trains floating values, which `bits` rounds"),
     ],
 )
 def test_what_does_not_go_with_bits_is_said(tiny_vit, pictures, given, message):

@@ -242,6 +242,10 @@ def test_what_cannot_be_recovered_is_refused_in_a_line(model, twins, tiny_vit):
     ov.compress(sliced, data, method="slicegpt", rate=0.3)
     with pytest.raises(ModelError, match="slicegpt leaves none"):
         recover(sliced, tiny_vit, data, steps=1)
+    few_bits = copy.deepcopy(tiny_vit)
+    ov.compress(few_bits, data, method="rtn")
+    with pytest.raises(ConfigError, match=r"and the model's are rounded \(rtn, int4 in groups of 64\)"):
+        recover(few_bits, tiny_vit, data, steps=1)
     with pytest.raises(ConfigError, match="recover is for methods that keep"):
         ov.compress(tiny_vit, data, method="slicegpt", rate=0.3, recover=1)
     with pytest.raises(ConfigError, match="recover must be a whole number of steps from 0 on, got -1"):

@@ -214,3 +214,17 @@ def test_the_low_rank_term_makes_up_for_rounding(problem, rank, density):
     rounded = W - (S if kept is None else S * kept) - factors.U.double() @ factors.V.double()
     share = 0.5 if rank else 0.9
     assert torch.trace(E @ H @ E.T) < share * torch.trace(rounded @ H @ rounded.T)
+
+
+@pytest.mark.parametrize("normal", [False, True])
+def test_sparsegpt_that_keeps_all_is_gptq_and_needs_no_positions(normal):
+    generator, grid = torch.Generator().manual_seed(0), Grid(4, 16, normal=normal)
+    W, X = torch.randn(24, 48, generator=generator), torch.randn(200, 48, generator=generator)
+    W[3, 5] = W[7, 20] = 0.0
+    X[:, 9] = 0.0  # an input that is never there
+    H = X.T @ X / len(X)
+    found = sparsegpt(W, H, Budget(0, W.numel(), grid=grid)).quantised
+    expected = gptq(W, H, grid)
+    assert found.count == W.numel()
+    live = torch.arange(48) != 9
+    torch.testing.assert_close(found.dense()[:, live], expected.dense()[:, live])

@@ -3,17 +3,19 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from oats_vision.core.grid import Grid
 from oats_vision.core.oats import Factors
 from oats_vision.core.quantise import gptq, nearest
-from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, merge
 
 
 def _factors(m: int, n: int, rank: int, density: float, grid: Grid, seed: int = 0) -> Factors:
@@ -23,6 +25,11 @@ def _factors(m: int, n: int, rank: int, density: float, grid: Grid, seed: int = 
     found = nearest(W, grid) if kept is None else gptq(W, torch.eye(n), grid, kept)
     U, V = torch.randn(m, rank, generator=generator), torch.randn(rank, n, generator=generator)
     return Factors(found.dense(), U, V, error=0.1, iterations=1, quantised=found)
+
+
+def _in_8_bits(factors: Factors) -> Factors:
+    """U and V too."""
+    return replace(factors, low_rank=(nearest(factors.U, Grid(8, 0)), nearest(factors.V, Grid(8, 0))))
 
 
 def _layer(density: float = 0.5) -> SparseLowRankLinear:
@@ -117,3 +124,34 @@ def test_spreading_out_gives_what_kernels_take():
     from oats_vision.kernels.product import sparse_low_rank_linear
 
     torch.testing.assert_close(sparse_low_rank_linear(x, packed), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normal", [False, True])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_give_the_same_outputs(normal, density, tokens, tmp_path):
+    import onnxruntime
+
+    factors = _in_8_bits(_factors(24, 40, 3, density, Grid(4, 16, normal=normal)))
+    layer = SparseLowRankLinear.from_factors([("w", factors)], torch.randn(24), torch.float32)
+    x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other), **close)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", input_names=["x"], dynamo=False)
+    (y,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(other), **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_without_anything_floating_has_a_dtype(dtype):
+    factors = _in_8_bits(_factors(8, 40, 3, 1.0, Grid(4, 16)))
+    layer = SparseLowRankLinear.from_factors([("w", factors)], None, dtype)
+    assert not any(tensor.is_floating_point() for tensor in layer.state_dict().values())
+    empty = SparseLowRankLinear.empty(layer.spec, dtype)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    for one in (layer, empty, copy.deepcopy(layer), copy.deepcopy(layer).float().to(dtype), nn.Sequential(layer)):
+        merged = merge(copy.deepcopy(one)) if isinstance(one, nn.Sequential) else one.merge()
+        assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert layer.dense_weight().dtype == layer.packed.values.dtype == dtype
+    assert copy.deepcopy(layer).float().merge().weight.dtype == torch.float32

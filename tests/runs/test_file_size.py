@@ -80,7 +80,7 @@ def test_the_largest_that_fits_is_found(model_directory, scale: Scale):
         ({"rank_ratio": 0.0}, RATE, 95),
         ({"pattern": "2:4"}, RATE, 50),
         ({"rank_ratio": 1e-4}, RATE, 4),
-        ({}, BITS, 119),  # 2.3 bits: of the tiny model even the smallest format has more than 2.25
+        ({}, BITS, 95),  # 2.3125 bits: of the tiny model even the smallest format has more than 2.25
     ],
 )
 def test_the_highest_step_is_one_that_leaves_every_layer_something(model_directory, options, scale, highest):

@@ -298,7 +298,7 @@ def test_a_dry_run_counts_the_formats_once(model_directory, tmp_path):
 
 
 def test_bits_that_reach_no_size_are_said(model_directory, tmp_path):
-    with pytest.raises(ConfigError, match=r"the sizes of bits from 2\.25 to 8\.25, got 5"):
+    with pytest.raises(ConfigError, match=r"the sizes of bits from 2\.125 to 8\.25, got 5"):
         search(config(model_directory, tmp_path / "out", **BITS, target_mb=5))
 
 

@@ -67,6 +67,15 @@ GRIDS = {
         {"method": ["oats", "rtn", "gptq"], "rate": [0.3, 0.5]},
         ["oats-0.3-0.2-row", "oats-0.5-0.2-row", "rtn-int4x64", "gptq-int4x64"],
     ),
+    "bits after rates, once for all rank ratios and patterns": (
+        {"rate": [0.3, 0.5], "bits": [4, 3.5, 4], "rank_ratio": [0.1, 0.2]},
+        ["oats-0.3-0.1-row", "oats-0.3-0.2-row", "oats-0.5-0.1-row", "oats-0.5-0.2-row", "oats-4bits", "oats-3.5bits"],
+    ),
+    "bits alone": ({"bits": [3, 4], "pattern": ["layer"]}, ["oats-3bits", "oats-4bits"]),
+    "a method with a format of its own once for all bits": (
+        {"method": ["oats", "gptq", "wanda"], "bits": [3, 4]},
+        ["oats-3bits", "oats-4bits", "gptq-int4x64"],
+    ),
     "what cannot be is left out": (
         {"pattern": ["row", "2:4"], "rate": [0.7], "rank_ratio": ["auto"]},
         ["oats-0.7-auto-row"],
@@ -89,6 +98,7 @@ def test_what_a_grid_leaves_out_is_said_once():
     assert list(grid.notes) == said
     assert [reason.partition(":4, ")[0] for reason in grid.skipped] == ["oats, pattern 2", "oats, pattern 2"]
     assert all("rank_ratio auto is for method oats with pattern row or layer" in reason for reason in grid.skipped)
+    assert expand({}, method=["gptq"], rate=[0.5]).notes == ("gptq has no rate: it runs once for all of the grid's",)
     assert not expand({}, method=["wanda"], rate=[0.5], pattern=["2:4"]).notes  # what was asked for is what follows
 
 
@@ -99,7 +109,7 @@ def test_formats_tell_cells_apart():
         "oats, rate 0.5, int3 in groups of 64, own zeros, rank ratio 0.2",
         "gptq, int3 in groups of 64, own zeros",
     ]
-    (cell,) = expand({"bits": 3.5}).cells
+    (cell,) = expand({}, bits=[3.5]).cells
     assert (cell_name(cell), cell_words(cell)) == ("oats-3.5bits", "oats, 3.5 bits a weight")
 
 
@@ -124,7 +134,8 @@ WRONG = {
     "for one run": ({"merge": True}, "merge is not a setting of a sweep"),
     "one board": ({"tensorboard": "board"}, "tensorboard is not a setting of a sweep"),
     "one model": ({"low_memory": True}, "low_memory is not a setting of a sweep"),
-    "bits of a search": ({"bits": "auto", "max_drop": None}, "bits auto is not for a sweep: give a number"),
+    "bits": ({"bits": [3, 9]}, "bits must be in [2.125, 8.25] or auto, got 9"),
+    "bits of a search": ({"bits": [4, "auto"]}, "bits auto is not for a sweep: give a number"),
     "nothing that can be": (
         {"pattern": "2:4", "rate": 0.7},
         "no cell of the grid is possible: oats, pattern 2:4, rate 0.7",
@@ -158,14 +169,18 @@ def made(model_directory, tmp_path_factory) -> Sweep:
     return sweep(sweep_config(model=str(model_directory), out=out, **QUICK, **grid))
 
 
-@pytest.mark.parametrize(
-    ("grid", "name"), [({"method": "rtn"}, "rtn-int4x64"), ({"bits": 3.5, "quality": "fast"}, "oats-3.5bits")]
-)
-def test_cells_without_a_rate_run(model_directory, tmp_path, grid, name):
+def test_cells_without_a_rate_run(model_directory, tmp_path):
+    grid = {"method": ["oats", "rtn"], "bits": [4.5, 2.6], "rate": 0.5, "quality": "fast"}
     done = sweep(sweep_config(model=str(model_directory), out=tmp_path / "out", **BYTES, **grid))
-    (row,) = done.rows
-    assert cell_name(row.settings) == name
-    assert row.run.bytes < row.run.dense_bytes
+    names = ["oats-0.5-0.2-row", "oats-4.5bits", "oats-2.6bits", "rtn-int4x64"]
+    assert [cell_name(row.settings) for row in done.rows] == names
+    assert all(row.run.bytes < row.run.dense_bytes for row in done.rows)
+    assert done.rows[1].run.bytes > done.rows[2].run.bytes
+    sizes = [(line["rate"], line["bits"], line["rank_ratio"]) for line in rows(tmp_path / "out")]
+    assert sizes == [("0.5", "", "0.2"), ("", "4.5", ""), ("", "2.6", ""), ("", "", "0.0")]
+    shown = [line.split() for line in as_text(sweep_table(done)).splitlines()]
+    assert ["method", "rate", "bits", "rank", "ratio", "pattern"] in [line[:6] for line in shown]
+    assert [line[1] for line in shown if line[:1] == ["oats"]] == ["0.5", "4.5", "2.6"]
 
 
 def test_every_cell_and_seed_is_measured_as_compress_measures(made):

@@ -45,6 +45,7 @@ if (data) {
     body += text(left, base + 18, "start", 1) + text(width - 8, base + 18, "end", last);
     body += text((left + width) / 2, base + 36, "middle", "number of the singular value");
     for (const [term, colour] of [["whole", "currentColor"], ["sparse", "var(--s1)"], ["low_rank", "var(--s2)"]]) {
+      if (!values[term]) continue;
       const points = rank.map((r, i) => [r, values[term][i]]).filter(p => p[1] > 0);
       const line = points.map(p => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`).join(" ");
       body += `<polyline data-term="${term}" fill="none" stroke-width="2" style="stroke:${colour}" points="${line}"/>`;

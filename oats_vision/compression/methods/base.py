@@ -60,10 +60,10 @@ class Method(ABC):
         if options.quality and not self.has_quality:
             raise ValueError(f"quality must be left out with method {self.name}: it is for method oats")
         rounds = options.values or self.values or options.bits
-        if not rounds and (options.group_size != 64 or not options.symmetric):
-            raise ValueError("group_size and symmetric are for `values` of few bits: give these too")
+        if not rounds and (given := self._of_format(options)):
+            raise ValueError(f"{given} is for `values` of few bits: give these too")
         if not options.symmetric and (options.values or "").startswith("nf"):
-            raise ValueError(f"symmetric must be left out with values {options.values}: its levels are fixed")
+            raise ValueError(f"`symmetric=False` must be left out with values {options.values}: its levels are fixed")
         if options.factors and not (rounds and self.rank_ratio is None):
             raise ValueError("factors is for method oats with `values` of few bits: give these too")
         if options.density is not None and not self.keeps_sparse:
@@ -93,6 +93,12 @@ class Method(ABC):
         if lever == "targets":
             return f"must be left out with method {self.name}: it does not go linear by linear"
         return "is for method oats with scaling second_moment"
+
+    def _of_format(self, options: CompressionOptions) -> str:
+        """What is given of how values of few bits are laid out, for an error to begin with; empty if nothing is."""
+        if options.group_size != type(options).model_fields["group_size"].default:
+            return "group_size"
+        return "" if options.symmetric else "`symmetric=False`"
 
     def _check_budget(self, options: CompressionOptions) -> None:
         if not self.keeps_shapes:

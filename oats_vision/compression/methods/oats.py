@@ -37,7 +37,8 @@ class OATS(LinearMethod):
             self._check_bits(options)
         if (options.values or options.bits) and not (levers["refit"] or levers["joint"]):
             given = "values" if options.values else "bits"
-            raise ValueError(f"{given} rounds by the inputs' second moments: use quality best or fast, or refit")
+            what = "quality best or fast, or refit" if options.scaling == "second_moment" else "scaling second_moment"
+            raise ValueError(f"{given} rounds by the inputs' second moments: use {what}")
         if options.rank_ratio == "auto" and (options.values or options.density):
             raise ValueError("rank_ratio auto is for floating values and a rate")
         if options.rank_ratio == "auto" and options.pattern not in (None, "row", "layer"):
@@ -49,8 +50,8 @@ class OATS(LinearMethod):
                 raise ValueError(f"{name} and `bits` are both given, and bits chooses it: leave one of them out")
         if options.budget not in (None, "measured"):
             raise ValueError(f"budget must be measured (or left out) with bits, got {options.budget}")
-        if options.group_size != 64 or not options.symmetric:
-            raise ValueError("group_size and symmetric must be left out with bits, which chooses the format")
+        if given := self._of_format(options):
+            raise ValueError(f"{given} must be left out with bits, which chooses the format")
 
     def levers(self, options: CompressionOptions) -> dict[str, bool]:
         """By quality, where none is named; all but targets need the second moments that scaling second_moment takes."""

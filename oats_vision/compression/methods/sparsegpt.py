@@ -88,7 +88,9 @@ def sparsegpt(
         block, C_block = W[:, start:end], C[start:end, start:end]
         diagonal = C_block.diagonal()
         errors = torch.empty_like(block)
-        if pattern.kind != "n:m":
+        if budget.nonzeros == W.numel():  # zeros too, which would take positions otherwise
+            mask = torch.ones_like(block, dtype=torch.bool)
+        elif pattern.kind != "n:m":
             scores = block / diagonal
             mask = keep_largest(scores, _share(budget, len(W), columns, start, end)) != 0
         else:
