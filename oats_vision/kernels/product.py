@@ -128,11 +128,14 @@ def by_dense(x: Tensor, S: Tensor, weight: PackedWeight) -> Tensor:
         x: (..., in_features).
         S: (out_features, in_features), in the dtype of x; of the weight only U, V and the bias count.
     """
+    bias = None if weight.bias is None else weight.bias.to(x.dtype)
+    if not len(weight.V):
+        return F.linear(x, S, bias)
     tokens = x.numel() // max(x.shape[-1], 1)
     if tokens * sum(S.shape) < S.numel():  # U (V x) is less work than U V
-        y = _low_rank(x.reshape(-1, x.shape[-1]), weight)
-        return F.linear(x, S) + y.view(*x.shape[:-1], len(S))
-    return F.linear(x, dense_weight(S, weight), None if weight.bias is None else weight.bias.to(x.dtype))
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(_low_rank(flat, weight), flat, S.T).view(*x.shape[:-1], len(S))
+    return F.linear(x, dense_weight(S, weight), bias)
 
 
 def dense_weight(S: Tensor, weight: PackedWeight) -> Tensor:

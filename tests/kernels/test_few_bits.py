@@ -17,6 +17,7 @@ from oats_vision.kernels.codes import WIDTHS
 from oats_vision.kernels.few_bits import FewBitsMatrix, FewBitsWeight, kernels_take
 from oats_vision.nn.sparse import QuantisedSparse
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
+from tests.helpers.rounding import of_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # of a sum: one rounding to the input's dtype, after about 1e-6 of float32 accumulation
@@ -64,12 +65,6 @@ def _factor(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return factor, scale.view(torch.int16), factor.double() * scale.double()[:, None]
 
 
-def _of_inputs(x: Tensor, S: Tensor) -> Tensor:
-    """What a product may lose as inputs become integers of 16 bits, a half of 1 / 32767 of the largest each."""
-    largest = x.double().abs().amax(-1, keepdim=True) if x.shape[-1] else 0.0
-    return largest / 65534 * S.abs().sum(1)
-
-
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 @settings(max_examples=150, deadline=None)
 @given(problem=problems())
@@ -101,7 +96,7 @@ def test_both_kernels_are_the_matrix_in_float64(instruction_set, problem):
     assert torch.equal(dense, values.dense())
     assert y.shape == expected.shape
     assert y.dtype == x_dtype
-    assert ((y.double() - expected).abs() <= ROUNDING[x_dtype] * size + _of_inputs(x, S)).all()
+    assert ((y.double() - expected).abs() <= ROUNDING[x_dtype] * size + of_inputs(x, S)).all()
 
 
 def _layer(
@@ -136,7 +131,7 @@ def test_a_layer_takes_any_number_of_tokens(instruction_set, density, x_dtype, t
             assert torch.equal(y, FewBitsMatrix(_weight(layer)).few_tokens(x))
     assert y.dtype == x_dtype
     size = F.linear(x.double().abs(), W.abs() + 3, b.abs())
-    allowed = 4 * ROUNDING[x_dtype] * size + _of_inputs(x, layer.sparse.dense().double())
+    allowed = 4 * ROUNDING[x_dtype] * size + of_inputs(x, layer.sparse.dense())
     assert ((y.double() - F.linear(x.double(), W, b)).abs() <= allowed).all()
 
 
@@ -229,7 +224,7 @@ def test_bits_that_do_not_fit_the_codes_are_never_followed(instruction_set, writ
         else:  # another matrix, but a sound one
             bitmask.data.copy_(bitmask.flip(0).clone())
             W = layer.sparse.dense() + layer.low_rank.U @ layer.low_rank.V
-            assert ((layer(x) - F.linear(x, W, layer.bias)).abs() <= 1e-3 + 2 * _of_inputs(x, W)).all()
+            assert ((layer(x) - F.linear(x, W, layer.bias)).abs() <= 1e-3 + 2 * of_inputs(x, W)).all()
             return
         with pytest.raises(ValueError, match="the bitmask does not fit"):
             layer(x)
