@@ -44,9 +44,9 @@ class Integers {
 
   private:
     static int64_t size_of(int64_t columns, int64_t group_size) {
-        if (group_size >= columns) return longest;
-        int64_t size = group_size;
-        for (int64_t parts = 1; size > longest || size % 16; parts++) size = group_size % parts ? 0 : group_size / parts;
+        int64_t size = longest;
+        if (group_size < columns)
+            while (group_size % size) size -= 16;  // which a group is a multiple of
         return size;
     }
 

@@ -39,8 +39,8 @@ def _values(rows: int, columns: int, grid: Grid, density: float | None) -> Quant
 
 @st.composite
 def problems(draw):
-    rows, columns = draw(st.integers(1, 40)), draw(st.integers(0, 210))
-    bits, group_size = draw(st.sampled_from(list(WIDTHS))), draw(st.sampled_from([0, 16, 48, 64, 128]))
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(0, 210) | st.sampled_from([512, 600, 1100]))
+    bits, group_size = draw(st.sampled_from(list(WIDTHS))), draw(st.sampled_from([0, 16, 48, 64, 128, 272, 512]))
     levels = draw(st.sampled_from(["symmetric", "zeros", *["normal"] * (bits in LEVELS)]))
     grid = Grid(bits, group_size, levels != "zeros", levels == "normal")
     tokens = draw(st.integers(0, 16))
@@ -298,6 +298,41 @@ def test_whatever_records_or_transforms_gets_operators_that_depend_on_the_input(
     model[0].low_rank.requires_grad_()  # fine-tuning asks by name
     loss(model, other).backward()
     assert model[0].low_rank.U.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_inputs_that_are_not_finite_are_seen(instruction_set, value):
+    layer, x = _layer(density=None), torch.randn(3, 100)
+    x[1, 70] = value
+    with native.instruction_set(instruction_set):
+        y = FewBitsMatrix(_weight(layer)).few_tokens(x)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("size", [1e-44, 1e-37, 1e-30, 1e30])
+def test_inputs_of_any_size(instruction_set, size):
+    torch.manual_seed(0)
+    layer, x = _layer(density=None), torch.randn(2, 100)
+    with native.instruction_set(instruction_set):
+        matrix = FewBitsMatrix(_weight(layer)._replace(bias=None))
+        y, scaled = matrix.few_tokens(x).double() * size, matrix.few_tokens(x * size).double()
+    # below 4e-34 all are taken for zeros
+    torch.testing.assert_close(scaled, y, rtol=1e-3, atol=max(float(y.abs().max()) / 1e4, 1e-32))
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_an_outlier_leaves_other_groups_as_they_are(instruction_set):
+    torch.manual_seed(0)
+    layer = _layer(columns=128, density=None, grid=Grid(4, 64))
+    outlier, x = torch.zeros(1, 128), torch.randn(1, 128)
+    outlier[0, 3], x[0, :64] = 1e4, 0
+    with native.instruction_set(instruction_set):
+        y = layer(outlier + x) - layer(outlier)
+    expected = F.linear(x.double(), layer.merge().weight.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=0.05)
 
 
 def test_groups_that_the_kernels_do_not_take_are_left_to_pytorch():
