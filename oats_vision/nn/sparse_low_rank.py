@@ -304,7 +304,7 @@ class SparseLowRankLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         self._forget()  # what would keep the memory of tensors that move to another device
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device="cpu")).dtype
         return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]  # of PyTorch
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
