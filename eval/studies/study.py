@@ -264,8 +264,9 @@ def show_values(
         ylabel=value,
         title=title,
         xscale="log" if log_x else "linear",
-        yscale="log" if log_y else "linear",
     )
+    if log_y:
+        axes.set_yscale("log", nonpositive="mask")  # what rounds to 0 is not drawn
     axes.legend(fontsize="small")
     figure.savefig(out.with_suffix(".png"), dpi=120)
     plt.close(figure)
