@@ -204,16 +204,13 @@ OATS_INLINE Vec scale_stretches(const FewBits &S, const Integers &x, int64_t tok
     if (x.in_group == 1 && !S.zeros) {
         const Vec minus = Vec::all(static_cast<float>(-zero));
         int64_t s = 0;
-        for (; s + W <= count; s += W) {
-            const Vec scale = Vec::load(own + s) * Vec::load(scales + s);
-            scale.store(to + s);
-            less = fma(scale * minus, Vec::load(sums + s), less);
-        }
-        if (s < count) {
-            const Vec scale = Vec::load(own + s, count - s) * Vec::load(scales + s, count - s);
-            scale.store(to + s, count - s);
-            less = fma(scale * minus, Vec::load(sums + s, count - s), less);
-        }
+        const auto add = [&](auto... n) OATS_INLINE_LAMBDA {  // a register of them, or the first n
+            const Vec scale = Vec::load(own + s, n...) * Vec::load(scales + s, n...);
+            scale.store(to + s, n...);
+            less = fma(scale * minus, Vec::load(sums + s, n...), less);
+        };
+        for (; s + W <= count; s += W) add();
+        if (s < count) add(count - s);
         return less;
     }
     float total[W] = {};
