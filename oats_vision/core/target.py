@@ -4,7 +4,7 @@ A compressed layer reads x where the dense model's reads x'. In place of W, whic
 weight that comes closest to the wanted outputs t on the inputs that there are: the T of
 
     min  E |t - T x|^2 + lambda |T - W|^2,
-    T = W + (E[t x^T] - W G) (G + lambda I)^-1,    G = E[x x^T].
+    T = (E[t x^T] + lambda W) (G + lambda I)^-1,    G = E[x x^T].
 
 t is what the dense layer gives, W x'. A layer that writes to the residual stream can make up for what has gone wrong
 there too: t = W x' + r / g, r the dense model's stream less the compressed one's before the layer's output is added,
@@ -41,11 +41,10 @@ def propagated_target(weight: Tensor, gram: Tensor, wanted: Tensor, damping: flo
     active = squares[squares > 0]  # of a ReLU's outputs most may be dead
     if not len(active):
         return W
-    level = active.clamp_max(10 * active.median()).mean()
+    ridge = damping * active.clamp_max(10 * active.median()).mean()  # lambda
     C = gram / d / d[:, None]
-    C.diagonal().add_(damping * level / d.square())
-    missed = (wanted - W @ gram) / d  # (out, in)
+    C.diagonal().add_(ridge / d.square())
     factor, failed = torch.linalg.cholesky_ex(C)
     if failed:
         raise ValueError("the inputs' second moments are not positive")
-    return W + torch.cholesky_solve(missed.T, factor).T / d
+    return torch.cholesky_solve(((wanted + ridge * W) / d).T, factor).T / d
