@@ -158,6 +158,7 @@ class Gram:
     BLOCK = 512  # rows
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.damping = 0.01  # of `inverse_factor`
         self.upper = [
             Sum(min(self.BLOCK, in_features - first), in_features - first, device=device)
             for first in range(0, in_features, self.BLOCK)
@@ -222,7 +223,7 @@ class Gram:
         if self._inverse_factor is None:
             if not self.compute().isfinite().all():
                 raise ValueError("the inputs' second moments are not finite")
-            self._inverse_factor = inverse_factor(self.compute()).float()
+            self._inverse_factor = inverse_factor(self.compute(), self.damping).float()
         return self._inverse_factor
 
     def scale(self) -> Tensor:

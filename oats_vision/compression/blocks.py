@@ -19,6 +19,7 @@ from oats_vision.compression import methods
 from oats_vision.compression.budgets import PartBudget, candidates, fastest
 from oats_vision.compression.common import Common
 from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError, no_better_than_zeros, oddity
+from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerException, LayerReport
 from oats_vision.compression.settings import CompressionSettings
@@ -142,7 +143,7 @@ def compress_at_once(
     statistics, tokens = collect_statistics(
         block,
         parts,
-        partial(job.method.statistic, job.settings),
+        partial(statistic_of, job.method, job.settings, job.report.unit),
         job.hidden,
         job.calls,
         index,

@@ -24,11 +24,9 @@ LOWEST, HIGHEST = 0.02, 0.98  # rates
 class Seen:
     """A linear's inputs, for a curve: what the method needs to know of them, and their second moments."""
 
-    def __init__(
-        self, method: LinearMethod, settings: CompressionSettings, features: int, device: torch.device
-    ) -> None:
-        self.own = method.statistic(settings, features, device)
-        self.gram = self.own if isinstance(self.own, Gram) else Gram(features, device)
+    def __init__(self, own: Statistic, features: int, device: torch.device) -> None:
+        self.own = own
+        self.gram = own if isinstance(own, Gram) else Gram(features, device)
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs."""

@@ -26,6 +26,7 @@ from oats_vision.compression.blocks import (
     shares_before,
 )
 from oats_vision.compression.budgets import PartBudget
+from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.stream import Writer, linear_of, writers
 from oats_vision.core.target import propagated_target
 from oats_vision.models.structure import in_experts, sharing_weights
@@ -180,7 +181,7 @@ def gather(
     """
     module = linear_of(ours.block, linear)
     width, device = module.in_features, module.weight.device
-    statistic = job.method.statistic(job.settings, width, device)
+    statistic = statistic_of(job.method, job.settings, job.report.unit, width, device)
     gram = statistic if isinstance(statistic, Gram) else Gram(width, device)
     twin = None if in_experts(linear) else linear_of(dense.block, linear)
     cross = None if twin is None else CrossMoment(width if writer is None else module.out_features, width, device)

@@ -30,6 +30,7 @@ from oats_vision.compression.common import Common
 from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, Weight, error_curve
 from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError
 from oats_vision.compression.formats import in_formats, offered
+from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan
 from oats_vision.compression.settings import CompressionSettings
@@ -194,7 +195,8 @@ def _measured(
     found: list[T | None] = []
 
     def new_statistic(in_features: int, device: torch.device) -> Statistic:
-        return Seen(method, settings, in_features, device)
+        own = statistic_of(method, settings, structure.family.unit, in_features, device)
+        return Seen(own, in_features, device)
 
     def of_part(job: tuple[str, Weight, bool]) -> T | None:
         full, weight, known = job

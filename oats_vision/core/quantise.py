@@ -88,6 +88,7 @@ def gptq(
     *,
     act_order: bool = False,
     factor: Tensor | None = None,
+    damping: float = 0.01,
 ) -> Quantised:
     """Round column by column; the columns to the right make up for each loss.
 
@@ -97,7 +98,7 @@ def gptq(
         kept: bool, (out_features, in_features): the others are rounded to 0; None: all are kept.
         act_order: columns of the largest inputs first, with scales that are found before; else from left to right, each
             group's scales found when its turn comes.
-        factor: C, by `inverse_factor`, where it is known and columns go from left to right.
+        factor: C, by `inverse_factor`, where it is known and columns go from left to right. damping: of it, if not.
 
     Raises:
         ValueError: `gram` is not finite.
@@ -107,7 +108,7 @@ def gptq(
     W, squares, columns = arithmetic(weight).clone(), gram.diagonal().double().clamp_min(0), len(gram)
     order = squares.argsort(descending=True, stable=True) if act_order else torch.arange(columns, device=W.device)
     if factor is None or act_order:
-        factor = inverse_factor(gram[order][:, order])
+        factor = inverse_factor(gram[order][:, order], damping)
     C = factor.to(W)
     cost = C.diagonal()[order.argsort()].square().reciprocal()
     rounding = Rounding(grid, W, cost, squares > 0)

@@ -38,7 +38,7 @@ class GPTQ(RoundingMethod):
         assert budget.grid is not None
         gram = statistic.compute()
         known = None if settings.act_order else statistic.inverse_factor()
-        found = gptq(weight, gram, budget.grid, act_order=settings.act_order, factor=known)
+        found = gptq(weight, gram, budget.grid, act_order=settings.act_order, factor=known, damping=statistic.damping)
         return rounded(weight, found, gram, statistic.scale())
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
