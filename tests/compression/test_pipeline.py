@@ -97,7 +97,7 @@ def test_each_block_is_calibrated_on_the_outputs_of_the_compressed_blocks_before
     torch.testing.assert_close(model(torch.cat(batches)).double(), hidden, rtol=1e-3, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize(("quality", "tolerance"), [("fast", 1e-3), ("best", 0.05)])  # rounding tips single positions
+@pytest.mark.parametrize(("quality", "tolerance"), [("fast", 1e-3), ("best", 0.1)])  # rounding tips single positions
 def test_result_does_not_depend_on_the_batch_size(tiny_vit, pictures, quality, tolerance):
     x = torch.cat(pictures)
     results = []
