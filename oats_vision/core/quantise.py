@@ -232,7 +232,7 @@ def round_factors(
     return nearest(U, FACTORS), rounded_V
 
 
-def inverse_factor(gram: Tensor, damping: float = 0.01) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """C, of a mean of x x^T (in_features, in_features); features without inputs count as 1.
 
     Args:

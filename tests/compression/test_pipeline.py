@@ -97,12 +97,12 @@ def test_each_block_is_calibrated_on_the_outputs_of_the_compressed_blocks_before
     torch.testing.assert_close(model(torch.cat(batches)).double(), hidden, rtol=1e-3, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize(("quality", "tolerance"), [("fast", 1e-3), ("best", 0.1)])  # rounding tips single positions
+@pytest.mark.parametrize(("quality", "tolerance"), [("fast", 1e-3), ("best", 0.05)])  # rounding tips single positions
 def test_result_does_not_depend_on_the_batch_size(tiny_vit, pictures, quality, tolerance):
-    x = torch.cat(pictures)
+    x = torch.cat(pictures).double()  # in float32 some processors tip more positions
     results = []
     for size in (1, 8):
-        model = copy.deepcopy(tiny_vit)
+        model = copy.deepcopy(tiny_vit).double()
         ov.compress(model, x.split(size), rate=0.5, iterations=10, quality=quality)
         results.append(model(x))
     assert torch.linalg.vector_norm(results[0] - results[1]) < tolerance * torch.linalg.vector_norm(results[0])
@@ -129,7 +129,7 @@ def test_padding_tokens_do_not_count(batches):
     for ours, theirs in zip(
         ov.merge(garbage).state_dict().values(), ov.merge(clean).state_dict().values(), strict=True
     ):
-        assert torch.linalg.vector_norm(ours - theirs) < 0.1 * torch.linalg.vector_norm(theirs)
+        assert torch.linalg.vector_norm(ours - theirs) < 0.05 * torch.linalg.vector_norm(theirs)
 
 
 def test_progress_names_what_is_done_linear_and_error_and_never_goes_back(tiny_vit, pictures):
