@@ -4,7 +4,8 @@
 //     Bytes::of_bits<width, shift>(p) 64 numbers of `width` bits (2 or 4) from p, shifted left by `shift`
 //     plus, store                     bytes plus bytes, bytes to memory
 //     plus_where(p, x)                bytes plus x where the 64 bits from p are 1
-//     look_up(table)                  the byte that each, below 16, has in a table of 16
+//     Bytes::look_up<low, high>(p, q, table) the bytes that 64 numbers have in a table of 16; their low bits (2 or 4)
+//                                     are from p, one high bit from q if there is one
 //     Bytes::spread(bits, count, fill, p)
 //                                     up to 64 columns: the bytes from p on where `bits` are 1, `fill` elsewhere. Moves
 //                                     p on, and reads up to 64 bytes beyond.
@@ -27,6 +28,11 @@ struct Bytes {
     static Bytes load(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
     template <int width, int shift>
     static Bytes of_bits(const uint8_t *p) {
+        return {_mm512_and_si512(lanes_of_bits<width, shift>(p), _mm512_set1_epi8(((1 << width) - 1) << shift))};
+    }
+    // The same with other bits around them.
+    template <int width, int shift>
+    static __m512i lanes_of_bits(const uint8_t *p) {
         uint64_t from = 0;  // the bits of a lane that its bytes begin at
         for (int i = 0; i < 8; i++) from |= static_cast<uint64_t>((i * width - shift) & 63) << (8 * i);
         __m512i eight;  // in each lane
@@ -34,16 +40,27 @@ struct Bytes {
             eight = _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
         else
             eight = _mm512_cvtepu16_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-        const __m512i bytes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(from)), eight);
-        return {_mm512_and_si512(bytes, _mm512_set1_epi8(((1 << width) - 1) << shift))};
+        return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(from)), eight);
+    }
+    // The first 2^width bytes, over and over.
+    template <int width>
+    static __m512i repeated(const uint8_t *table) {
+        if constexpr (width == 4)
+            return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
+        int32_t four;
+        std::memcpy(&four, table, 4);
+        return _mm512_set1_epi32(four);
     }
     Bytes plus(Bytes other) const { return {_mm512_add_epi8(v, other.v)}; }
     Bytes plus_where(const uint8_t *p, int x) const {
         return {_mm512_mask_add_epi8(v, read_bits(p, 8), v, _mm512_set1_epi8(static_cast<char>(x)))};
     }
-    Bytes look_up(const uint8_t *table) const {
-        const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
-        return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), v)};
+    template <int low, int high>
+    static Bytes look_up(const uint8_t *p, const uint8_t *q, const uint8_t *table) {
+        const __m512i codes = lanes_of_bits<low, 0>(p);  // a look-up takes six bits of each: tables repeat themselves
+        const __m512i found = _mm512_permutexvar_epi8(codes, repeated<low>(table));
+        if constexpr (high == 0) return {found};
+        return {_mm512_mask_permutexvar_epi8(found, read_bits(q, 8), codes, repeated<low>(table + (1 << low)))};
     }
     static Bytes spread(const uint8_t *bits, int64_t count, uint8_t fill, const uint8_t *&p) {
         const uint64_t mask = read_bits(bits, (count + 7) / 8);
@@ -121,9 +138,12 @@ struct Bytes {
         }
         return r;
     }
-    Bytes look_up(const uint8_t *table) const {
+    template <int low, int high>
+    static Bytes look_up(const uint8_t *p, const uint8_t *q, const uint8_t *table) {
         const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
-        return {{_mm256_shuffle_epi8(levels, v[0]), _mm256_shuffle_epi8(levels, v[1])}};
+        Bytes codes = of_bits<low, 0>(p);
+        if constexpr (high) codes = codes.plus_where(q, 1 << low);
+        return {{_mm256_shuffle_epi8(levels, codes.v[0]), _mm256_shuffle_epi8(levels, codes.v[1])}};
     }
     static Bytes spread(const uint8_t *bits, int64_t count, uint8_t fill, const uint8_t *&p) {
         uint64_t mask = read_bits(bits, (count + 7) / 8);
@@ -240,9 +260,12 @@ struct Bytes {
         }
         return r;
     }
-    Bytes look_up(const uint8_t *table) const {
+    template <int low, int high>
+    static Bytes look_up(const uint8_t *p, const uint8_t *q, const uint8_t *table) {
+        Bytes codes = of_bits<low, 0>(p);
+        if constexpr (high) codes = codes.plus_where(q, 1 << low);
         uint8_t bytes[64];
-        std::memcpy(bytes, v, 64);
+        codes.store(bytes);
         for (uint8_t &byte : bytes) byte = table[byte];
         return load(bytes);
     }

@@ -57,6 +57,7 @@ class Codes {
   private:
     OATS_INLINE Bytes read(const uint8_t *p, const uint8_t *q) const {
         __builtin_prefetch(p + 4096);
+        if constexpr (look_up) return Bytes::look_up<low, high>(p, q, levels_);
         Bytes codes;
         if constexpr (low == 8)
             codes = Bytes::load(p);
@@ -66,7 +67,7 @@ class Codes {
             codes = codes.plus_where(q, 1 << low);
         else if constexpr (high)
             codes = codes.plus(Bytes::of_bits<high, low>(q));
-        return look_up ? codes.look_up(levels_) : codes;
+        return codes;
     }
 
     // Pieces of which some bytes are there, and others past the end.
@@ -124,11 +125,21 @@ class Row {
         const int64_t count = before + (bits_ ? row_start_[row + 1] - start : columns);
         first_ = codes.in_memory(start - before, round_up(count, 64) + 64);
         if (!first_) {
-            for (int64_t i = 0; i < count; i += 64) codes.at(start - before + i).store(memory_ + i);
+            unpack(codes, start - before, count, memory_);
             first_ = memory_;
         }
         first_ += before;
         return true;
+    }
+
+    // `codes` is a copy, whose address no store to memory can be: it stays in registers.
+    template <class C>
+    static void unpack(const C codes, int64_t first, int64_t count, uint8_t *to) {
+        const int64_t whole = codes.whole(first, round_up(count, 64)) ? count : 0;
+        auto next = codes.from(first);
+        int64_t i = 0;
+        for (; i < whole; i += 64) next(64, 0).store(to + i);
+        for (; i < count; i += 64) codes.at(first + i).store(to + i);
     }
 
     // Its columns as `few_bits_dot` reads them.
@@ -204,10 +215,10 @@ OATS_INLINE Vec scale_stretches(const FewBits &S, const Integers &x, int64_t tok
     if (x.in_group == 1 && !S.zeros) {
         const Vec minus = Vec::all(static_cast<float>(-zero));
         int64_t s = 0;
-        const auto add = [&](auto... n) OATS_INLINE_LAMBDA {  // a register of them, or the first n
-            const Vec scale = Vec::load(own + s, n...) * Vec::load(scales + s, n...);
-            scale.store(to + s, n...);
-            less = fma(scale * minus, Vec::load(sums + s, n...), less);
+        const auto add = [&](auto... n) OATS_INLINE_LAMBDA {  // a register of them, or the first n and zeros
+            const Vec scale = Vec::load(own + s, n...) * Vec::load(scales + s);
+            scale.store(to + s);  // whole, since what a part of a register wrote is slow to read again
+            less = fma(scale * minus, Vec::load(sums + s), less);
         };
         for (; s + W <= count; s += W) add();
         if (s < count) add(count - s);
@@ -223,17 +234,19 @@ OATS_INLINE Vec scale_stretches(const FewBits &S, const Integers &x, int64_t tok
 }
 
 // sums[t] = row . x[t]; next(count, fill) are the bytes of the next columns, 64 at most, `fill` where there is none.
-// zero: of groups that have none of their own. scales: room for those of products, T times x.count.
+// zero: of groups that have none of their own. scales: room for those of products, T times x.padded.
 template <int T, bool with_zeros, class Next>
 OATS_INLINE void few_bits_dot(const FewBits &S, const Integers &x, int64_t token, int64_t row, int zero, Next next,
                               float *scales, Vec (&sums)[T]) {
-    const int64_t columns = S.kept.columns, size = x.size, count = x.count, stride = x.stride;
+    const int64_t columns = S.kept.columns, size = x.size, padded = x.padded, stride = x.stride;
     const uint8_t *zeros = S.zeros + (with_zeros ? row * S.groups() : 0), *values = x.values(token);
-    Vec acc[T];  // in registers
-    OATS_UNROLL for (int t = 0; t < T; t++)
-        acc[t] = scale_stretches(S, x, token + t, row, zero, scales + t * count);
+    Vec acc[T], other[T];  // in registers; a second sum hides the latency of the first
+    OATS_UNROLL for (int t = 0; t < T; t++) {
+        acc[t] = scale_stretches(S, x, token + t, row, zero, scales + t * padded);
+        other[t] = Vec::zero();
+    }
     int64_t in_group = x.in_group;
-    const auto stretch = [&](auto n) OATS_INLINE_LAMBDA {
+    const auto stretch = [&](auto n, Vec(&to)[T]) OATS_INLINE_LAMBDA {
         const auto fill = static_cast<uint8_t>(with_zeros ? *zeros : zero);
         Sums part[T];
         OATS_UNROLL for (int t = 0; t < T; t++) part[t] = Sums::none();
@@ -245,15 +258,20 @@ OATS_INLINE void few_bits_dot(const FewBits &S, const Integers &x, int64_t token
         int64_t i = 0;
         for (; i + 64 <= n; i += 64) add(std::integral_constant<int64_t, 64>{});
         if (i < n) add(n - i);
-        OATS_UNROLL for (int t = 0; t < T; t++) acc[t] = fma(part[t].floats(), Vec::all(scales[t * count]), acc[t]);
+        OATS_UNROLL for (int t = 0; t < T; t++) to[t] = fma(part[t].floats(), Vec::all(scales[t * padded]), to[t]);
         scales++;
         if (with_zeros && !--in_group) in_group = x.in_group, zeros++;
     };
     int64_t begin = 0;
-    if (size == 64)
-        for (; begin + 64 <= columns; begin += 64) stretch(std::integral_constant<int64_t, 64>{});
-    for (; begin < columns; begin += size) stretch(least(size, columns - begin));
-    OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = acc[t];
+    if (size == 64) {
+        for (; begin + 128 <= columns; begin += 128) {
+            stretch(std::integral_constant<int64_t, 64>{}, acc);
+            stretch(std::integral_constant<int64_t, 64>{}, other);
+        }
+        if (begin + 64 <= columns) stretch(std::integral_constant<int64_t, 64>{}, acc), begin += 64;
+    }
+    for (; begin < columns; begin += size) stretch(least(size, columns - begin), acc);
+    OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = acc[t] + other[t];
 }
 
 // The same of bytes in the first-level cache: one function for all codes.
@@ -317,14 +335,14 @@ inline bool few_bits(const FewBits &S, const int64_t *row_start, const LowRank &
     threads = threads_for(S.kept, io.tokens, threads);
     Scratch<uint8_t> memory(threads * Row::room(S));
     Integers x(io.tokens, S.kept.columns, S.group_size);
-    Scratch<float> scales(threads * 8 * x.count);
+    Scratch<float> scales(threads * 8 * x.padded);
     bool fits = false;
     with_codes(S, [&](const auto &codes) {
         const auto set = [&](const FewTokens &p) { x.set(p.x, p.x_stride); };
         fits = one_pass(S.kept, row_start, L, bias, io, set, threads,
                         [&](const FewTokens &p, int64_t first, int64_t last, int64_t rank, int64_t start, int worker) {
                             few_bits_rows(p, S, codes, x, io.tokens, first, last, rank, start,
-                                          memory + worker * Row::room(S), scales + worker * 8 * x.count);
+                                          memory + worker * Row::room(S), scales + worker * 8 * x.padded);
                         });
     });
     return fits;

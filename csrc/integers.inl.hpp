@@ -19,27 +19,31 @@ class Integers {
         : size(size_of(columns, group_size)),
           count(ceil_div(columns, size)),
           in_group(group_size >= columns ? count : group_size / size),
+          padded(round_up(count, Vec::width)),
           stride(count * ceil_div(size, 64) * 128),
           columns_(columns),
           tokens_(tokens),
-          scales_(tokens * count),
-          sums_(tokens * count),
+          scales_(tokens * padded),
+          sums_(tokens * padded),
           values_(tokens * stride) {}
 
     void set(const float *x, int64_t x_stride) {
         for (int64_t t = 0; t < tokens_; t++) {
             uint8_t *to = values_ + t * stride;
-            for (int64_t s = t * count, begin = 0; begin < columns_; s++, begin += size)
+            int64_t s = t * padded;
+            for (int64_t begin = 0; begin < columns_; s++, begin += size)
                 set(x + t * x_stride + begin, least(size, columns_ - begin), scales_[s], sums_[s], to);
+            for (; s < (t + 1) * padded; s++) scales_[s] = sums_[s] = 0;
         }
     }
 
-    // of a token, one for each stretch
-    const float *scales(int64_t token) const { return scales_ + token * count; }
-    const float *sums(int64_t token) const { return sums_ + token * count; }  // of the integers
+    // of a token, one for each stretch, then zeros
+    const float *scales(int64_t token) const { return scales_ + token * padded; }
+    const float *sums(int64_t token) const { return sums_ + token * padded; }  // of the integers
     const uint8_t *values(int64_t token) const { return values_ + token * stride; }
 
     const int64_t size, count, in_group;  // columns of a stretch; stretches of a token, and of a group
+    const int64_t padded;                 // `count`, to whole registers
     const int64_t stride;                 // bytes from one token's values to the next's
 
   private:

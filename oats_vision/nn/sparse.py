@@ -128,6 +128,11 @@ class QuantisedSparse(nn.Module):
         whole = torch.zeros(mask.shape, dtype=torch.uint8, device=mask.device).masked_scatter(mask, codes)
         return scales.values(whole, dtype) * mask
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scales, zeros and bitmask."""
+        own: dict[str, Any] = self._buffers  # faster than attributes of an nn.Module
+        return own["codes"], own["scales"], own["zeros"], own["bitmask"]
+
     def with_factors(
         self,
         U: Tensor,
@@ -141,16 +146,16 @@ class QuantisedSparse(nn.Module):
         Args:
             scales: of U and of V, if they have 8 bits.
         """
-        tensors: dict[str, Any] = self._buffers
+        codes, scales_of_values, zeros, bitmask = self.tensors()
         return FewBitsWeight(
             bits=self.grid.bits,
             normal=self.grid.normal,
             group_size=self.grid.group_size,
             code_count=self.count,
-            codes=tensors["codes"],
-            scales=tensors["scales"],
-            zeros=tensors["zeros"],
-            bitmask=tensors["bitmask"],
+            codes=codes,
+            scales=scales_of_values,
+            zeros=zeros,
+            bitmask=bitmask,
             U=U,
             V=V,
             U_scale=scales[0],

@@ -278,19 +278,23 @@ class SparseLowRankLinear(nn.Module):
         Raises:
             ValueError: x has another width, or the bitmask does not fit the values any more.
         """
-        kind = x.device.type
+        kind = "cpu" if x.is_cpu else x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        if isinstance(self.sparse, QuantisedSparse):
-            return self._of_few_bits(x, self.sparse)
-        return sparse_low_rank_linear(x, self.packed)
+        if self.spec.grid is None:
+            return sparse_low_rank_linear(x, self.packed)
+        return self._of_few_bits(x)
 
-    def _of_few_bits(self, x: Tensor, sparse: QuantisedSparse) -> Tensor:
-        low_rank = self.low_rank
+    def _of_few_bits(self, x: Tensor) -> Tensor:
+        # nn.Module looks up each attribute in several places, which for one token takes as long as the product
+        modules: dict[str, Any] = self._modules
+        sparse, low_rank, bias = modules["sparse"], modules["low_rank"], self._parameters["bias"]
         factors: dict[str, Any] = low_rank._parameters or low_rank._buffers
-        scales = factors.get("U_scale"), factors.get("V_scale")
-        bias = self._parameters["bias"]
-        weight = sparse.with_factors(factors["U"], factors["V"], bias, self.spec.parts, scales)
+        U, V, scales = factors["U"], factors["V"], (factors.get("U_scale"), factors.get("V_scale"))
+        matrix = self._few_bits.known((*sparse.tensors(), U, V, *scales, bias), x)
+        if matrix is not None:
+            return matrix.few_tokens(x)
+        weight = sparse.with_factors(U, V, bias, self.spec.parts, scales)
         if kernels_take(weight, x):
             return self._few_bits.get(weight).few_tokens(x)
         if kernels_take(weight):

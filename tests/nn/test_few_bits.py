@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oats_vision.core.grid import Grid
 from oats_vision.core.oats import Factors
@@ -108,6 +109,60 @@ def test_the_layer_survives_copies_conversions_and_compilation(density):
     torch.testing.assert_close(exported(x), expected, **CLOSE)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, **CLOSE)
+
+
+def _other_codes(layer: SparseLowRankLinear) -> None:
+    layer.sparse.codes = layer.sparse.codes.flip(0)
+
+
+def _other_codes_in_place(layer: SparseLowRankLinear) -> None:
+    layer.sparse.codes.copy_(layer.sparse.codes.flip(0))
+
+
+def _other_memory(layer: SparseLowRankLinear) -> None:
+    layer.low_rank.U.data = layer.low_rank.U.data.flip(1)
+
+
+def _other_bias(layer: SparseLowRankLinear) -> None:
+    layer.bias = nn.Parameter(torch.randn(12))
+
+
+def _no_bias(layer: SparseLowRankLinear) -> None:
+    layer.bias = None
+
+
+def _other_state(layer: SparseLowRankLinear) -> None:
+    layer.load_state_dict({name: tensor.flip(0) for name, tensor in _layer(1.0).state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change", [_other_codes, _other_codes_in_place, _other_memory, _other_bias, _no_bias, _other_state]
+)
+def test_a_layer_in_use_sees_what_becomes_of_its_tensors(change):
+    layer, x = _layer(1.0), torch.randn(6, 40)
+    for _ in range(2):
+        before = layer(x)
+    change(layer)
+    after = F.linear(x, layer.dense_weight(), layer.bias)
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(layer(x), after, **CLOSE)
+
+
+def test_a_layer_in_use_sees_what_is_asked_of_it():
+    layer, x = _layer(1.0), torch.randn(6, 40)
+    for _ in range(2):
+        expected = layer(x)
+    asking = x.clone().requires_grad_()
+    assert layer(asking).requires_grad
+    torch.testing.assert_close(torch.func.vmap(layer)(x), expected, **CLOSE)
+    torch.testing.assert_close(layer(x.repeat(10, 1)), expected.repeat(10, 1), **CLOSE)
+    torch.testing.assert_close(layer(x.double()).float(), expected, **CLOSE)
+    with pytest.raises(ValueError, match="40 features"):
+        layer(x[:, :39])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == expected.shape
+    layer.low_rank.U.requires_grad_()
+    assert layer(x).requires_grad
 
 
 def test_gradients_go_through_to_the_inputs_and_the_factors():
