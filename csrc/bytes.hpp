@@ -126,24 +126,26 @@ struct Bytes {
         return {{_mm256_add_epi8(v[0], other.v[0]), _mm256_add_epi8(v[1], other.v[1])}};
     }
     Bytes plus_where(const uint8_t *p, int x) const {
-        const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-        const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
         Bytes r;
-        OATS_UNROLL for (int i = 0; i < 2; i++, p += 4) {
-            int32_t bits;
-            std::memcpy(&bits, p, 4);
-            const __m256i ones = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);
-            const __m256i where = _mm256_cmpeq_epi8(ones, bit);
-            r.v[i] = _mm256_add_epi8(v[i], _mm256_and_si256(where, _mm256_set1_epi8(static_cast<char>(x))));
-        }
+        OATS_UNROLL for (int i = 0; i < 2; i++, p += 4)
+            r.v[i] = _mm256_add_epi8(v[i], _mm256_and_si256(ones(p), _mm256_set1_epi8(static_cast<char>(x))));
         return r;
     }
     template <int low, int high>
     static Bytes look_up(const uint8_t *p, const uint8_t *q, const uint8_t *table) {
-        const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
-        Bytes codes = of_bits<low, 0>(p);
-        if constexpr (high) codes = codes.plus_where(q, 1 << low);
-        return {{_mm256_shuffle_epi8(levels, codes.v[0]), _mm256_shuffle_epi8(levels, codes.v[1])}};
+        const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+        Bytes r;
+        OATS_UNROLL for (int i = 0; i < 2; i++, p += 4 * low, q += 4) {
+            if constexpr (low == 4) {
+                r.v[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), half_of_bits<4, 0>(p));
+            } else {
+                const __m256i codes = half_of_pairs(p);
+                r.v[i] = found_by_pairs(levels, codes);
+                if constexpr (high)
+                    r.v[i] = _mm256_blendv_epi8(r.v[i], found_by_pairs(_mm_srli_si128(levels, 4), codes), ones(q));
+            }
+        }
+        return r;
     }
     static Bytes spread(const uint8_t *bits, int64_t count, uint8_t fill, const uint8_t *&p) {
         uint64_t mask = read_bits(bits, (count + 7) / 8);
@@ -173,17 +175,32 @@ struct Bytes {
             const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
             return _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), _mm256_set1_epi8(0x0f));
         } else {
-            const __m256i byte = _mm256_setr_epi64x(0x0101010100000000, 0x0303030302020202, 0x0505050504040404,
-                                                    0x0707070706060606);
-            int64_t bits;
-            std::memcpy(&bits, p, 8);
-            __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi64x(bits), byte);
-            x = _mm256_blend_epi16(x, _mm256_srli_epi16(x, 4), 0xaa);  // two of each four bytes want the upper half
-            x = _mm256_and_si256(x, _mm256_set1_epi16(0x0c03));
-            // 1, 2, 3 from two bits, or from the two above them
-            const __m128i table = _mm_slli_epi16(_mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0), shift);
-            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), x);
+            const __m128i numbers = _mm_setr_epi8(0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+            return found_by_pairs(_mm_slli_epi16(numbers, shift), half_of_pairs(p));
         }
+    }
+    // 32 numbers of two bits, each in the lowest of its byte or in the two above those.
+    static __m256i half_of_pairs(const uint8_t *p) {
+        const __m256i byte =
+            _mm256_setr_epi64x(0x0101010100000000, 0x0303030302020202, 0x0505050504040404, 0x0707070706060606);
+        int64_t bits;
+        std::memcpy(&bits, p, 8);
+        __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi64x(bits), byte);
+        x = _mm256_blend_epi16(x, _mm256_srli_epi16(x, 4), 0xaa);  // two of each four bytes want the upper half
+        return _mm256_and_si256(x, _mm256_set1_epi16(0x0c03));
+    }
+    // What they have in a table of four.
+    static __m256i found_by_pairs(__m128i table, __m256i pairs) {
+        const __m128i four = _mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0);
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_shuffle_epi8(table, four)), pairs);
+    }
+    // All ones in a byte where the 32 bits from p are 1.
+    static __m256i ones(const uint8_t *p) {
+        const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+        int32_t bits;
+        std::memcpy(&bits, p, 4);
+        return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit), bit);
     }
 };
 
