@@ -50,31 +50,36 @@ struct Vec {
     void store(float *p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
     // Values from p go where `mask` has ones, to two vectors: of columns `width` apart, or of even and odd columns
     // where `interleaved`. Reads popcount(mask) values, all before `end`.
-    template <class T>
-    static constexpr bool interleaved = std::is_same_v<T, bfloat16>;
     static void expand(uint32_t mask, const float *p, const float *, Vec &first, Vec &second) {
         first.v = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask), p);
         second.v = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(mask >> 16), p + popcount(mask & 0xffff));
     }
+#if defined(OATS_EXPAND_FLOATS)
+    template <class T>
+    static constexpr bool interleaved = false;
+    template <class T>
+    static void expand(uint32_t mask, const T *p, const T *, Vec &first, Vec &second) {
+        const int low = popcount(mask & 0xffff), high = popcount(mask >> 16);
+        first.v = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(p, low).v);
+        second.v = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask >> 16), load(p + low, high).v);
+    }
+#else
+    template <class T>
+    static constexpr bool interleaved = std::is_same_v<T, bfloat16>;
     static void expand(uint32_t mask, const bfloat16 *p, const bfloat16 *, Vec &first, Vec &second) {
         const __m512i pairs = _mm512_maskz_expandloadu_epi16(mask, p);
         first.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
         second.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     }
     static void expand(uint32_t mask, const float16 *p, const float16 *, Vec &first, Vec &second) {
-#if defined(OATS_EXPAND_FLOATS)
-        const int low = popcount(mask & 0xffff), high = popcount(mask >> 16);
-        first.v = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(p, low).v);
-        second.v = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask >> 16), load(p + low, high).v);
-#else
         // by way of memory: the conversion of a register competes with the expansion for an execution port
         alignas(64) uint16_t halves[32];
         _mm512_store_si512(halves, _mm512_maskz_expandloadu_epi16(mask, p));
         asm volatile("" : "+m"(halves));
         first.v = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i *>(halves)));
         second.v = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i *>(halves + 16)));
-#endif
     }
+#endif
     friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
     friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
     friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
