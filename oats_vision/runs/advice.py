@@ -23,7 +23,8 @@ BUSY = "The timings vary much from round to round"
 UNTIMED = "The speed could not be measured"
 
 
-def advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) -> list[str]:
+def advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings, device: torch.device) -> list[str]:
+    """What slows a model down, and what would help on the device that it was timed on."""
     wide = [timing for timing in timings if timing.low and timing.high and timing.high - timing.low > WIDE]
     if wide:
         return [f"{BUSY}: time again on an idle machine with `oats-vision bench`."]
@@ -31,6 +32,8 @@ def advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings) ->
     if not slow:
         return []
     what = f"{SLOW}: " + ", ".join(f"{timing.speedup:.2f} x ({timing.what})" for timing in slow) + "."
+    if device.type != "cpu":
+        return [f"{what} GPUs spread weights out for each product; what is saved for certain is memory."]
     if not native.available():
         return [f"{what} The compiled kernels are missing: `oats-vision doctor` says why."]
     if settings.grid:

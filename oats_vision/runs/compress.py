@@ -58,7 +58,7 @@ class Result:
         """What came out worse than it should, and what to do about it."""
         return [
             *([f"{UNTIMED}: {self.untimed}"] if self.untimed else []),
-            *advice_on_speed(self.speed, self.report.settings),
+            *advice_on_speed(self.speed, self.report.settings, next(self.model.parameters()).device),
             *advice_on_layers(self.report),
             *advice_on_cost(self.cost),
         ]
@@ -371,7 +371,7 @@ def update_speed(directory: Path, timings: Sequence[Timing], machine: dict[str, 
     """
     settings = checkpoint.read_config(directory).report.settings
     kept = (line for line in read_report(directory).advice if not line.startswith((SLOW, BUSY, UNTIMED)))
-    advice = [*advice_on_speed(timings, settings), *kept]
+    advice = [*advice_on_speed(timings, settings, torch.device(machine["device"])), *kept]
     speed = [timing.to_dict() for timing in timings]
     changed = {"speed": speed, "advice": advice, "speed_machine": machine}
     return checkpoint.change_report(directory, lambda content: changed)

@@ -21,6 +21,7 @@ from oats_vision.data.pictures import shared_out
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError
 from oats_vision.evaluation.speed import Timing
+from oats_vision.runs.advice import advice_on_speed
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.grid import sweep_config
 from oats_vision.runs.run import run
@@ -80,6 +81,14 @@ def test_an_editor_sees_every_setting_with_its_default():
     for name, field in CompressionOptions.model_fields.items():
         assert parameters[name].default == field.default, name
         assert re.search(rf"^    +{name}: ", ov.compress.__doc__, re.M), name
+
+
+def test_advice_on_a_gpu_is_of_the_gpu(result):
+    slow = [Timing("forward, batch 1", 1, "pictures", 1.0, 4.0)]
+    (line,) = advice_on_speed(slow, result.report.settings, torch.device("cuda"))
+    assert "0.25 x" in line
+    assert "GPU" in line
+    assert "kernels" not in line
 
 
 def test_advice_names_what_came_out_slower_or_worse(result):
