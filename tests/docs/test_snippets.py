@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import oats_vision as ov
 from oats_vision.cli.commands import app
+from oats_vision.compression import methods
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,8 +58,19 @@ def test_the_pages_are_found():
     assert {"README", "quickstart", "evaluation", "troubleshooting"} <= {page.stem for page in WITH_COMMANDS}
 
 
+@pytest.fixture
+def methods_as_before():
+    """What a page registers is gone after it."""
+    before = methods.names()
+    yield
+    for name in methods.names():
+        if name not in before:
+            methods.unregister(name)
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=_name)
 @pytest.mark.slow
+@pytest.mark.usefixtures("methods_as_before")
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _run_python(page)
