@@ -74,9 +74,12 @@ struct Bytes {
 
 // The even ones, then the odd ones.
 inline void order(const int16_t *x, uint8_t *to) {
-    int16_t ordered[64];
-    for (int i = 0; i < 64; i++) ordered[i % 2 * 32 + i / 2] = x[i];
-    std::memcpy(to, ordered, sizeof ordered);
+    OATS_UNROLL for (int i = 0; i < 2; i++) {
+        const __m512i pairs = _mm512_loadu_si512(x + 32 * i);
+        auto *even = reinterpret_cast<__m256i *>(to + 32 * i), *odd = reinterpret_cast<__m256i *>(to + 64 + 32 * i);
+        _mm256_storeu_si256(even, _mm512_cvtepi32_epi16(pairs));
+        _mm256_storeu_si256(odd, _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+    }
 }
 
 struct Sums {
@@ -206,9 +209,17 @@ struct Bytes {
 
 // Of each 32, the even ones, then the odd ones.
 inline void order(const int16_t *x, uint8_t *to) {
-    int16_t ordered[64];
-    for (int i = 0; i < 64; i++) ordered[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = x[i];
-    std::memcpy(to, ordered, sizeof ordered);
+    OATS_UNROLL for (int i = 0; i < 2; i++, x += 32, to += 64) {
+        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
+        const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x + 16));
+        const auto narrow = [](__m256i a, __m256i b) {  // integers of 32 bits that 16 are enough for
+            return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+        };
+        const auto low = [](__m256i a) { return _mm256_srai_epi32(_mm256_slli_epi32(a, 16), 16); };
+        auto *even = reinterpret_cast<__m256i *>(to);
+        _mm256_storeu_si256(even, narrow(low(first), low(second)));
+        _mm256_storeu_si256(even + 1, narrow(_mm256_srai_epi32(first, 16), _mm256_srai_epi32(second, 16)));
+    }
 }
 
 struct Sums {

@@ -208,7 +208,7 @@ inline bool dequantise(const FewBits &S, const int64_t *row_start, float *dense,
 // Scales of a row's stretches, times those of the inputs. Returns what zeros add to the row's product.
 OATS_INLINE Vec scale_stretches(const FewBits &S, const Integers &x, int64_t token, int64_t row, int zero, float *to) {
     constexpr int W = Vec::width;
-    const int64_t count = x.count, first = row * S.groups();
+    const int64_t count = x.count, first = row * x.groups;
     const auto *own = reinterpret_cast<const bfloat16 *>(S.scales) + first;
     const float *scales = x.scales(token), *sums = x.sums(token);
     Vec less = Vec::zero();
@@ -239,7 +239,7 @@ template <int T, bool with_zeros, class Next>
 OATS_INLINE void few_bits_dot(const FewBits &S, const Integers &x, int64_t token, int64_t row, int zero, Next next,
                               float *scales, Vec (&sums)[T]) {
     const int64_t columns = S.kept.columns, size = x.size, padded = x.padded, stride = x.stride;
-    const uint8_t *zeros = S.zeros + (with_zeros ? row * S.groups() : 0), *values = x.values(token);
+    const uint8_t *zeros = S.zeros + (with_zeros ? row * x.groups : 0), *values = x.values(token);
     Vec acc[T], other[T];  // in registers; a second sum hides the latency of the first
     OATS_UNROLL for (int t = 0; t < T; t++) {
         acc[t] = scale_stretches(S, x, token + t, row, zero, scales + t * padded);
@@ -300,14 +300,42 @@ void add_low_rank(const FewTokens &p, int64_t token, int64_t row, int64_t rank, 
     OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = fma(scale, products[t], sums[t]);
 }
 
-// The outputs of a row, of which S's share is known.
+// Outputs of T tokens, row after row: each is the sum of a register of floats, and as many rows as these are added up
+// at once.
 template <int T>
-OATS_INLINE void finish(const FewTokens &p, int64_t token, int64_t row, int64_t rank, int64_t rank_start,
-                        Vec (&sums)[T]) {
-    if (rank) add_low_rank(p, token, row, rank, rank_start, sums);
-    const float b = bias_at(p.bias, row);
-    for (int t = 0; t < T; t++) p.y[(token + t) * p.S.rows + row] = sums[t].sum() + b;
-}
+class Outputs {
+  public:
+    Outputs(const FewTokens &p, int64_t token) : p_(p), token_(token) {}
+
+    OATS_INLINE void put(int64_t row, const Vec (&sums)[T]) {
+        OATS_UNROLL for (int t = 0; t < T; t++) sums_[t][count_] = sums[t];
+        if (++count_ == W) write(row + 1);
+    }
+
+    // Those that are left, of rows that end before `last`.
+    __attribute__((noinline)) void write(int64_t last) {
+        const int64_t first = last - count_;
+        for (int t = 0; t < T && count_; t++) {
+            Vec r[W];
+            for (int i = 0; i < W; i++) r[i] = i < count_ ? sums_[t][i] : Vec::zero();
+            Vec::transpose(r);
+            OATS_UNROLL for (int half = W / 2; half; half /= 2)
+                OATS_UNROLL for (int i = 0; i < half; i++) r[i] = r[i] + r[i + half];
+            float *to = p_.y + (token_ + t) * p_.S.rows + first;
+            float y[W];
+            r[0].store(y);
+            for (int i = 0; i < count_; i++) to[i] = y[i] + bias_at(p_.bias, first + i);
+        }
+        count_ = 0;
+    }
+
+  private:
+    static constexpr int W = Vec::width;
+    const FewTokens &p_;
+    int64_t token_;
+    int count_ = 0;
+    Vec sums_[T][W];
+};
 
 // Outputs first .. last - 1 of all tokens.
 template <class C>
@@ -317,6 +345,7 @@ void few_bits_rows(const FewTokens &p, const FewBits &S, const C &codes, const I
     const bool in_registers = !S.kept.bitmask && columns % 8 == 0 && x.size % 64 == 0;
     Row own(S, p.row_start, memory);
     for_tokens(tokens, [&]<int T>(int64_t token) {
+        Outputs<T> outputs(p, token);
         for (int64_t row = first; row < last; row++) {
             Vec sums[T];
             if (in_registers && codes.whole(row * columns, round_up(columns, 64)))
@@ -325,8 +354,10 @@ void few_bits_rows(const FewTokens &p, const FewBits &S, const C &codes, const I
                 few_bits_dot<T>(S, x, token, row, codes.zero, own, scales, sums);
             else
                 return p.fit.lost();
-            finish(p, token, row, rank, rank_start, sums);
+            if (rank) add_low_rank(p, token, row, rank, rank_start, sums);
+            outputs.put(row, sums);
         }
+        outputs.write(last);
     });
 }
 

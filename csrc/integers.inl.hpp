@@ -19,6 +19,7 @@ class Integers {
         : size(size_of(columns, group_size)),
           count(ceil_div(columns, size)),
           in_group(group_size >= columns ? count : group_size / size),
+          groups(ceil_div(columns, group_size)),
           padded(round_up(count, Vec::width)),
           stride(count * ceil_div(size, 64) * 128),
           columns_(columns),
@@ -43,6 +44,7 @@ class Integers {
     const uint8_t *values(int64_t token) const { return values_ + token * stride; }
 
     const int64_t size, count, in_group;  // columns of a stretch; stretches of a token, and of a group
+    const int64_t groups;                 // of a row, once: divisions take long
     const int64_t padded;                 // `count`, to whole registers
     const int64_t stride;                 // bytes from one token's values to the next's
 
