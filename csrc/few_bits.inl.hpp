@@ -264,11 +264,12 @@ OATS_INLINE void few_bits_dot(const FewBits &S, const Integers &x, int64_t token
     };
     int64_t begin = 0;
     if (size == 64) {
-        for (; begin + 128 <= columns; begin += 128) {
-            stretch(std::integral_constant<int64_t, 64>{}, acc);
-            stretch(std::integral_constant<int64_t, 64>{}, other);
-        }
-        if (begin + 64 <= columns) stretch(std::integral_constant<int64_t, 64>{}, acc), begin += 64;
+        if constexpr (Vec::registers)  // elsewhere a second sum takes longer than what it hides
+            for (; begin + 128 <= columns; begin += 128) {
+                stretch(std::integral_constant<int64_t, 64>{}, acc);
+                stretch(std::integral_constant<int64_t, 64>{}, other);
+            }
+        for (; begin + 64 <= columns; begin += 64) stretch(std::integral_constant<int64_t, 64>{}, acc);
     }
     for (; begin < columns; begin += size) stretch(least(size, columns - begin), acc);
     OATS_UNROLL for (int t = 0; t < T; t++) sums[t] = acc[t] + other[t];

@@ -21,6 +21,7 @@ namespace oats::OATS_ISA {
 
 struct Vec {
     static constexpr int width = 16;
+    static constexpr bool registers = true;  // whether it is one
     __m512 v;
 
     static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -162,6 +163,7 @@ inline __m256i lanes_of(uint32_t mask) {
 
 struct Vec {
     static constexpr int width = 8;
+    static constexpr bool registers = true;
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -246,6 +248,7 @@ struct Vec {
 
 struct Vec {
     static constexpr int width = 8;
+    static constexpr bool registers = false;
     float v[8];
 
     static Vec zero() { return all(0); }
