@@ -146,22 +146,9 @@ class QuantisedSparse(nn.Module):
         Args:
             scales: of U and of V, if they have 8 bits.
         """
-        codes, scales_of_values, zeros, bitmask = self.tensors()
+        grid = self.grid
         return FewBitsWeight(
-            bits=self.grid.bits,
-            normal=self.grid.normal,
-            group_size=self.grid.group_size,
-            code_count=self.count,
-            codes=codes,
-            scales=scales_of_values,
-            zeros=zeros,
-            bitmask=bitmask,
-            U=U,
-            V=V,
-            U_scale=scales[0],
-            V_scale=scales[1],
-            bias=bias,
-            parts=parts,
+            grid.bits, grid.normal, grid.group_size, self.count, *self.tensors(), U, V, *scales, bias, parts
         )
 
     def clear(self) -> None:
