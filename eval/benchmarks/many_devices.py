@@ -23,7 +23,7 @@ from rich.table import Table
 from oats_vision.calibration.statistics import Gram
 from oats_vision.compression import methods
 from oats_vision.compression.settings import resolve
-from oats_vision.core.joint import Correlations
+from oats_vision.core.correlations import Correlations
 
 # measured by --measure on one core of a shared x86 machine (AVX2), PyTorch 2.14: see docs/distributed.md
 WORK = {"fast": 60.0, "best": 150.0}
@@ -115,7 +115,7 @@ def batches(model: Model, quality: str) -> float:
 def gradients(model: Model, quality: str, ranks: int) -> float:
     """Operations of a block for gradients, of a few samples: those of the rank that has most of their batches."""
     share = -(-SAMPLED // model.batch // ranks) * model.batch
-    return 0.0 if quality == "fast" else 6 * share * model.tokens * sum(2 * one.m * one.n for one in model.linears)
+    return 0.0 if quality == "fast" else 4 * share * model.tokens * sum(2 * one.m * one.n for one in model.linears)
 
 
 def moved(model: Model, quality: str) -> float:
@@ -124,7 +124,7 @@ def moved(model: Model, quality: str) -> float:
     moments = sum(one.n**2 / 2 for one in read)
     if quality == "best":
         moments += sum(one.n * (one.m if one.writes else one.n) for one in read)
-        moments += sum(one.m**2 / 2 for one in model.linears)
+        moments += sum(one.m**2 / one.parts / 2 for one in model.linears)
     return 24 * moments + sum(4 * one.m * one.n for one in model.linears)
 
 
@@ -157,7 +157,7 @@ def measure(repeats: int) -> dict[str, float]:
             W = torch.randn(m, n, generator=generator)
             G = torch.randn(4 * m, m, generator=generator)
             rate = _best(repeats, lambda W=W, x=x: W @ x.T, 2 * m * n * len(x))
-            outputs = Correlations((G.T @ G / len(G)).double(), torch.float32, 0.1) if quality == "best" else None
+            outputs = Correlations.of((G.T @ G / len(G)).double(), torch.float32, 0.1) if quality == "best" else None
             budget = settings.allocation.budget(m, n)
 
             def decompose(W=W, x=x, budget=budget, outputs=outputs, settings=settings, method=method) -> None:

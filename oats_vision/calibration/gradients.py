@@ -1,21 +1,29 @@
-"""How much a model's output moves when those of its linears do: squares of gradients, block by block."""
+"""How much a model's output moves when those of its linears do: gradients, block by block from the last."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import INPUTS_KEPT, BlockCalls, call_model, no_cache, split_call
-from oats_vision.calibration.sums import Sum
+from oats_vision.calibration.statistics import SecondMoment, Statistic
 from oats_vision.data.batches import Inputs
 from oats_vision.models.families import Structure
 from oats_vision.models.head import class_logits, has_head
-from oats_vision.models.structure import floating
+from oats_vision.models.structure import floating, linear_of
 from oats_vision.models.values import all_finite
 from oats_vision.nn.outputs import first_output, with_hidden_states
+
+log = logging.getLogger(__name__)
+
+FORWARD_AND_BACK = 2  # what a block's passes take, beside one forward
+S = TypeVar("S", bound=Statistic)
 
 
 def output_sensitivity(
@@ -26,7 +34,7 @@ def output_sensitivity(
     *,
     projections: int = 2,
     seed: int = 0,
-    keep: Callable[[int, int, Tensor], None] = lambda index, batch, gradient: None,
+    memory: float = math.inf,
     tell: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Tensor]:
     """What an error at each output of each linear does to the dense model's output, by backward passes.
@@ -36,54 +44,102 @@ def output_sensitivity(
     sum_i s_i (E G E^T)_ii to a sample's |y' - y|^2, where G is the mean of x x^T over the linear's inputs. It is exact
     to the first order if errors at two outputs or two tokens do not add up or cancel.
 
-    y are the hidden states after the final norm, with v of independent signs. Of a model with a head they are its
-    logits, with v such that the mean of v v^T is diag(p) - p p^T, p the probabilities: J^T J is then the Fisher
-    information, and half of the change the Kullback-Leibler divergence of the probabilities.
-
-    The model runs once on the batches whose inputs `calls` kept, and each block once more for each projection: one
-    block's graph is in memory at a time, and only gradients at the linears' outputs are kept.
-
     Args:
-        model: prepared, as it was when `calls` were captured.
-        linears: names in the block, by the block's name.
-        projections: random v for each batch. seed: of these.
-        keep: called with a block's number, the batch's, and the gradient at the block's output.
-        tell: called with the share of the work that is done.
+        linears: names in the block, by the block's name. The others are those of `backwards`.
 
     Returns:
         s, float64 (out_features,), by the linears' full names; zero for an expert that no token went to.
+    """
+    whole = {
+        block: {name: [linear_of(model, f"{block}.{name}").out_features] for name in names}
+        for block, names in linears.items()
+    }
+    runs = min(calls.samples, INPUTS_KEPT) * projections
+    return {
+        f"{block}.{name}": moment.total.value() / runs
+        for block, found in backwards(
+            model, structure, whole, calls, SecondMoment, projections=projections, seed=seed, memory=memory, tell=tell
+        )
+        for name, (moment,) in found.items()
+    }
+
+
+def backwards(
+    model: nn.Module,
+    structure: Structure,
+    parts: Mapping[str, Mapping[str, Sequence[int]]],
+    calls: BlockCalls,
+    new: Callable[[int, torch.device], S],
+    *,
+    projections: int = 1,
+    seed: int = 0,
+    memory: float = math.inf,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Iterator[tuple[str, dict[str, list[S]]]]:
+    """Gradients of a random projection of the dense model's output, at the outputs of its linears, block by block.
+
+    The output y are the hidden states after the final norm, and gradients those of v^T y with v of independent signs.
+    Of a model with a head y are its logits, and v such that the mean of v v^T is diag(p) - p p^T, p the probabilities:
+    J^T J is then the Fisher information, and half of the change the Kullback-Leibler divergence of the probabilities.
+
+    The model runs once on the batches whose inputs `calls` kept, and each block once more for each projection: one
+    block's graph is in memory at a time.
+
+    Args:
+        model: prepared, as it was when `calls` were captured.
+        parts: the rows of each matrix of a linear, by the block's name and the linear's in it.
+        new: an empty statistic for a number of outputs, on a device.
+        projections: random v for each batch. seed: of these.
+        memory: bytes of hidden states to keep there, and as many of gradients; the rest is on disk.
+        tell: called with the share of the work that is done.
+
+    Returns:
+        Each block's name, from the last to the first, and what was gathered of each linear's parts: of no token where
+        it is an expert that none went to.
 
     What is not finite is left out: the pass through the blocks says where it comes from.
     """
-    blocks = structure.named_blocks(model)
-    sums: dict[str, Sum] = {}
-    for block_name, names in linears.items():
-        for linear in names:
-            weight = model.get_submodule(f"{block_name}.{linear}").weight
-            assert isinstance(weight, Tensor)
-            sums[f"{block_name}.{linear}"] = Sum(len(weight), device=calls.device)
-    runs = len(calls.inputs) * projections * len(blocks)
-    for batch, inputs in enumerate(calls.inputs):
-        dense = run_dense(model, structure, blocks, inputs, batch)
-        first, _ = calls.before[batch]
-        for projection in range(projections):
-            gradient = dense.gradient(seed * projections + projection, first, calls.masks[batch])
-            if gradient is None:
-                continue
-            for index in reversed(range(len(blocks))):
-                keep(index, batch, gradient)
-                name, block = blocks[index]
-                inside = linears.get(name, ())
-                gradient, found = backward_through(block, inside, calls, index, batch, dense.inputs[index], gradient)
-                for linear, at in found.items():
-                    if not all_finite(at):
+    blocks, batches = structure.named_blocks(model), range(len(calls.inputs))
+    work, done = len(batches) * len(blocks) * (1 + FORWARD_AND_BACK * projections), 0
+    with ActivationStore(memory) as states, ActivationStore(memory) as gradients:
+        flowing: list[int] = []  # the batch of each gradient
+        for batch, inputs in enumerate(calls.inputs):
+            dense = run_dense(model, structure, blocks, inputs, batch)
+            for of_block in dense.inputs:
+                states.append(of_block)
+            first, _ = calls.before[batch]
+            for projection in range(projections):
+                gradient = dense.gradient(seed * projections + projection, first, calls.masks[batch])
+                if gradient is not None:
+                    flowing.append(batch)
+                    gradients.append(gradient)
+            done += len(blocks)
+            tell(done / work)
+        for index in reversed(range(len(blocks))):
+            name, block = blocks[index]
+            found = {
+                linear: [new(count, calls.device) for count in rows] for linear, rows in parts.get(name, {}).items()
+            }
+            for place, batch in enumerate(flowing):
+                hidden, gradient = (
+                    one.to(calls.device, copy=True) for one in (states[batch * len(blocks) + index], gradients[place])
+                )
+                gradients[place], at = backward_through(block, found, calls, index, batch, hidden, gradient)
+                for linear, of_linear in at.items():
+                    rows = of_linear.flatten(0, -2)
+                    if not all_finite(rows):
+                        log.warning("%s.%s: gradients at its outputs are not finite: left out", name, linear)
                         continue
-                    sums[f"{name}.{linear}"].add(at.float().square().flatten(0, -2).sum(0, dtype=torch.float64))
-                tell(((batch * projections + projection + 1) * len(blocks) - index) / runs)
-    for total in sums.values():
-        total.over_ranks()
-    samples = min(calls.samples, INPUTS_KEPT) * projections
-    return {name: total.value() / samples for name, total in sums.items()}
+                    for statistic, of_part in zip(
+                        found[linear], rows.split(list(parts[name][linear]), dim=1), strict=True
+                    ):
+                        statistic.update(of_part)
+                done += FORWARD_AND_BACK
+                tell(min(done / work, 1.0))
+            for statistics in found.values():
+                for statistic in statistics:
+                    statistic.over_ranks()
+            yield name, found
 
 
 @dataclass(frozen=True)

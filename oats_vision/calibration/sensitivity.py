@@ -1,26 +1,21 @@
 """What an error of a linear's outputs does to the dense model's output, with all correlations: M = E[g g^T].
 
-g is the gradient at the linear's output of a random projection of the model's output: see `gradients`. The gradients at
-the outputs of the blocks are computed once, for a few inputs, and kept; those of a block's linears follow from these
-when the block's turn comes, so that the matrices of one block alone are in memory.
+g is the gradient at the linear's output of a random projection of the model's output: see `gradients`. One pass back
+through the blocks finds these matrices, of a few inputs; what `joint` asks of them is kept.
 """
 
-import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import BlockCalls
-from oats_vision.calibration.gradients import backward_through, output_sensitivity
+from oats_vision.calibration.capture import INPUTS_KEPT, BlockCalls
+from oats_vision.calibration.gradients import backwards
 from oats_vision.calibration.statistics import Gram
-from oats_vision.core.joint import Correlations
+from oats_vision.core.correlations import Blocks, Correlations
 from oats_vision.models.families import Structure
-from oats_vision.models.values import all_finite
-
-log = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the gradients' correlations, which few inputs tell
 LARGEST = 1024  # outputs that weigh together: beyond, eigenvectors would take most of the time
@@ -28,15 +23,16 @@ FLOOR = 1e-3  # share of the mean that each output weighs at least: other inputs
 
 
 class OutputGradients:
-    """Gradients at the outputs of a dense model's blocks, for the first batches.
+    """What is known of the gradients at the outputs of a dense model's linears, on the first batches.
 
     squares: what an error at each output of each linear does by itself, by full names: see `output_sensitivity`.
 
     Args:
         model: prepared, as it was when `calls` were captured.
-        linears: names in the block, by the block's name.
+        parts: the rows of each matrix of a linear, by the block's name and the linear's in it.
         calls: how its blocks are called, and the inputs of these batches.
-        memory: bytes of gradients to keep there; the rest is on disk.
+        memory: bytes of correlations to keep there; the rest is on disk. working: the same of hidden states, which are
+            gone afterwards.
         seed: of the random projections.
         tell: called with the share of the work that is done.
     """
@@ -45,63 +41,54 @@ class OutputGradients:
         self,
         model: nn.Module,
         structure: Structure,
-        linears: Mapping[str, Collection[str]],
+        parts: Mapping[str, Mapping[str, Sequence[int]]],
         calls: BlockCalls,
         *,
         memory: float,
+        working: float,
         seed: int = 0,
         tell: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self.calls = calls
-        self._store, self._places = ActivationStore(memory), dict[tuple[int, int], int]()
+        self.squares: dict[str, Tensor] = {}
+        self._kept: dict[str, list[_Kept | None]] = {}
+        self._store, samples = ActivationStore(memory), min(calls.samples, INPUTS_KEPT)
+        for block, found in backwards(model, structure, parts, calls, Gram, seed=seed, memory=working, tell=tell):
+            for name, grams in found.items():
+                self.squares[f"{block}.{name}"] = torch.cat([gram.squares() for gram in grams]) / samples
+                self._kept[f"{block}.{name}"] = [self._keep(gram) for gram in grams]
 
-        def keep(index: int, batch: int, gradient: Tensor) -> None:
-            self._places[index, batch] = len(self._store)
-            self._store.append(gradient)
+    def _keep(self, gram: Gram) -> "_Kept | None":
+        correlations = _correlations(gram)
+        if correlations is None:
+            return None
+        self._store.append(correlations.C.blocks)
+        return _Kept(correlations.d, correlations.C.order, len(self._store) - 1)
 
-        self.squares = output_sensitivity(
-            model, structure, linears, calls, projections=1, seed=seed, keep=keep, tell=tell
-        )
+    def correlations(self, linear: str) -> list[Correlations | None]:
+        """Of the gradients at the outputs of each part of a linear, by its full name; None where nothing is known."""
+        return [self._read(kept) if kept else None for kept in self._kept[linear]]
 
-    def of_linears(
-        self, block: nn.Module, name: str, index: int, linears: Collection[str], hidden: ActivationStore
-    ) -> dict[str, Gram]:
-        """The second moments of the gradients at the outputs of a block's linears, by their names in it.
-
-        Args:
-            block: dense; index: its number; name: its full name.
-            hidden: its inputs in the dense model.
-        """
-        found: dict[str, Gram] = {}
-        for batch in range(len(self.calls.inputs)):
-            place = self._places.get((index, batch))
-            if place is None:
-                continue
-            gradient = self._store[place].to(self.calls.device)
-            states = hidden[batch].to(self.calls.device, copy=True)
-            _, at = backward_through(block, linears, self.calls, index, batch, states, gradient)
-            for linear, of_linear in at.items():
-                rows = of_linear.flatten(0, -2)
-                if not all_finite(rows):
-                    log.warning("%s.%s: gradients at its outputs are not finite: not weighed by these", name, linear)
-                    continue
-                found.setdefault(linear, Gram(rows.shape[1], rows.device)).update(rows)
-        known = {linear for of_rank in ranks.everyones(set(found)) for linear in of_rank}
-        for linear in filter(known.__contains__, linears):
-            weight = block.get_submodule(linear).weight
-            assert isinstance(weight, Tensor)
-            found.setdefault(linear, Gram(len(weight), weight.device)).over_ranks()
-        return found
+    def _read(self, kept: "_Kept") -> Correlations:
+        return Correlations(kept.d, Blocks(self._store[kept.place].to(kept.d.device), kept.order))
 
 
-def output_correlations(gram: Gram | None, rows: slice) -> Correlations | None:
-    """Those of some of a linear's outputs; None where nothing is known of them."""
-    if gram is None or not gram.tokens:
+@dataclass(frozen=True)
+class _Kept:
+    """Correlations whose blocks are in a store, at a place."""
+
+    d: Tensor
+    order: Tensor | None
+    place: int
+
+
+def _correlations(gram: Gram) -> Correlations | None:
+    """None where nothing is known."""
+    if not gram.tokens:
         return None
-    moments = gram.compute()[rows, rows]
+    moments = gram.compute()
     level = moments.diagonal().mean()
     if not level > 0:
         return None
     moments = moments / level
     moments.diagonal().add_(FLOOR)
-    return Correlations(moments, torch.float32, DAMPING, LARGEST)
+    return Correlations.of(moments, torch.float32, DAMPING, LARGEST)

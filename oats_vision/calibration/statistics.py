@@ -7,11 +7,10 @@ from torch import Tensor
 
 from oats_vision import ranks
 from oats_vision.calibration.sums import Sum
-from oats_vision.core.joint import Correlations
+from oats_vision.core.correlations import Correlations
 from oats_vision.core.oats import column_scale
 from oats_vision.core.quantise import inverse_factor
 from oats_vision.models.values import all_finite
-
 
 class Statistic(Protocol):
     """What is gathered of a linear's inputs in one pass; the classes below are made from `in_features` and a device."""
@@ -204,14 +203,18 @@ class Gram:
                 mean[last:, first:last] = mean[first:last, last:].T
         return self._mean
 
+    def squares(self) -> Tensor:
+        """The sum of each feature's squares, (in_features,), float64."""
+        return torch.cat([block.value().diagonal() for block in self.upper])
+
     def correlations(self) -> Correlations:
-        """The same with a unit diagonal, in float32; made once for all that read these inputs.
+        """The mean with a unit diagonal, in float32; made once for all that read these inputs.
 
         Raises:
             ValueError: no token was seen, or the moments are not finite.
         """
         if self._correlations is None:
-            self._correlations = Correlations(self.compute(), torch.float32)
+            self._correlations = Correlations.of(self.compute(), torch.float32)
         return self._correlations
 
     def inverse_factor(self) -> Tensor:

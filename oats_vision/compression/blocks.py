@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -13,8 +13,8 @@ from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.collect import check_called, collect_statistics, warn_of_few
-from oats_vision.calibration.sensitivity import OutputGradients, output_correlations
-from oats_vision.calibration.statistics import Gram, Statistic
+from oats_vision.calibration.sensitivity import OutputGradients
+from oats_vision.calibration.statistics import Statistic
 from oats_vision.compression import methods
 from oats_vision.compression.budgets import PartBudget, candidates, fastest
 from oats_vision.compression.common import Common
@@ -23,11 +23,11 @@ from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerException, LayerReport
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.compression.stream import linear_of
-from oats_vision.core.joint import Correlations
+from oats_vision.core.correlations import Correlations
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError
 from oats_vision.models.families import Residual, Structure
+from oats_vision.models.structure import linear_of
 from oats_vision.models.values import all_finite, check_storable, round_to
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear
 from oats_vision.progress import Clock
@@ -70,7 +70,7 @@ class Job:
         cls,
         model: nn.Module,
         structure: Structure,
-        linears: Mapping[str, Collection[str]],
+        parts: Mapping[str, Mapping[str, list[PartBudget]]],
         settings: CompressionSettings,
         storage: dtype,
         hidden: ActivationStore,
@@ -84,14 +84,25 @@ class Job:
         """A job at its first block, whose inputs are those of the dense model.
 
         Args:
-            linears: to compress, by their names in the block, by the block's name.
+            parts: of each linear to compress, by the block's name and the linear's in it.
             finished: whether all blocks were, before the run was stopped: no gradient is asked for then.
             common: what earlier compressions found; what is found here is added.
         """
         dense, common = None, common or Common()
         if settings.sensitivity and not finished and common.gradients is None:
-            memory = GRADIENTS / STREAM * hidden.memory_limit
-            common.gradients = OutputGradients(model, structure, linears, calls, memory=memory, tell=clock.gradients)
+            rows = {
+                block: {name: [part.out_features for part in of_linear] for name, of_linear in linears.items()}
+                for block, linears in parts.items()
+            }
+            common.gradients = OutputGradients(
+                model,
+                structure,
+                rows,
+                calls,
+                memory=GRADIENTS / STREAM * hidden.memory_limit,
+                working=hidden.memory_limit / 2,  # that of the dense stream, which is not there yet
+                tell=clock.gradients,
+            )
         if settings.targets:
             dense = ActivationStore(hidden.memory_limit)
             for b in range(len(hidden)):
@@ -99,11 +110,9 @@ class Job:
         residual = structure.family.residual
         return cls(settings, storage, hidden, calls, clock, report, dense, residual, common.gradients, layer_done)
 
-    def output_moments(self, index: int, name: str, block: nn.Module, linears: Collection[str]) -> dict[str, Gram]:
-        """What the model's output asks of the outputs of a dense block's linears; nothing where it is not asked."""
-        if self.gradients is None:
-            return {}
-        return self.gradients.of_linears(block, name, index, linears, self.dense or self.hidden)
+    def asked(self, linear: str, parts: Sequence[PartBudget]) -> Sequence[Correlations | None]:
+        """What the model's output asks of the outputs of a linear's parts, by its full name; None: all alike."""
+        return self.gradients.correlations(linear) if self.gradients else [None] * len(parts)
 
     @property
     def method(self) -> LinearMethod:
@@ -154,12 +163,11 @@ def compress_at_once(
         for linear_name, statistic in statistics.items():
             check_called(f"{name}.{linear_name}", linear_of(block, linear_name), statistic, tokens[linear_name])
         warn_of_few(name, tokens)
-    asked = job.output_moments(index, name, block, parts)
     before = dict(zip(parts, shares_before(block, parts, report.layers), strict=True))
 
     def decompose(linear_name: str) -> Outcome:
         clock.at("decomposing", index, before[linear_name], linear_name, job.last_error)
-        given = Given(statistics[linear_name], tokens[linear_name], outputs=asked.get(linear_name))
+        given = Given(statistics[linear_name], tokens[linear_name])
         return outcome_of(job, f"{name}.{linear_name}", linear_of(block, linear_name), parts[linear_name], given)
 
     found = ranks.each(decompose, list(parts), costs_of(block, parts, report.layers))
@@ -204,13 +212,12 @@ class Given:
     """What a linear is decomposed by.
 
     statistic: of its inputs, and tokens: that it has seen. target: from its weight the one that is aimed at in place of
-    it, (out_features, in_features), if there is one. outputs: of the gradients at its outputs.
+    it, (out_features, in_features), if there is one.
     """
 
     statistic: Statistic
     tokens: int
     target: Callable[[Tensor], Tensor | None] = lambda weight: None
-    outputs: Gram | None = None
 
 
 @dataclass(frozen=True)
@@ -304,10 +311,7 @@ def decomposed(
     try:
         target = given.target(linear.weight)
         weights = (linear.weight if target is None else target).split(rows)
-        asked = [
-            output_correlations(given.outputs, slice(end - n, end))
-            for n, end in zip(rows, accumulate(rows), strict=True)
-        ]
+        asked = job.asked(full, parts)
         for choice in choices:
             found = ranks.each(decompose, list(zip(weights, choice, asked, strict=True)), rows)
             of_parts = [(part.name, factors) for part, factors in zip(parts, found, strict=True)]

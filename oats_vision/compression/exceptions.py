@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oats_vision.calibration.statistics import Gram, SecondMoment, Statistic
-from oats_vision.core.joint import Correlations, times
+from oats_vision.core.correlations import Correlations
 from oats_vision.core.oats import Factors, arithmetic, normalised
 from oats_vision.errors import DataError
 
@@ -48,7 +48,7 @@ def weighted_error(weight: Tensor, factors: Factors, gram: Tensor, outputs: Corr
     """The error as `joint` and `refit` weigh it, sqrt(tr(M E G E^T) / tr(M W G W^T)); 0 for a weight of zeros."""
     W = arithmetic(weight)
     H, M = normalised(gram).to(W), outputs.moments().to(W)
-    lost, whole = (float((times(M, X @ H) * X).sum().clamp_min(0)) for X in (W - factors.dense(), W))
+    lost, whole = (float((M.times(X @ H) * X).sum().clamp_min(0)) for X in (W - factors.dense(), W))
     return (lost / whole) ** 0.5 if whole > 0 else 0.0
 
 

@@ -27,9 +27,9 @@ from oats_vision.compression.blocks import (
 )
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.inputs import statistic_of
-from oats_vision.compression.stream import Writer, linear_of, writers
+from oats_vision.compression.stream import Writer, writers
 from oats_vision.core.target import propagated_target
-from oats_vision.models.structure import in_experts, sharing_weights
+from oats_vision.models.structure import in_experts, linear_of, sharing_weights
 from oats_vision.models.values import round_to
 
 # how much must be known before it changes the weight, as a share of the features' mean square: of text there is less
@@ -75,7 +75,6 @@ def _compress_in_sequence(
     round_to(block.state_dict().values(), job.storage)
     shares = shares_before(block, parts, report.layers)
     dense_block = sharing_weights(block)
-    asked = job.output_moments(index, name, dense_block, parts)
     known = ranks.on_main(
         lambda: writers(
             dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
@@ -109,7 +108,7 @@ def _compress_in_sequence(
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
             clock.at("decomposing", index, share, linear, job.last_error)
             target = partial(moments.target, damping=DAMPING[report.unit])
-            given = Given(moments.statistic, moments.tokens, target, asked.get(linear))
+            given = Given(moments.statistic, moments.tokens, target)
             compress_linear(job, block, name, linear, parts[linear], given, begun)
         if tokens:
             warn_of_few(name, tokens)

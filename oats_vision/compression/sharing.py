@@ -34,10 +34,10 @@ from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan
 from oats_vision.compression.settings import CompressionSettings
-from oats_vision.compression.stream import linear_of
 from oats_vision.core.budget import Allocation, Budget
 from oats_vision.models.families import Structure
 from oats_vision.models.record import bring
+from oats_vision.models.structure import linear_of
 from oats_vision.nn.outputs import first_output
 
 log = logging.getLogger(__name__)

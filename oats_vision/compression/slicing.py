@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import BlockCalls, check_finite_states
 from oats_vision.calibration.statistics import Gram
-from oats_vision.compression.stream import described, eps_of, fold, gain_of, halves, linear_of, norm_of, subtracts_mean
+from oats_vision.compression.stream import described, eps_of, fold, gain_of, halves, norm_of, subtracts_mean
 from oats_vision.errors import ConfigError, ModelError
 from oats_vision.models.families import Residual, Structure
+from oats_vision.models.structure import linear_of
 from oats_vision.nn.outputs import first_output
 from oats_vision.nn.sliced import SlicedBlock, SlicedNorm, SlicedReader, Slicing
 from oats_vision.progress import Stage

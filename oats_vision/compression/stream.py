@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from oats_vision.calibration.walk import Run
 from oats_vision.errors import ModelError
 from oats_vision.models.families import Residual, Structure
+from oats_vision.models.structure import linear_of
 
 
 def fold(block: nn.Module, residual: Residual) -> None:
@@ -107,12 +108,6 @@ def _scale(block: nn.Module, name: str) -> Tensor | None:
     if isinstance(owner, nn.Module):
         owner = next(owner.parameters(), None)
     return owner.detach().double() if isinstance(owner, Tensor) else None
-
-
-def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
 
 
 @dataclass(frozen=True)

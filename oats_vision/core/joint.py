@@ -12,65 +12,16 @@ pulls the two together, ever more strongly as rho grows. ALPS (Meng et al., 2024
 sparse plus low-rank so, by G alone; F is the other half of K-FAC's curvature (Martens & Grosse, 2015).
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from oats_vision.core.budget import Budget
+from oats_vision.core.correlations import Correlations
 from oats_vision.core.lowrank import orthonormal
-from oats_vision.core.oats import Factors, arithmetic, column_scale, relative_error
+from oats_vision.core.oats import Factors, arithmetic, relative_error
 from oats_vision.core.threshold import keep_largest
 
-
-class Correlations:
-    """Second moments scaled to a unit diagonal, and damped: what weighs errors on one side of a weight.
-
-    d: (features,), the roots of the diagonal. C: (blocks, size, size), the blocks on the diagonal of a matrix that is
-    zero elsewhere; one block for all features unless `largest` says otherwise.
-
-    Args:
-        moments: (features, features), float64.
-        dtype: of d and C.
-        damping: added to the diagonal.
-        largest: size of a block, at most: eigenvectors of four blocks take a sixteenth of the time.
-
-    Raises:
-        ValueError: the moments are not finite.
-    """
-
-    def __init__(self, moments: Tensor, dtype: torch.dtype, damping: float = 0.01, largest: int | None = None) -> None:
-        if not moments.isfinite().all():
-            raise ValueError("the inputs' second moments are not finite")
-        d = column_scale(moments.diagonal())
-        C = (moments / d / d[:, None]).to(dtype)
-        C.diagonal().add_(damping)
-        size = _equal_share(len(d), largest or len(d))
-        self.d = d.to(dtype)
-        self.C = torch.stack([C[i : i + size, i : i + size] for i in range(0, len(d), size)])
-
-    def moments(self) -> Tensor:
-        """What was scaled, damped: the blocks on its diagonal, (blocks, size, size)."""
-        d = self.d.view(len(self.C), -1)
-        return self.C * d[:, None] * d[:, :, None]
-
-    @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (features,) of C, positive, and eigenvectors (blocks, size, size) in columns."""
-        values, vectors = torch.linalg.eigh(self.C)
-        return values.clamp_min(torch.finfo(values.dtype).eps).flatten(), vectors
-
-
-def _equal_share(count: int, largest: int) -> int:
-    """The largest number up to `largest` that divides a count; the count itself where only small ones do."""
-    size = next(size for size in range(min(largest, count), 0, -1) if count % size == 0)
-    return size if 4 * size >= largest else count
-
-
-def times(blocks: Tensor, X: Tensor) -> Tensor:
-    """A block-diagonal matrix, by its blocks (blocks, size, size), times X (blocks * size, columns)."""
-    count, size, _ = blocks.shape
-    return (blocks @ X.reshape(count, size, -1)).flatten(0, 1)
+NEARLY_ALL = 0.9  # of the weights: where S keeps so many, there is little to make up for
 
 
 def joint(
@@ -91,7 +42,7 @@ def joint(
         weight: W, (out_features, in_features).
         factors: of the weight, by `oats`: where to start.
         budget: of the factors.
-        inputs: C and d, of the layer's inputs, in one block. outputs: F and e, of the gradients at its outputs; None:
+        inputs: C and d, of the layer's inputs. outputs: F and e, of the gradients at its outputs; None:
             rows weigh alike.
         rounds: at most. rho: first and last, of a geometric sequence.
         relaxation: of Z, in [1, 2): above 1 a longer step, which saves rounds (Boyd et al., 2011, section 3.4.3).
@@ -99,24 +50,24 @@ def joint(
     """
     W, d = arithmetic(weight), inputs.d
     e = torch.ones_like(d[:1]) if outputs is None else outputs.d[:, None]
-    across, (Q,) = inputs.eigen
-    down, P = (torch.ones_like(d[:1]), None) if outputs is None else outputs.eigen
+    across, Q = inputs.C.eigen
+    down, P = (torch.ones_like(d[:1]), None) if outputs is None else outputs.C.eigen
     curvature = down[:, None] * across  # in the eigenvectors' coordinates the objective is a weighted square
 
     def rotated(X: Tensor) -> Tensor:
-        return X @ Q if P is None else times(P.mT, X @ Q)
+        return Q.columns(X if P is None else P.rows(X))
 
     def back(X: Tensor) -> Tensor:
-        return X @ Q.T if P is None else times(P, X @ Q.T)
+        return Q.columns_back(X if P is None else P.rows_back(X))
 
     A = rotated(e * W.to(d) * d)
     S = factors.S.to(d) * e * d
-    D, L = rotated(S), rotated((factors.U.to(d) * e) @ (factors.V.to(d) * d))
+    U, V = factors.U.to(d) * e, Q.columns(factors.V.to(d) * d)
+    U = U if P is None else P.rows(U)
+    D, L = rotated(S), U @ V
     Y, root = torch.zeros_like(A), curvature.sqrt()
-    B = None
-    if budget.rank:  # an orthonormal basis of L's columns, where they weigh as errors do
-        U = factors.U.to(d) * e
-        B = orthonormal(down.sqrt()[:, None] * (U if P is None else times(P.mT, U)))
+    # an orthonormal basis of L's columns, where they weigh as errors do
+    B = orthonormal(down.sqrt()[:, None] * U) if budget.rank else None
     done = 0
     for done in range(1, rounds + 1):
         r = rho[0] * (rho[1] / rho[0]) ** ((done - 1) / max(rounds - 1, 1))
@@ -132,13 +83,14 @@ def joint(
             L = (B @ (B.T @ R)) / root
         if torch.linalg.vector_norm(Z - D) <= tolerance * torch.linalg.vector_norm(D):
             break
-    kept = (S != 0) * back(A - L)
-    if _curved(A - L - rotated(kept), curvature) < _curved(A - L - D, curvature):
-        S = kept  # nearly all is kept: what L leaves, with nothing to make up for
+    if budget.nonzeros > NEARLY_ALL * W.numel():
+        kept = (S != 0) * back(A - L)
+        if _curved(A - L - rotated(kept), curvature) < _curved(A - L - D, curvature):
+            S = kept  # what L leaves, with nothing to make up for
     U, V = factors.U, factors.V
     if B is not None:
         left, right = B / down.sqrt()[:, None], (B.T @ (root * (A - D))) / across.sqrt()
-        U, V = balanced((left if P is None else times(P, left)) / e, (right @ Q.T) / d)
+        U, V = balanced((left if P is None else P.rows_back(left)) / e, Q.columns_back(right) / d)
     S, U, V = (S / e / d).to(W), U.to(W), V.to(W)
     return Factors(S, U, V, relative_error(W, S, U, V, d.to(W)), factors.iterations + done)
 

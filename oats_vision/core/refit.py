@@ -8,7 +8,7 @@ the layer's output error over the calibration inputs, trace((W - S - U V) H (W -
 import torch
 from torch import Tensor
 
-from oats_vision.core.joint import Correlations, times
+from oats_vision.core.correlations import Blocks, Correlations
 from oats_vision.core.oats import Factors, arithmetic, normalised, output_error, relative_error
 
 DEAD = 1e-12  # of the mean second moment: what counts as that of a feature without inputs, to be divided by
@@ -69,18 +69,18 @@ def damped(gram: Tensor, W: Tensor, damping: float = 0.01) -> tuple[Tensor, Tens
     return H, D
 
 
-def fit_factors(rest: Tensor, U: Tensor, V: Tensor, H: Tensor, M: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fit_factors(rest: Tensor, U: Tensor, V: Tensor, H: Tensor, M: Blocks | None = None) -> tuple[Tensor, Tensor]:
     """The U that is best with this V, and the V that is best with that one, for W - S by its outputs.
 
     Args:
         rest: W - S, (out_features, in_features). U: (out_features, rank). V: (rank, in_features).
-        H: (in_features, in_features); M: its diagonal blocks, (blocks, size, size); see `fit_values`.
+        H: (in_features, in_features); M: (out_features, out_features); see `fit_values`.
     """
     if not U.shape[1]:
         return U, V
     VH = V @ H
     U = rest @ VH.T @ _inverse(VH @ V.T)
-    UM = U.T if M is None else times(M, U).T
+    UM = U.T if M is None else M.times(U).T
     return U, _inverse(UM @ U) @ (UM @ rest)
 
 
@@ -95,7 +95,7 @@ def _inverse(K: Tensor) -> Tensor:
     return inverse * d * d[:, None]
 
 
-def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M: Tensor | None = None) -> Tensor:
+def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M: Blocks | None = None) -> Tensor:
     """Minimise trace(M (target - S) H (target - S)^T) over the values of S where `mask` is 1.
 
     Without M each row is a least-squares problem of its own; all rows take a step of conjugate gradients, scaled by
@@ -103,18 +103,18 @@ def fit_values(target: Tensor, H: Tensor, S: Tensor, mask: Tensor, steps: int, M
 
     Args:
         target, S, mask: (out_features, in_features); S is where to start.
-        H: (in_features, in_features); M: its diagonal blocks, (blocks, size, size). Symmetric and positive.
+        H: (in_features, in_features); M: (out_features, out_features). Symmetric and positive.
     """
 
     def image(X: Tensor) -> Tensor:
-        return (X @ H if M is None else times(M, X @ H)).mul_(mask)
+        return (X @ H if M is None else M.times(X @ H)).mul_(mask)
 
     def inner(X: Tensor, Y: Tensor) -> Tensor:
         return (X * Y).sum(1, keepdim=True) if M is None else (X * Y).sum()
 
     scale = mask / H.diagonal()
     if M is not None:
-        scale = scale / M.diagonal(dim1=1, dim2=2).reshape(-1, 1)
+        scale = scale / M.diagonal()[:, None]
     residual = image(target - S)
     direction = residual * scale
     energy = inner(residual, direction)

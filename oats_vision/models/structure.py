@@ -26,6 +26,13 @@ def floating(model: nn.Module) -> nn.Parameter:
     raise ModelError(f"{type(model).__name__} has no floating parameters")
 
 
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """One of a model's, or a block's, linears."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def check_device(model: nn.Module) -> None:
     """Raises ModelError if the model's parameters are not on one device; those that are read later are on none."""
     devices = {str(parameter.device) for parameter in model.parameters() if not parameter.is_meta}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.capture import INPUTS_KEPT, first_block_input
+from oats_vision.calibration.sensitivity import LARGEST
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.compression import methods
 from oats_vision.compression.blocks import GRADIENTS, STREAM
@@ -351,21 +352,27 @@ def _memory(
         pairs_of = [8 * linear.in_features * (linear.in_features + linear.out_features) for linear in own]
         # one after another with targets, all of a block at once without
         statistics = max(map(sum, zip(empty, pairs_of, strict=True))) if settings.targets else sum(empty)
-        statistics += sum(8 * linear.out_features**2 for linear in own) if settings.sensitivity else 0
         matrices, pairs = method.working_set(settings)
         solver = max(4 * matrices * linear.weight.numel() + pairs * linear.in_features**2 for linear in own)
     else:  # of the stream: its second moments and their eigenvectors, in float64
         statistics, solver = 8 * width**2, 4 * 8 * width**2
     one = hidden.nbytes
-    activations, kept = samples * one, min(samples * one, int(activation_memory * 1e9))
+    activations, limit = samples * one, int((STREAM if settings.targets else 1.0) * activation_memory * 1e9)
+    alone = kept = min(activations, limit)
     if settings.targets:
-        activations, kept = 2 * activations, 2 * min(samples * one, int(STREAM * activation_memory * 1e9))
+        activations, kept = 2 * activations, 2 * kept
         waits = 2 + max(linear.in_features + linear.out_features for linear in own) / width
-        room = int(2 * STREAM * activation_memory * 1e9) - kept
+        room = 2 * limit - kept
         waiting = min(int(2 * samples * one * waits), max(room, int(2 * batch * one * waits)))
     else:
         waiting = 0
-    gradients = min(samples, INPUTS_KEPT) * one * len(plan.blocks) if settings.sensitivity else 0
+    passing = correlations = backward = 0
+    if settings.sensitivity:  # gradients come first, when there is no dense stream, and leave outputs' correlations
+        passing = min(samples, INPUTS_KEPT) * one * (len(plan.blocks) + 1)
+        linears_of = [linear for of_block in plan.parts.values() for linear in of_block.values()]
+        correlations = sum(4 * p.out_features * min(p.out_features, LARGEST) for parts in linears_of for p in parts)
+        backward = 2 * forward + sum(8 * linear.out_features**2 for linear in own)
+    in_memory = min(correlations, int(GRADIENTS / STREAM * limit))
     on_disk = record_of(model).on_disk
     if on_disk:
         on_disk.rest()
@@ -374,9 +381,9 @@ def _memory(
     return Memory(
         libraries=max(memory_in_use(device) - used, 0) + (STARTED if device.type == "cpu" else 0),
         model=used + (on_disk.largest if on_disk else 0),
-        activations=kept + waiting + min(gradients, int(GRADIENTS * activation_memory * 1e9)),
-        disk=activations - kept + max(gradients - int(GRADIENTS * activation_memory * 1e9), 0),
-        block=max(3 * inputs, inputs + forward + logits, statistics + max(forward, solver)),
+        activations=max(alone + min(passing, limit), kept + waiting) + in_memory,
+        disk=max(activations - kept, passing - limit) + correlations - in_memory,
+        block=max(3 * inputs, inputs + forward + logits, backward, statistics + max(forward, solver)),
         held_out=min(features, int(MEMORY)),
         so_far=peak_memory(device),
     )

@@ -7,6 +7,7 @@ from torch import nn
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.capture import capture_block_calls
 from oats_vision.calibration.gradients import output_sensitivity
+from oats_vision.calibration.sensitivity import DAMPING, FLOOR, OutputGradients
 from oats_vision.models.record import structure_of
 
 PROJECTIONS = 200  # the estimate's deviation is about 1 / sqrt(projections * samples)
@@ -106,3 +107,41 @@ def test_the_final_norm_may_also_be_seen_of_earlier_blocks():
     model.blocks[0].register_forward_hook(lambda module, args, y: seen.append(model.norm(y)))
     beside = output_sensitivity(model, *captured(model, pictures))
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+def test_correlations_are_those_of_gradients_through_the_whole_model():
+    """With the same random signs; a fused weight's parts apart."""
+    torch.manual_seed(0)
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **args).double().eval()
+    batches = list(torch.randn(6, 3, 16, 16, dtype=torch.float64).split(4))
+    structure, linears, calls = captured(model, batches)
+    parts = {}
+    for block, names in linears.items():
+        rows = {name: model.get_submodule(f"{block}.{name}").out_features for name in names}
+        parts[block] = {name: [12] * 3 if name == "attn.qkv" else [count] for name, count in rows.items()}
+    with torch.no_grad():
+        found = OutputGradients(model, structure, parts, calls, memory=1e9, working=0.0)  # hidden states on disk
+
+    outputs = {}
+    for block, names in linears.items():
+        for name in names:
+            full = f"{block}.{name}"
+            model.get_submodule(full).register_forward_hook(lambda module, x, y, full=full: outputs.update({full: y}))
+    signs = [
+        torch.randint(0, 2, (5, 12), generator=torch.Generator().manual_seed(number)) * 2 - 1 for number in range(6)
+    ]
+    with torch.enable_grad():
+        y = model.forward_features(torch.cat(batches).requires_grad_())  # after the final norm
+        gradients = torch.autograd.grad((y * torch.stack(signs)).sum(), list(outputs.values()))
+    for full, gradient in zip(outputs, gradients, strict=True):
+        rows = gradient.flatten(0, -2)
+        torch.testing.assert_close(found.squares[full], rows.square().sum(0) / 6, rtol=1e-4, atol=1e-9)
+        size = 12 if full.endswith("qkv") else rows.shape[1]
+        for of_part, known in zip(rows.split(size, 1), found.correlations(full), strict=True):
+            G = of_part.T @ of_part
+            G = G / G.diagonal().mean() + FLOOR * torch.eye(size)
+            d = G.diagonal().sqrt()
+            torch.testing.assert_close(known.d.double(), d, rtol=1e-4, atol=1e-6)
+            C = known.C.times(torch.eye(size)).double()
+            torch.testing.assert_close(C, G / d / d[:, None] + DAMPING * torch.eye(size), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from oats_vision.compression.exceptions import no_better_than_zeros, weighted_er
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.methods import LinearMethod, register
 from oats_vision.compression.methods.oats import OATS
-from oats_vision.core.joint import Correlations
+from oats_vision.core.correlations import Correlations
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.progress import Step
@@ -195,7 +195,7 @@ def test_rows_that_do_not_matter_may_be_worse_than_zeros():
     statistic.update(torch.randn(64, 8, generator=generator))
     factors = Factors(S, zero(4, 0), zero(0, 8), 1.7, 1, output_error=1.7)
     moments = torch.diag(torch.tensor([1e-6, 1.0, 1.0, 1.0], dtype=torch.float64))
-    outputs = Correlations(moments, torch.float32)
+    outputs = Correlations.of(moments, torch.float32)
     assert weighted_error(W, Factors(zero(4, 8), zero(4, 0), zero(0, 8), 1, 1), statistic.compute(), outputs) == 1
     assert no_better_than_zeros([(W, factors, outputs)], statistic) == ""
     assert "relative error of 1.7" in no_better_than_zeros([(W, factors, None)], statistic)

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oats_vision.core.budget import Allocation, Budget, Pattern
-from oats_vision.core.joint import Correlations, joint
+from oats_vision.core.correlations import Correlations
+from oats_vision.core.joint import joint
 from oats_vision.core.oats import Factors, column_scale, oats
 from oats_vision.core.refit import refit
 
@@ -33,15 +34,24 @@ def output_error(W: torch.Tensor, factors: Factors, G: torch.Tensor) -> float:
 def solve(W: torch.Tensor, G: torch.Tensor, budget: Budget, dtype: torch.dtype, **options) -> tuple[Factors, Factors]:
     """By OATS and refit alone, and with the joint rounds between them."""
     start = oats(W, column_scale(G.diagonal()), budget)
-    return refit(W, start, G), refit(W, joint(W, start, budget, Correlations(G, dtype), **options), G)
+    return refit(W, start, G), refit(W, joint(W, start, budget, Correlations.of(G, dtype), **options), G)
+
+
+def in_blocks(C: np.ndarray, size: int) -> np.ndarray:
+    """Zero between two features that are not in one block, of those that go together with as many others."""
+    block = np.argsort(np.argsort(-np.square(C).sum(0), kind="stable")) // size
+    return C * (block[:, None] == block)
 
 
 @pytest.mark.parametrize("largest", [0, M, M // 2])
-def test_two_rounds_are_those_of_the_formulas(weight, largest):
-    """Outputs weigh errors not at all, all together, or the first and the second half apart."""
-    G, budget = moments(), Allocation(0.5, 0.3).budget(M, N)
+@pytest.mark.parametrize("pattern", ["row", "2:4"])
+@pytest.mark.parametrize("widest", [N, N // 4])
+def test_two_rounds_are_those_of_the_formulas(weight, largest, pattern, widest):
+    """Outputs weigh errors not at all, all together, or in two halves; inputs all together or in quarters."""
+    G, rate = moments(), None if pattern == "2:4" else 0.5
+    budget = Allocation.of(rate, 0.3, Pattern.parse(pattern)).budget(M, N)
     start = oats(weight, column_scale(G.diagonal()), budget)
-    inputs, outputs = Correlations(G, torch.float64), None
+    inputs, outputs = Correlations.of(G, torch.float64, largest=widest), None
     F, e = np.eye(M), np.ones(M)
     if largest:
         gradients = np.random.default_rng(2).standard_normal((100, M)) @ np.random.default_rng(3).standard_normal(
@@ -49,14 +59,13 @@ def test_two_rounds_are_those_of_the_formulas(weight, largest):
         )
         raw = gradients.T @ gradients / 100
         e = np.sqrt(np.diag(raw))
-        F = raw / np.outer(e, e) + 0.1 * np.eye(M)
-        F *= np.kron(np.eye(M // largest), np.ones((largest, largest)))
-        outputs = Correlations(torch.from_numpy(raw), torch.float64, 0.1, largest)
+        F = in_blocks(raw / np.outer(e, e) + 0.1 * np.eye(M), largest)
+        outputs = Correlations.of(torch.from_numpy(raw), torch.float64, 0.1, largest)
     ours = joint(weight, start, budget, inputs, outputs, rounds=2, relaxation=1.0)
 
     d = np.sqrt(np.diag(G.numpy()))
     both = np.outer(e, d)
-    A, C = weight.numpy() * both, G.numpy() / np.outer(d, d) + 0.01 * np.eye(N)
+    A, C = weight.numpy() * both, in_blocks(G.numpy() / np.outer(d, d) + 0.01 * np.eye(N), widest)
     D, U, L = start.S.numpy() * both, start.U.numpy() * e[:, None], (start.U @ start.V).numpy() * both
     Y = np.zeros_like(A)
     for rho in (0.1, 0.4):
@@ -64,9 +73,11 @@ def test_two_rounds_are_those_of_the_formulas(weight, largest):
         right = F @ (A - L) @ C - Y + rho * D
         Z = np.linalg.solve(np.kron(F, C) + rho * np.eye(M * N), right.ravel()).reshape(M, N)
         scores = Z + Y / rho
-        kept = np.argsort(-np.abs(scores), axis=1)[:, : budget.nonzeros // M]
-        D = np.zeros_like(A)
-        np.put_along_axis(D, kept, np.take_along_axis(scores, kept, axis=1), axis=1)
+        among = scores if pattern == "row" else scores.reshape(-1, 4)
+        kept = np.argsort(-np.abs(among), axis=1)[:, : budget.nonzeros // len(among)]
+        D = np.zeros_like(among)
+        np.put_along_axis(D, kept, np.take_along_axis(among, kept, axis=1), axis=1)
+        D = D.reshape(M, N)
         Y = Y + rho * (Z - D)
         R = A - D
         U = R @ C @ R.T @ F @ U
@@ -123,11 +134,10 @@ def test_inputs_that_are_always_zero_take_no_budget(weight):
 
 def test_moments_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="second moments are not finite"):
-        Correlations(torch.full((2, 2), torch.nan, dtype=torch.float64), torch.float32)
+        Correlations.of(torch.full((2, 2), torch.nan, dtype=torch.float64), torch.float32)
 
 
 def test_outputs_are_cut_into_equal_blocks_unless_only_small_ones_divide_them():
-    sizes = {
-        count: Correlations(torch.eye(count).double(), torch.float32, 0.1, 16).C.shape for count in (8, 16, 48, 37)
-    }
+    eyes = [torch.eye(count).double() for count in (8, 16, 48, 37)]
+    sizes = {len(eye): Correlations.of(eye, torch.float32, 0.1, 16).C.blocks.shape for eye in eyes}
     assert sizes == {8: (1, 8, 8), 16: (1, 16, 16), 48: (3, 16, 16), 37: (1, 37, 37)}

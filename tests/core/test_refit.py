@@ -4,7 +4,8 @@ import torch
 
 from oats_vision.compression.methods.sparsegpt import sparsegpt
 from oats_vision.core.budget import Allocation, Budget, Pattern
-from oats_vision.core.joint import Correlations, joint
+from oats_vision.core.correlations import Correlations
+from oats_vision.core.joint import joint
 from oats_vision.core.oats import Factors, column_scale, oats
 from oats_vision.core.refit import fit_values, refit
 
@@ -104,8 +105,8 @@ def test_a_large_rank_beside_outliers_never_raises_the_objective(start, largest)
     X = torch.randn(500, n) @ torch.randn(n, n) / n**0.5
     X[:, 1] *= 1000
     W, G, g = torch.randn(m, n), (X.T @ X / 500).double(), torch.randn(300, m).double()
-    outputs = Correlations(g.T @ g / 300, torch.float32, 0.1, largest) if largest else None
-    F = torch.eye(m).double() if outputs is None else torch.block_diag(*outputs.moments()).double()
+    outputs = Correlations.of(g.T @ g / 300, torch.float32, 0.1, largest) if largest else None
+    F = torch.eye(m).double() if outputs is None else outputs.moments().times(torch.eye(m)).double()
 
     def objective(factors):
         E = (W - factors.dense()).double()
@@ -114,7 +115,7 @@ def test_a_large_rank_beside_outliers_never_raises_the_objective(start, largest)
     budget = Allocation(0.3, 0.6, Pattern.parse("row")).budget(m, n)
     before = oats(W, column_scale(G.diagonal()), budget)
     if start == "joint":
-        before = joint(W, before, budget, Correlations(G, torch.float32), outputs)
+        before = joint(W, before, budget, Correlations.of(G, torch.float32), outputs)
     assert objective(refit(W, before, G, outputs, rounds=1)) < objective(before)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.statistics import Statistic
     from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings, Values
     from oats_vision.core.budget import Budget
-    from oats_vision.core.joint import Correlations
+    from oats_vision.core.correlations import Correlations
     from oats_vision.core.oats import Factors
     from oats_vision.models.families import Structure
     from oats_vision.nn.sliced import Slicing

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oats_vision.calibration.statistics import Gram, Statistic
     from oats_vision.compression.settings import Budgets, CompressionOptions, CompressionSettings
     from oats_vision.core.budget import Budget
-    from oats_vision.core.joint import Correlations
+    from oats_vision.core.correlations import Correlations
     from oats_vision.core.oats import Factors
 
 ROUGH_ITERATIONS = 10  # of the fast solver: an error 10 to 70% too high, by about the same share in all layers
