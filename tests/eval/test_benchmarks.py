@@ -73,6 +73,14 @@ def test_a_language_model_of_given_shapes_can_be_timed(tmp_path):
     assert [one["units"] for one in json.loads(timed.stdout)["timings"]] == [20, 2]
 
 
+def test_how_long_compressing_takes_by_quality():
+    sizes = ["--blocks", 1, "--image-size", 32, "--samples", 4, "--batch-size", 2]
+    output = _script("compress_time.py", "--model", "vit_tiny_patch16_224", *sizes)
+    fast, best = (re.search(rf"│ {quality} (.*)│", output)[1].split("│") for quality in ("fast", "best"))
+    assert fast[-1].strip() == "1.00"
+    assert float(best[-1]) == pytest.approx(float(best[-2]) / float(fast[-2]), rel=0.1)
+
+
 @pytest.mark.slow
 def test_the_parts_of_a_round_and_the_memory_of_loading(checkpoint):
     output = _script("iteration_profile.py", "--shapes", "96x64", "--repeats", 1)
