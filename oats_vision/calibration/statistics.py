@@ -8,9 +8,12 @@ from torch import Tensor
 from oats_vision import ranks
 from oats_vision.calibration.sums import Sum
 from oats_vision.core.correlations import Correlations
-from oats_vision.core.oats import column_scale
+from oats_vision.core.oats import column_scale, normalised
 from oats_vision.core.quantise import inverse_factor
 from oats_vision.models.values import all_finite
+
+LARGEST = 2048  # inputs that weigh together in `joint`: beyond, eigenvectors and rotations would take most of the time
+
 
 class Statistic(Protocol):
     """What is gathered of a linear's inputs in one pass; the classes below are made from `in_features` and a device."""
@@ -166,11 +169,12 @@ class Gram:
         self._mean: Tensor | None = None
         self._correlations: Correlations | None = None
         self._inverse_factor: Tensor | None = None
+        self._shares: Tensor | None = None
 
     def update(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add inputs (..., in_features), any floating dtype; `mask` (...) is true for tokens that count."""
         tokens = _tokens(inputs, mask)
-        self._mean = self._correlations = self._inverse_factor = None
+        self._forget()
         for chunk in tokens.chunk(max(1, -(-len(tokens) // 8192))):
             x = chunk if chunk.dtype == torch.float64 else chunk.float()
             for first, block in zip(range(0, x.shape[1], self.BLOCK), self.upper, strict=True):
@@ -184,7 +188,10 @@ class Gram:
         for block in self.upper:
             block.over_ranks()
         self.tokens = sum(ranks.everyones(self.tokens))
-        self._mean = self._correlations = self._inverse_factor = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._mean = self._correlations = self._inverse_factor = self._shares = None
 
     def compute(self) -> Tensor:
         """The mean of x x^T, (in_features, in_features), float64; not to be changed.
@@ -207,6 +214,16 @@ class Gram:
         """The sum of each feature's squares, (in_features,), float64."""
         return torch.cat([block.value().diagonal() for block in self.upper])
 
+    def shares(self, dtype: torch.dtype) -> Tensor:
+        """The mean as shares of the features' mean square, which fit into float32; made once for one dtype.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        if self._shares is None or self._shares.dtype != dtype:
+            self._shares = normalised(self.compute()).to(dtype)
+        return self._shares
+
     def correlations(self) -> Correlations:
         """The mean with a unit diagonal, in float32; made once for all that read these inputs.
 
@@ -214,7 +231,7 @@ class Gram:
             ValueError: no token was seen, or the moments are not finite.
         """
         if self._correlations is None:
-            self._correlations = Correlations.of(self.compute(), torch.float32)
+            self._correlations = Correlations.of(self.compute(), torch.float32, largest=LARGEST)
         return self._correlations
 
     def inverse_factor(self) -> Tensor:

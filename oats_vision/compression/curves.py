@@ -17,7 +17,7 @@ from oats_vision.core.oats import arithmetic, normalised
 # densities at which a curve is measured, as multiples of the global one: no linear gets more, or less, than the ends.
 # Far from there the errors of layers no longer add up, and what each costs alone says little.
 DENSITIES = (0.67, 1.0, 1.5)
-ROWS = 256  # of a weight that are decomposed, about: they stand for the others
+ROWS = 128  # of a weight that are decomposed, about: they stand for the others
 LOWEST, HIGHEST = 0.02, 0.98  # rates
 
 

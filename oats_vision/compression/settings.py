@@ -70,7 +70,7 @@ class _Shared(BaseModel):
         ge=1,
         description="with rank ratio auto: tokens to time a layer with [default: those of a picture; 1 for text]",
     )
-    iterations: int = Field(80, ge=1, description="iterations of alternating thresholding, at most")
+    iterations: int = Field(80, ge=1, description="of alternating thresholding, at most; 20 before joint rounds")
     solver: Solver = Field("fast", description="fast: warm-started and extrapolated; exact: SVDs")
     tolerance: float = Field(1e-3, ge=0, lt=1, description="fast stops when ten iterations gain less; 0: never")
     scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")

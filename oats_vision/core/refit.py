@@ -23,6 +23,7 @@ def refit(
     rounds: int = 3,
     steps: int = 5,
     damping: float = 0.01,
+    judged: bool = True,
 ) -> Factors:
     """Fit the values of S, and U and V, to all second moments of the inputs; support and rank stay.
 
@@ -36,6 +37,7 @@ def refit(
         rounds: of U, V and S in turn; steps: of conjugate gradients in each.
         damping: added to the diagonal of H, as a share of each entry: of the mean, a few outlier features would set
             it far above all others.
+        judged: whether to say the output's error, which takes two more products.
 
     Raises:
         ValueError: `gram` is not finite.
@@ -48,8 +50,8 @@ def refit(
     for _ in range(rounds):
         U, V = fit_factors(W - S, U, V, H, M)
         S = fit_values(W - U @ V, H, S, mask, steps, M)
-    error, of_output = relative_error(W, S, U, V, D), output_error(W, S, U, V, gram)
-    return Factors(S, U, V, error, factors.iterations, of_output)
+    of_output = output_error(W, S, U, V, gram) if judged else None
+    return Factors(S, U, V, relative_error(W, S, U, V, D), factors.iterations, of_output)
 
 
 def damped(gram: Tensor, W: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,7 @@ def compress(
         targets: aim each layer at what the dense model says, given what the compressed layers before it do; off for
             baselines, unless it is asked for.
         sensitivity: weigh errors of each layer's outputs by what they do to the model's output, to first order.
-        iterations: of alternating thresholding, at most.
+        iterations: of alternating thresholding, at most; before joint rounds 20 at most.
         solver: `fast` is warm-started and extrapolated; `exact` takes an SVD in each iteration, as the paper does.
         tolerance: `fast` stops when ten iterations lower the error by less than this share; 0: never.
         scaling: statistic of the inputs that scales the columns.

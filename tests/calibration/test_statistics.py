@@ -102,3 +102,21 @@ def test_gram_of_many_features_is_put_together_from_its_blocks(in_features):
     gram = Gram(in_features)
     gram.update(x)
     np.testing.assert_allclose(gram.compute(), (x.T @ x / len(x)).numpy(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("in_features", "blocks"), [(40, (1, 40, 40)), (2050, (2, 1025, 1025))])
+def test_inputs_weigh_together_in_pieces_where_there_are_many(in_features, blocks):
+    gram = Gram(in_features)
+    gram.update(torch.randn(10, in_features))
+    assert gram.correlations().C.blocks.shape == blocks
+    assert gram.correlations() is gram.correlations()
+
+
+def test_shares_are_the_mean_over_its_mean_square_and_follow_new_tokens():
+    gram, x = Gram(3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]])
+    gram.update(x[:1] * 1e30)
+    assert gram.shares(torch.float32).isfinite().all()  # whose squares are beyond float32
+    gram.update(x[1:] * 1e30)
+    G = (x.T @ x / 2).double()
+    torch.testing.assert_close(gram.shares(torch.float64), G / G.diagonal().mean())
+    assert gram.shares(torch.float32).dtype == torch.float32

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from oats_vision.core.correlations import Correlations
     from oats_vision.core.oats import Factors
 
-ROUGH_ITERATIONS = 10  # of the fast solver: an error 10 to 70% too high, by about the same share in all layers
+START_ITERATIONS = 20  # at most, before joint rounds: what more of them would gain, the rounds find too
+# of the fast solver, and of conjugate gradients after it: an error 10 to 70% too high, by about the same share in all
+# layers
+ROUGH_ITERATIONS, ROUGH_STEPS = 10, 3
 
 
 @register
@@ -99,7 +102,7 @@ class OATS(LinearMethod):
             statistic,
             budget,
             solver=settings.solver,
-            iterations=settings.iterations,
+            iterations=min(settings.iterations, START_ITERATIONS) if settings.joint else settings.iterations,
             tolerance=settings.tolerance,
         )
         if not isinstance(statistic, Gram):
@@ -108,8 +111,10 @@ class OATS(LinearMethod):
         if settings.joint and not whole:
             factors = joint(weight, factors, budget, statistic.correlations(), outputs)
         if settings.refit and not whole:
-            rounds = 1 if settings.joint else 3  # after the joint rounds U and V are nearly there
-            factors = refit(weight, factors, statistic.compute(), outputs, rounds=rounds)
+            # after the joint rounds S, U and V are nearly there
+            rounds, steps = (1, 4) if settings.joint else (3, 5)
+            moments = statistic.shares(factors.S.dtype)
+            factors = refit(weight, factors, moments, outputs, rounds=rounds, steps=steps)
         return self._rounded(weight, factors, statistic, budget, rounds=2)
 
     def decompose_roughly(
@@ -123,7 +128,9 @@ class OATS(LinearMethod):
         if not isinstance(statistic, Gram):
             return factors
         if settings.refit and not keeps_all(weight, budget):
-            factors = refit(weight, factors, statistic.compute(), rounds=1)
+            factors = refit(
+                weight, factors, statistic.shares(factors.S.dtype), rounds=1, steps=ROUGH_STEPS, judged=False
+            )
         return self._rounded(weight, factors, statistic, budget, rounds=1)
 
     def _start(self, weight: Tensor, statistic: Statistic, budget: Budget, **how: Any) -> Factors:
