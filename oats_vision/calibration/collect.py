@@ -1,7 +1,9 @@
 """What the linears of a block see on the calibration batches."""
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from oats_vision.calibration.explained import explained
 from oats_vision.calibration.origin import NotFiniteError
 from oats_vision.calibration.statistics import Statistic
 from oats_vision.errors import DataError, ModelError
-from oats_vision.models.structure import in_experts
+from oats_vision.models.structure import in_experts, linear_of
 from oats_vision.models.values import all_finite
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ def collect_statistics(
 ) -> tuple[dict[str, Statistic], dict[str, int]]:
     """Run all batches through the block and gather each linear's input statistics, and how many tokens it saw.
 
-    With several ranks each runs its own batches; what is returned is of all.
+    Linears that are given the very same tensor, as q, k and v are, have one statistic together. With several ranks each
+    runs its own batches; what is returned is of all.
 
     Args:
         linears: by name in the block.
@@ -45,37 +48,94 @@ def collect_statistics(
         DataError: batches are padded, and a linear sees a part of the tokens only.
         NotFiniteError: a linear's inputs are not finite.
     """
-    statistics: dict[str, Statistic] = {}
-    tokens: dict[str, int] = {}
-    handles = []
-    mask: Tensor | None = None  # of the batch that is running
-    b = 0  # its number
+    names = list(linears)
 
-    for name in linears:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        statistic = new_statistic(linear.in_features, calls.device)
-        statistics[name], tokens[name] = statistic, 0
+    def new(name: str) -> Statistic:
+        return new_statistic(linear_of(block, name).in_features, calls.device)
 
-        def update(_: nn.Module, args: tuple[Any, ...], name: str = name, statistic: Statistic = statistic) -> None:
-            x = counted(args[0], mask, f"{block_name}.{name}", b)
-            statistic.update(x)
-            tokens[name] += len(x)
-
-        handles.append(linear.register_forward_pre_hook(update))
-    with explained(block, block_name, calls, index, hidden):
-        try:
+    for together in (True, False):
+        found = _Gathered(new, block_name, together)
+        with explained(block, block_name, calls, index, hidden), ExitStack() as hooks:
+            for name in names:
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(found.hook(name)).remove)
             for b in range(len(hidden)):
-                mask = calls.masks[b]
+                found.begin(b, calls.masks[b])
                 calls.run(block, index, b, hidden[b])
                 tell((b + 1) / len(hidden))
-        finally:
-            for handle in handles:
-                handle.remove()
-    for statistic in statistics.values():
-        statistic.over_ranks()
-    counts = ranks.everyones(tokens)
-    return statistics, {name: sum(count[name] for count in counts) for name in tokens}
+        leaders = found.agreed(names)
+        if leaders is not None:
+            break
+    assert leaders is not None
+    counts = ranks.everyones(found.tokens)
+    for name in names:
+        if leaders[name] == name:
+            found.statistic(name).over_ranks()
+    tokens = {name: sum(count.get(leaders[name], 0) for count in counts) for name in names}
+    return {name: found.statistic(leaders[name]) for name in names}, tokens
+
+
+class _Gathered:
+    """What a block's linears see, batch by batch.
+
+    Args:
+        new: an empty statistic, for a linear. together: whether linears with the same inputs share one.
+    """
+
+    def __init__(self, new: Callable[[str], Statistic], block_name: str, together: bool) -> None:
+        self.new, self.block_name, self.together = new, block_name, together
+        self.tokens: dict[str, int] = {}
+        self._statistics: dict[str, Statistic] = {}
+        self._leaders: dict[str, str] = {}  # whose statistic has a linear's inputs, of those that were called
+        self._called: dict[str, int] = {}  # how often
+        self._differ = False  # whether linears were given the same at first, and something else later
+        self.begin(0, None)
+
+    def begin(self, batch: int, mask: Tensor | None) -> None:
+        """A batch, by its number, and which of its tokens count."""
+        self._batch, self._mask = batch, mask
+        self._begun: set[str] = set()  # leaders of which it is the first
+        self._given: dict[str, Callable[[Tensor], bool]] = {}  # whether a tensor is what a leader was given
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """Before a linear is called."""
+        return lambda module, args: self._see(name, args[0])
+
+    def _see(self, name: str, x: Tensor) -> None:
+        self._called[name] = self._called.get(name, 0) + 1
+        if name not in self._leaders:
+            same = (other for other in self._begun if self._given[other](x)) if self.together else ()
+            self._leaders[name] = next(iter(same), name)
+            if self._leaders[name] == name:
+                self._begun.add(name)
+        leader = self._leaders[name]
+        if leader != name:
+            self._differ |= leader not in self._given or not self._given[leader](x)
+            return
+        self._given[name] = _is_still(x)
+        inputs = counted(x, self._mask, f"{self.block_name}.{name}", self._batch)
+        self.statistic(name).update(inputs)
+        self.tokens[name] = self.tokens.get(name, 0) + len(inputs)
+
+    def statistic(self, name: str) -> Statistic:
+        """Of a leader; an empty one if it was not called."""
+        if name not in self._statistics:
+            self._statistics[name] = self.new(name)
+        return self._statistics[name]
+
+    def agreed(self, names: Iterable[str]) -> dict[str, str] | None:
+        """Whose statistic has each linear's inputs, on all ranks; None if that is not the same everywhere."""
+        uneven = any(self._called[name] != self._called[leader] for name, leader in self._leaders.items())
+        found: dict[str, str] = {}
+        for leaders, differ in ranks.everyones((self._leaders, self._differ or uneven)):
+            if differ or any(found.setdefault(name, leader) != leader for name, leader in leaders.items()):
+                return None
+        return {name: found.get(name, name) for name in names}
+
+
+def _is_still(x: Tensor) -> Callable[[Tensor], bool]:
+    """Whether a tensor is this one, and unchanged; keeps nothing in memory."""
+    reference, version = weakref.ref(x), x._version
+    return lambda other: reference() is other and other._version == version
 
 
 def counted(x: Tensor, mask: Tensor | None, name: str, batch: int) -> Tensor:
