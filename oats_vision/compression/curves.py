@@ -17,7 +17,7 @@ from oats_vision.core.oats import arithmetic, normalised
 # densities at which a curve is measured, as multiples of the global one: no linear gets more, or less, than the ends.
 # Far from there the errors of layers no longer add up, and what each costs alone says little.
 DENSITIES = (0.67, 1.0, 1.5)
-ROWS = 128  # of a weight that are decomposed, about: they stand for the others
+ROWS = 256  # of a weight that are decomposed, about: they stand for the others
 LOWEST, HIGHEST = 0.02, 0.98  # rates
 
 
@@ -86,8 +86,8 @@ def costs(
 ) -> list[tuple[Budget, tuple[int, int], float] | None]:
     """What each of some budgets costs the model's output, by rough decompositions.
 
-    Of a weight with many rows some are decomposed, evenly spaced, and counted for all. The cost is
-    sum_i s_i (E G E^T)_ii, with E the weight's error: see `output_sensitivity`.
+    Of a weight with many rows some are decomposed, evenly spaced, and stand for the others by what it would cost to
+    lose a row. The cost is sum_i s_i (E G E^T)_ii, with E the weight's error: see `output_sensitivity`.
 
     Args:
         budgets: from the shape of a weight.
@@ -100,8 +100,9 @@ def costs(
     """
     step = max(len(weight.W) // ROWS, 1)
     rows, sensitivity = weight.W[::step], weight.sensitivity[::step]
-    share, W, (m, n) = len(rows) / len(weight.W), arithmetic(rows), rows.shape
+    W, (m, n) = arithmetic(rows), rows.shape
     H, size = normalised(weight.gram).to(W), weight.gram.diagonal().mean()  # G is their product
+    share = _share(weight, step)
     found: list[tuple[Budget, tuple[int, int], float] | None] = []
     for budget_of in budgets:
         try:
@@ -116,3 +117,10 @@ def costs(
             raise ValueError("what it is decomposed into is not finite")
         found.append((budget, (m, n), cost))
     return found
+
+
+def _share(weight: Weight, step: int) -> float:
+    """The share that each `step`-th row has in what it would cost to lose all, by the inputs' sizes alone."""
+    lost = weight.W.double().square() @ weight.gram.diagonal() * weight.sensitivity
+    share = float(lost[::step].sum() / lost.sum())
+    return share if share > 0 and math.isfinite(share) else len(lost[::step]) / len(lost)
