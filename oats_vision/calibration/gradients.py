@@ -90,7 +90,7 @@ def backwards(
         parts: the rows of each matrix of a linear, by the block's name and the linear's in it.
         new: an empty statistic for a number of outputs, on a device.
         projections: random v for each batch. seed: of these.
-        memory: bytes of hidden states to keep there, and as many of gradients; the rest is on disk.
+        memory: bytes of hidden states and gradients to keep there; the rest is on disk.
         tell: called with the share of the work that is done.
 
     Returns:
@@ -101,7 +101,7 @@ def backwards(
     """
     blocks, batches = structure.named_blocks(model), range(len(calls.inputs))
     work, done = len(batches) * len(blocks) * (1 + FORWARD_AND_BACK * projections), 0
-    with ActivationStore(memory) as states, ActivationStore(memory) as gradients:
+    with ActivationStore(memory / 2) as states, ActivationStore(memory / 2) as gradients:
         flowing: list[int] = []  # the batch of each gradient
         for batch, inputs in enumerate(calls.inputs):
             dense = run_dense(model, structure, blocks, inputs, batch)

@@ -39,6 +39,11 @@ LayerDone = Callable[[str, LayerReport | LayerException], object]  # with the bl
 STREAM, GRADIENTS = 0.4, 0.2
 
 
+def spare(hidden: ActivationStore, settings: CompressionSettings) -> float:
+    """Bytes of the memory for activations that are free before the first block: there is no dense stream yet."""
+    return hidden.memory_limit if settings.targets else max(hidden.memory_limit - hidden.in_memory, 0.0)
+
+
 def nobody(block: str, layer: LayerReport | LayerException) -> None:
     """Is told of layers where no one wants to know."""
 
@@ -100,7 +105,7 @@ class Job:
                 rows,
                 calls,
                 memory=GRADIENTS / STREAM * hidden.memory_limit,
-                working=hidden.memory_limit / 2,  # that of the dense stream, which is not there yet
+                working=spare(hidden, settings),
                 tell=clock.gradients,
             )
         if settings.targets:

@@ -25,6 +25,7 @@ from oats_vision.calibration.statistics import SecondMoment, Statistic
 from oats_vision.compression import methods
 from oats_vision.compression.allocation import allocate, refined
 from oats_vision.compression.block_rates import alpha_rates, hill_exponent, outlier_ratio, owl_rates
+from oats_vision.compression.blocks import spare
 from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.common import Common
 from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, Weight, error_curve
@@ -189,7 +190,13 @@ def _measured(
         gradients.squares
         if gradients
         else output_sensitivity(
-            model, structure, plan.parts, calls, seed=SEED, tell=lambda share: tell(SHARE_OF_GRADIENTS * share)
+            model,
+            structure,
+            plan.parts,
+            calls,
+            seed=SEED,
+            memory=spare(hidden, settings),
+            tell=lambda share: tell(SHARE_OF_GRADIENTS * share),
         )
     )
     found: list[T | None] = []

@@ -367,12 +367,14 @@ def _memory(
     else:
         waiting = 0
     passing = correlations = backward = 0
-    if settings.sensitivity:  # gradients come first, when there is no dense stream, and leave outputs' correlations
+    if settings.sensitivity or settings.budget == "measured":  # gradients come first, when there is no dense stream
         passing = min(samples, INPUTS_KEPT) * one * (len(plan.blocks) + 1)
+    if settings.sensitivity:  # and leave outputs' correlations
         linears_of = [linear for of_block in plan.parts.values() for linear in of_block.values()]
         correlations = sum(4 * p.out_features * min(p.out_features, LARGEST) for parts in linears_of for p in parts)
         backward = 2 * forward + sum(8 * linear.out_features**2 for linear in own)
     in_memory = min(correlations, int(GRADIENTS / STREAM * limit))
+    free = limit if settings.targets else limit - alone
     on_disk = record_of(model).on_disk
     if on_disk:
         on_disk.rest()
@@ -381,8 +383,8 @@ def _memory(
     return Memory(
         libraries=max(memory_in_use(device) - used, 0) + (STARTED if device.type == "cpu" else 0),
         model=used + (on_disk.largest if on_disk else 0),
-        activations=max(alone + min(passing, limit), kept + waiting) + in_memory,
-        disk=max(activations - kept, passing - limit) + correlations - in_memory,
+        activations=max(alone + min(passing, free), kept + waiting) + in_memory,
+        disk=max(activations - kept, samples * one - alone + max(passing - free, 0)) + correlations - in_memory,
         block=max(3 * inputs, inputs + forward + logits, backward, statistics + max(forward, solver)),
         held_out=min(features, int(MEMORY)),
         so_far=peak_memory(device),
