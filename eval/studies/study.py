@@ -146,7 +146,7 @@ def _layers(report: ov.CompressionReport, seconds: float) -> Row:
         "layer_error": f"{statistics.mean(errors):.5f}" if errors else "",
         "output_error": f"{statistics.mean(of_output):.5f}" if of_output else "",
         "rounds": f"{statistics.mean(iterations):.1f}" if iterations else "",
-        "solver_seconds": f"{sum(layer.seconds for layer in report.layers):.2f}",
+        "solver_seconds": f"{sum(layer.seconds for layer in report.layers):.4g}",
         "seconds": f"{seconds:.2f}",
     }
 

@@ -203,7 +203,7 @@ def test_files_of_others_are_seen_before_the_work(quick, tmp_path):
 @pytest.mark.slow
 def test_a_second_run_is_refused_and_a_stopped_one_leaves_only_what_it_goes_on_from(quick, tmp_path):
     (tmp_path / "tmp").mkdir()
-    slow = [*quick, "--iterations", 10**6, "--tolerance", 0, "--out", tmp_path / "out"]
+    slow = [*quick, "--quality", "fast", "--iterations", 10**6, "--tolerance", 0, "--out", tmp_path / "out"]
     command = [sys.executable, "-m", "oats_vision", *map(str, slow)]
     first = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}

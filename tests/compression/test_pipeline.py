@@ -116,20 +116,20 @@ def test_activations_beyond_the_limit_live_on_disk_and_change_nothing(tiny_vit, 
 
 
 def test_padding_tokens_do_not_count(batches):
-    x = torch.cat(batches)
+    x = torch.cat(batches).double()
     torch.manual_seed(0)
     mask = torch.rand(x.shape[:2]) > 0.3
     mask[:, 0] = True
-    garbage, clean = Tower(), Tower()
+    garbage, clean = Tower().double(), Tower().double()
     clean.load_state_dict(garbage.state_dict())
     options = {"family": TOWERS, "rate": 0.4, "iterations": 5, "quality": "fast"}
     ov.compress(garbage, [{"x": torch.where(mask[..., None], x, 50.0), "attention_mask": mask.long()}], **options)
     ov.compress(clean, [x[mask][:, None]], **options)
-    # sums of other lengths round differently, which may tip single weights in or out of S
+    # in float32 sums of other lengths round differently, which may tip single weights in or out of S
     for ours, theirs in zip(
         ov.merge(garbage).state_dict().values(), ov.merge(clean).state_dict().values(), strict=True
     ):
-        assert torch.linalg.vector_norm(ours - theirs) < 0.05 * torch.linalg.vector_norm(theirs)
+        assert torch.linalg.vector_norm(ours - theirs) < 1e-6 * torch.linalg.vector_norm(theirs)
 
 
 def test_progress_names_what_is_done_linear_and_error_and_never_goes_back(tiny_vit, pictures):
