@@ -25,8 +25,8 @@ from oats_vision.compression import methods
 from oats_vision.compression.settings import resolve
 from oats_vision.core.correlations import Correlations
 
-# measured by --measure on one core of a shared x86 machine (AVX2), PyTorch 2.14: see docs/distributed.md
-WORK = {"fast": 60.0, "best": 150.0}
+# measured by --measure on one core of an EPYC (Zen 5, AVX-512), PyTorch 2.14: see docs/distributed.md
+WORK = {"fast": 41.0, "best": 70.0}
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (1536, 768), (768, 1536))
 SAMPLED = 32  # samples that gradients are taken on
 
