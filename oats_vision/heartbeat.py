@@ -19,8 +19,8 @@ SILENCE = 40.0  # seconds after which a process on another machine is taken for 
 class Trouble:
     """Why a run cannot go on.
 
-    rank: of the process that it comes from. what: in words. kind: `error`, which that process raised; `stopped`, by a
-    signal that it could catch; `lost`, without a word.
+    rank: of the process that it comes from. what: in words. kind: `error`, which that process raised; `refused`, which
+    all of them raise; `stopped`, by a signal that it could catch; `lost`, without a word.
     """
 
     rank: int

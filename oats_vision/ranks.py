@@ -50,7 +50,9 @@ class _Group:
             if trouble.kind == "lost" and trouble.rank == 0:
                 global _speaker
                 _speaker = 1
-            raise RankError(f"rank {trouble.rank} of {self.world}: {trouble.what}")
+            # what all refuse is no one rank's error, whichever has said so first
+            whose = "" if trouble.kind == "refused" else f"rank {trouble.rank} of {self.world}: "
+            raise RankError(f"{whose}{trouble.what}")
 
     def finish(self, work: Any) -> None:
         """Wait for the others, in such a way that trouble is noticed."""
@@ -106,7 +108,13 @@ def is_main() -> bool:
 def refuse(what: str) -> None:
     """Raises ConfigError if there are several ranks, for something that cannot be shared."""
     if count() > 1:
-        raise ConfigError(f"{what} runs in one process, and torchrun has started {count()}: start it without torchrun")
+        raise _RefusedError(
+            f"{what} runs in one process, and torchrun has started {count()}: start it without torchrun"
+        )
+
+
+class _RefusedError(ConfigError):
+    """Raised by all ranks alike."""
 
 
 @contextmanager
@@ -191,7 +199,8 @@ def _end(group: _Group, problem: BaseException) -> None:
     if heartbeat.trouble is None:
         what = str(problem) if known else f"{type(problem).__name__}: {problem}"
         what = "it was stopped by a signal" if stopped else what
-        heartbeat.report(" ".join(what.split()), "stopped" if stopped else "error")
+        kind = "stopped" if stopped else "refused" if isinstance(problem, _RefusedError) else "error"
+        heartbeat.report(" ".join(what.split()), kind)
     if not stopped and not speaks():
         heartbeat.wait_for(_speaker, PATIENCE)
 

@@ -137,8 +137,15 @@ def test_an_error_on_all_ranks_is_said_once(tmp_path):
     command = ["-m", "oats_vision", "compress", "--out", tmp_path / "out", "--recover", 5, "--samples", 64]
     found = _finish(_start(2, *command))
     assert [status for status, _, _ in found] == [1, 1]
-    # whichever comes first: the first rank's own error, or word of the other's
-    assert re.fullmatch(r"error: (rank 1 of 2: )?--recover runs in one process.*\n", found[0][2])
+    assert re.fullmatch(r"error: --recover runs in one process.*\n", found[0][2])
+    assert found[1][2] == ""
+
+
+@pytest.mark.slow
+def test_what_all_ranks_refuse_is_no_one_ranks_error_whichever_is_first(tmp_path):
+    found = _finish(_start(2, SCRIPT, tmp_path / "found.json", "refused"))
+    assert [status for status, _, _ in found] == [1, 1]
+    assert re.fullmatch(r"error: this runs in one process.*\n", found[0][2])
     assert found[1][2] == ""
 
 

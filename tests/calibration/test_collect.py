@@ -12,7 +12,7 @@ WIDTH = 6
 
 
 class Attention(nn.Module):
-    """q, k and v read one tensor; `other(batch)` makes of it what v reads, in place or not."""
+    """q, k and v read one tensor; `other(x, batch)` makes of it what v reads, in place or not."""
 
     def __init__(self, other=lambda x, batch: x) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_linears_that_read_one_tensor_share_a_statistic():
 
 
 def test_linears_that_stop_reading_one_tensor_are_gathered_apart():
-    """In the second batch: another tensor, the same one changed in place, or no call at all."""
+    """In the second batch: another tensor, or the same one changed in place."""
     for other in (lambda x, batch: x * 2 if batch % 4 else x, lambda x, batch: x.mul_(2) if batch % 4 else x):
         block, data = Attention(other), batches()
         statistics, tokens, _ = collected(block, data)

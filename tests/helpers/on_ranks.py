@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -197,6 +198,13 @@ def broken() -> None:
     compressed(tiny_vit(), batches)
 
 
+def refused() -> None:
+    """All refuse, and the first rank is late: it hears of it from the other."""
+    if ranks.is_main():
+        time.sleep(30)
+    ranks.refuse("this")
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "vit best": lambda: pictures(),
     "vit fast": lambda: pictures(quality="fast"),
@@ -220,6 +228,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "for ever": for_ever,
     "recovers": lambda: pictures(recover=2),
     "broken": broken,
+    "refused": refused,
 }
 
 
