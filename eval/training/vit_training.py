@@ -35,6 +35,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--padding", type=int, default=1, help="pixels that training pictures are shifted by at most")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -60,8 +61,9 @@ def normalise(pictures: Tensor) -> Tensor:
 def accuracy(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent, in float32."""
     model.eval()
+    device = next(model.parameters()).device
     batches = zip(pictures.split(500), labels.split(500), strict=True)
-    hits = sum(int((model(normalise(x)).argmax(1) == y).sum()) for x, y in batches)
+    hits = sum(int((model(normalise(x).to(device)).argmax(1).cpu() == y).sum()) for x, y in batches)
     return 100 * hits / len(labels)
 
 
@@ -82,14 +84,16 @@ def train(
     model_args = {"img_size": size, "patch_size": args.patch_size, "depth": args.depth, "num_classes": classes}
     if (args.width, args.heads) != (384, 6):  # the architecture's own
         model_args |= {"embed_dim": args.width, "num_heads": args.heads}
-    model = timm.create_model(ARCHITECTURE, pretrained=False, drop_path_rate=0.1, **model_args)
+    device = torch.device(args.device)
+    model = timm.create_model(ARCHITECTURE, pretrained=False, drop_path_rate=0.1, **model_args).to(device)
     log.info(
-        "%s %s, %.2f million parameters; torch %s, timm %s, %d threads, seed %d",
+        "%s %s, %.2f million parameters; torch %s, timm %s, %s, %d threads, seed %d",
         ARCHITECTURE,
         model_args,
         sum(p.numel() for p in model.parameters()) / 1e6,
         torch.__version__,
         timm.__version__,
+        device,
         args.threads,
         args.seed,
     )
@@ -111,9 +115,9 @@ def train(
         for i, index in enumerate(torch.randperm(len(labels)).split(args.batch_size)):
             schedule.step_update(epoch * steps_per_epoch + i)
             # one draw of the augmentation per small group: cheap, and varied enough
-            x = normalise(torch.cat([augment(group) for group in pictures[index].split(8)]))
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(model(x), labels[index], label_smoothing=0.05)
+            x = normalise(torch.cat([augment(group) for group in pictures[index].split(8)])).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = F.cross_entropy(model(x), labels[index].to(device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
