@@ -101,7 +101,8 @@ def costs(
     step = max(len(weight.W) // ROWS, 1)
     rows, sensitivity = weight.W[::step], weight.sensitivity[::step]
     W, (m, n) = arithmetic(rows), rows.shape
-    H, size = normalised(weight.gram).to(W), weight.gram.diagonal().mean()  # G is their product
+    H = weight.own.shares(W.dtype) if isinstance(weight.own, Gram) else normalised(weight.gram).to(W)
+    size = weight.gram.diagonal().mean()  # G is H times that
     share = _share(weight, step)
     found: list[tuple[Budget, tuple[int, int], float] | None] = []
     for budget_of in budgets:
