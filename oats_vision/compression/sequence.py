@@ -4,6 +4,7 @@ Each linear's inputs are those that the compressed linears before it give, in it
 inputs of the same linear are computed beside them; from both, the linear's target follows: see `core/target.py`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +33,10 @@ from oats_vision.core.target import propagated_target
 from oats_vision.models.structure import in_experts, linear_of, sharing_weights
 from oats_vision.models.values import round_to
 
-# how much must be known before it changes the weight, as a share of the features' mean square: of text there is less
-DAMPING = {"pictures": 0.03, "sequences": 0.1}
+log = logging.getLogger(__name__)
+
+# how much must be known before it changes the weight, as a share of the features' mean square: texts differ more
+DAMPING = {"pictures": 0.03, "sequences": 1.0}
 
 
 def compress_block(
@@ -80,6 +83,10 @@ def _compress_in_sequence(
             dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
         )
     )
+    if job.residual is not None and not known:
+        log.info(
+            "%s: no linear writes to the residual stream as the family says: losses in it are not made up for", name
+        )
     norm = next((writer.norm for writer in known.values() if writer.norm), "")
     own = [linear_of(block, linear) for linear in parts]
     widest = max((one.in_features + one.out_features for one in own), default=0)

@@ -31,7 +31,7 @@ def joint(
     inputs: Correlations,
     outputs: Correlations | None = None,
     *,
-    rounds: int = 7,
+    rounds: int = 16,
     rho: tuple[float, float] = (0.1, 0.4),
     relaxation: float = 1.6,
     tolerance: float = 0.01,

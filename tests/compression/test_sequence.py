@@ -11,6 +11,7 @@ from torch import nn
 import oats_vision as ov
 from oats_vision.compression import methods
 from oats_vision.compression.methods.magnitude import Magnitude
+from tests.helpers.on_ranks import tiny_llama
 
 OPTIONS = {"rate": 0.5, "rank_ratio": 0.0}
 
@@ -89,6 +90,25 @@ def test_each_target_is_that_of_the_formula_whatever_the_layer_scale(aimed_at, g
         torch.testing.assert_close(found, solution, rtol=1e-5, atol=1e-6 * float(solution.abs().max()))
         ours.get_submodule(name).weight.copy_(model.get_submodule(name).dense_weight())
     assert next(targets, None) is None
+
+
+@torch.no_grad()
+def test_on_text_more_must_be_known_before_a_target_moves(aimed_at):
+    model = tiny_llama().double()
+    dense, text = copy.deepcopy(model), torch.randint(0, 50, (4, 64))
+    names = [layer.name for layer in ov.compress(model, [text], method="noting", targets=True, **OPTIONS).report.layers]
+    name = "model.layers.1.mlp.gate_proj"  # reads another stream than in the dense model, and does not write to it
+    pairs = []
+    for one in (model, dense):
+        seen = Seen(one.get_submodule(name))
+        one(text)
+        pairs.append(seen.x.flatten(0, 1))
+    x, x_dense = pairs
+    W = dense.get_submodule(name).weight
+    squares = x.square().mean(0)
+    root = (1.0 * len(x) * squares.clamp_max(10 * squares.median()).mean()).sqrt() * torch.eye(len(squares)).double()
+    solution = torch.linalg.lstsq(torch.cat([x, root]), torch.cat([x_dense @ W.T, root @ W.T])).solution.T
+    torch.testing.assert_close(aimed_at[names.index(name)], solution, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from oats_vision.core.oats import Factors
 
 START_ITERATIONS = 20  # at most, before joint rounds: what more of them would gain, the rounds find too
+# joint rounds: one for each eight tokens that an input feature was seen on, at least 7 and at most 16. What more would
+# find in fewer tokens is chance, which other data do not share
+TOKENS_A_ROUND, FEWEST_ROUNDS, MOST_ROUNDS = 8, 7, 16
 # of the fast solver, and of conjugate gradients after it: an error 10 to 70% too high, by about the same share in all
 # layers
 ROUGH_ITERATIONS, ROUGH_STEPS = 10, 3
@@ -109,7 +112,14 @@ class OATS(LinearMethod):
             return factors
         whole = keeps_all(weight, budget)
         if settings.joint and not whole:
-            factors = joint(weight, factors, budget, statistic.correlations(), outputs)
+            factors = joint(
+                weight,
+                factors,
+                budget,
+                statistic.correlations(),
+                outputs,
+                rounds=joint_rounds(statistic.tokens, weight.shape[1]),
+            )
         if settings.refit and not whole:
             # after the joint rounds S, U and V are nearly there
             rounds, steps = (1, 4) if settings.joint else (3, 5)
@@ -171,6 +181,11 @@ class OATS(LinearMethod):
         if settings.grid:
             moments = 5 * 8 + 4  # as of SparseGPT
         return matrices + 8 * (settings.rank_ratio == "auto"), moments  # the results for the other rank ratios
+
+
+def joint_rounds(tokens: int, in_features: int) -> int:
+    """As many as what is known of the inputs is worth."""
+    return min(max(tokens // (TOKENS_A_ROUND * in_features), FEWEST_ROUNDS), MOST_ROUNDS)
 
 
 def keeps_all(weight: Tensor, budget: Budget) -> bool:
