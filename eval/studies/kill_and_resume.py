@@ -119,11 +119,14 @@ def compressing(folder: Path, kills: int, draw: random.Random, options: dict[str
         times = 0
         while killed_after(draw.uniform(0, seconds), work(out, overwrite=replaces)):
             done, times = done + 1, times + 1
-            kept += bool(journal_of(out).done)
+            journal = journal_of(out)
+            kept += bool(journal.done)
             if replaces or out.exists():
                 ov.load(out)  # which reads all of it, and checks its digest
                 if checkpoint.read_config(out).weights_sha256 not in digests:
                     raise Different(f"after kill {done} another checkpoint is there")
+                if not (replaces or journal.noted("written")):
+                    break  # the run was over, and only its process had not ended: nothing is left to go on with
         runs, most = runs + 1, max(most, times)
         if files(out) != wanted:
             raise Different(f"after kill {done} the files are not those of a whole run")
