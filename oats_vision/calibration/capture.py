@@ -1,5 +1,6 @@
 """What a model gives its blocks: the first one's inputs, and the extras that all of them are called with."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,25 @@ from torch import Tensor, nn
 from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.origin import NotFiniteError, origin_of
-from oats_vision.data.batches import Inputs, Reader, read_mine
+from oats_vision.data.batches import Inputs, Reader, expected_samples, read_mine
 from oats_vision.errors import DataError, ModelError, OatsVisionError
 from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite
 from oats_vision.nn.outputs import first_output
 
-INPUTS_KEPT = 32  # pictures (or sequences), to the batch: what gradients are taken on
+# pictures (or sequences) that gradients are taken on: this part of all, but at least so many, with so many tokens
+GRADIENT_SHARE, GRADIENT_SAMPLES, GRADIENT_TOKENS = 0.25, 32, 8_192
 Form = Callable[[Tensor], Any]  # hidden states -> what a block returns
+
+
+def gradient_samples(tokens: float, samples: int | None, samples_before: int = 0, tokens_before: int = 0) -> int:
+    """How many samples of `tokens` tokens each gradients are taken on, after those that came before.
+
+    Args:
+        samples: that there are in all, if known.
+    """
+    least = max(GRADIENT_SAMPLES, int(GRADIENT_SHARE * (samples or 0)))
+    return max(least - samples_before, math.ceil((GRADIENT_TOKENS - tokens_before) / tokens), 0)
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,9 @@ class BlockCalls:
     inputs[b]: what the model was called with, of the first batches only.
     names[b]: of the samples in batch b, if they have any: files, or rows of a table.
 
-    With several ranks these are the batches of one of them. samples: in all batches of all ranks. before[b]: samples,
-    and tokens, in the batches that come before batch b among all.
+    With several ranks these are the batches of one of them. samples: in all batches of all ranks; expected: what the
+    data said of them. before[b]: samples, and tokens, in the batches that come before batch b among all.
+    gradient_samples: how many samples of all, the first ones, gradients are taken on.
     """
 
     device: torch.device
@@ -67,7 +80,9 @@ class BlockCalls:
     inputs: list[Inputs] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     samples: int = 0
+    expected: int | None = None
     before: list[tuple[int, int]] = field(default_factory=list)
+    gradient_samples: int = 0
 
     def place(self, sizes: dict[int, tuple[int, int]]) -> None:
         """Find where these batches stand among those of all ranks.
@@ -78,9 +93,12 @@ class BlockCalls:
         before, tokens = {}, 0
         for number, (samples, of_batch) in ranks.in_order({number: (number, size) for number, size in sizes.items()}):
             before[number] = (self.samples, tokens)
+            counted = gradient_samples(of_batch / samples, self.expected, self.samples, tokens)
+            self.gradient_samples += min(samples, counted)
             self.samples, tokens = self.samples + samples, tokens + of_batch
         self.before = [before[number] for number in sizes]
-        self.inputs = [one for one, (first, _) in zip(self.inputs, self.before, strict=False) if first < INPUTS_KEPT]
+        places = zip(self.inputs, self.before, strict=False)
+        self.inputs = [one for one, (first, _) in places if first < self.gradient_samples]
 
     def call(self, index: int, batch: int) -> Call:
         """How block `index` is called in batch `batch`."""
@@ -122,7 +140,8 @@ def capture_block_calls(
         DataError: no batch, or one that the model cannot take.
     """
     first = floating(model)
-    found = BlockCalls(first.device)
+    expected = expected_samples(data)
+    found = BlockCalls(first.device, expected=expected)
     shortcut: list[Form] | None = None  # in what form each block returned the hidden states of the first batch
 
     def run(inputs: Inputs, number: int) -> Any:
@@ -134,7 +153,7 @@ def capture_block_calls(
         done.check(blocks)
         return done
 
-    number, samples, read, sizes = -1, 0, 0, dict[int, tuple[int, int]]()
+    number, samples, tokens, read, sizes = -1, 0, 0, 0, dict[int, tuple[int, int]]()
     for number, inputs in read_mine(data, Reader.of(model, unit)):
         seen(number, inputs)
         mask, read = inputs.padding_mask, read + len(inputs.tensor)
@@ -158,11 +177,11 @@ def capture_block_calls(
         found.calls.append(calls)
         found.masks.append(mask)
         found.names.append(names)
-        if samples < INPUTS_KEPT:  # with several ranks `place` leaves those that come too late
+        sizes[number] = len(done.hidden), done.hidden.shape[:-1].numel()
+        if gradient_samples(1, expected, samples, tokens):  # with several ranks `place` leaves those that come too late
             found.inputs.append(inputs)
         hidden.append(done.hidden)
-        sizes[number] = len(done.hidden), done.hidden.shape[:-1].numel()
-        samples += len(done.hidden)
+        samples, tokens = samples + sizes[number][0], tokens + sizes[number][1]
         tell(samples * ranks.count())
     if max(ranks.everyones(number)) < 0:
         raise DataError("the calibration data gave no batch (a generator can be read only once)")

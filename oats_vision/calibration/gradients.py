@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import INPUTS_KEPT, BlockCalls, call_model, no_cache, split_call
+from oats_vision.calibration.capture import BlockCalls, call_model, no_cache, split_call
 from oats_vision.calibration.statistics import SecondMoment, Statistic
 from oats_vision.data.batches import Inputs
 from oats_vision.models.families import Structure
@@ -54,7 +54,7 @@ def output_sensitivity(
         block: {name: [linear_of(model, f"{block}.{name}").out_features] for name in names}
         for block, names in linears.items()
     }
-    runs = min(calls.samples, INPUTS_KEPT) * projections
+    runs = calls.gradient_samples * projections
     return {
         f"{block}.{name}": moment.total.value() / runs
         for block, found in backwards(
@@ -109,7 +109,8 @@ def backwards(
                 states.append(of_block)
             first, _ = calls.before[batch]
             for projection in range(projections):
-                gradient = dense.gradient(seed * projections + projection, first, calls.masks[batch])
+                counted, of_batch = calls.gradient_samples, seed * projections + projection
+                gradient = dense.gradient(of_batch, first, counted, calls.masks[batch])
                 if gradient is not None:
                     flowing.append(batch)
                     gradients.append(gradient)
@@ -155,28 +156,29 @@ class DenseRun:
     output: Tensor
     logits: bool
 
-    def gradient(self, seed: int, first: int, mask: Tensor | None) -> Tensor | None:
+    def gradient(self, seed: int, first: int, counted: int, mask: Tensor | None) -> Tensor | None:
         """That of the output's product with a random vector, by the last block's output; None if it is not finite.
 
         Args:
             seed: of the vector, which is each sample's own: how samples are batched changes nothing.
-            first: number of the batch's first sample; those from `INPUTS_KEPT` on do not count.
+            first: number of the batch's first sample. counted: from which number on they do not count.
             mask: true for tokens that count, (batch, tokens).
         """
         output = self.output.detach().float().cpu()
         if not all_finite(output):
             return None  # the pass through the blocks says where that comes from
-        v = torch.stack([self._vector(sample, seed, first + i) for i, sample in enumerate(output)]).to(self.output)
+        vectors = [self._vector(one, seed, first + i, counted) for i, one in enumerate(output)]
+        v = torch.stack(vectors).to(self.output)
         if mask is not None and mask.shape == v.shape[:2]:
             v = v * mask.to(v)[..., None]
         (gradient,) = torch.autograd.grad(self.output, self.last, v, retain_graph=True)
         return gradient
 
-    def _vector(self, output: Tensor, seed: int, number: int) -> Tensor:
+    def _vector(self, output: Tensor, seed: int, number: int, counted: int) -> Tensor:
         """For one sample's output."""
-        if number >= INPUTS_KEPT:
+        if number >= counted:
             return torch.zeros_like(output)
-        generator = torch.Generator().manual_seed(seed * INPUTS_KEPT + number)
+        generator = torch.Generator().manual_seed(seed * counted + number)
         if not self.logits:
             return torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
         p = output.softmax(-1)

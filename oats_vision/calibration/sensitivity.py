@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import INPUTS_KEPT, BlockCalls
+from oats_vision.calibration.capture import BlockCalls
 from oats_vision.calibration.gradients import backwards
 from oats_vision.calibration.statistics import Gram
 from oats_vision.core.correlations import Blocks, Correlations
@@ -51,7 +51,7 @@ class OutputGradients:
     ) -> None:
         self.squares: dict[str, Tensor] = {}
         self._kept: dict[str, list[_Kept | None]] = {}
-        self._store, samples = ActivationStore(memory), min(calls.samples, INPUTS_KEPT)
+        self._store, samples = ActivationStore(memory), calls.gradient_samples
         for block, found in backwards(model, structure, parts, calls, Gram, seed=seed, memory=working, tell=tell):
             for name, grams in found.items():
                 self.squares[f"{block}.{name}"] = torch.cat([gram.squares() for gram in grams]) / samples

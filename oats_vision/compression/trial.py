@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from oats_vision.calibration.activations import ActivationStore
-from oats_vision.calibration.capture import INPUTS_KEPT, capture_block_calls
+from oats_vision.calibration.capture import GRADIENT_SAMPLES, capture_block_calls, gradient_samples
 from oats_vision.compression import methods
 from oats_vision.compression.blocks import Job
 from oats_vision.compression.methods import BlockMethod
@@ -38,8 +38,8 @@ class Trial:
 
     first: of the first batch, which runs through the whole model. sample: of reading one more sample. checks: of a
     block, before any is changed. statistics and applying: of `samples` on the block. decomposing: of its weights.
-    gradients: of the dense model's output, on `samples` of those that they are taken on. budgets: to see what the
-    block's weights may lose.
+    gradients: of the dense model's output, on `samples` of the `gradient_samples` that they are taken on. budgets: to
+    see what the block's weights may lose.
     """
 
     samples: int
@@ -51,6 +51,7 @@ class Trial:
     applying: float
     gradients: float = 0.0
     budgets: float = 0.0
+    gradient_samples: int = GRADIENT_SAMPLES
 
     def extrapolated(self, samples: int, blocks: int, work: float, unit: Unit) -> Estimate:
         """To all samples and blocks.
@@ -60,7 +61,7 @@ class Trial:
         """
         reading = self.first + self.sample * samples + self.checks * blocks
         each = samples / self.samples
-        few = min(samples, max(INPUTS_KEPT, self.samples)) / self.samples
+        few = min(samples, max(self.gradient_samples, self.samples)) / self.samples
         budgets = self.gradients * few + self.budgets * work
         total = reading + each * (self.statistics * blocks + self.applying * (blocks - 1)) + self.decomposing * work
         return Estimate(total + budgets, reading, blocks, unit, budgets)
@@ -123,7 +124,7 @@ def trial(
             alone_plan = replace(plan, blocks=[(name, original)], parts={name: plan.parts[name]})
             share_out(model, structure, alone_plan, settings, hidden, calls, job.gradients, clock.sharing)
             compress_block(job, index, name, block, plan.parts[name], lambda: None, last=False)
-        taken = clock.seconds
+        taken, tokens = clock.seconds, hidden[0].shape[1:-1].numel()
     done = Trial(
         tried,
         then - start - sample * first,
@@ -134,5 +135,6 @@ def trial(
         taken["applying"],
         taken.get("gradients", 0.0),
         taken.get("budgets", 0.0),
+        gradient_samples(tokens, samples),
     )
     return done.extrapolated(samples, len(plan.blocks), sum(plan.work) / plan.work[index], unit)

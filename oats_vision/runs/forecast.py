@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oats_vision.calibration.capture import INPUTS_KEPT, first_block_input
+from oats_vision.calibration.capture import first_block_input, gradient_samples
 from oats_vision.calibration.sensitivity import LARGEST
 from oats_vision.checkpoint import Sizes, measure
 from oats_vision.compression import methods
@@ -225,12 +225,18 @@ def forecast(
         width=hidden.shape[-1],
         memory=memory,
         recovery=_recovery(recover, plan, hidden, samples or 0, memory) if recover else None,
-        block_by_block=_block_by_block(model, settings, samples or 0, held_out, batch_size, sizes),
+        block_by_block=_block_by_block(model, settings, samples or 0, held_out, batch_size, sizes, hidden),
     )
 
 
 def _block_by_block(
-    model: nn.Module, settings: CompressionSettings, samples: int, held_out: int, batch_size: int, sizes: Sizes
+    model: nn.Module,
+    settings: CompressionSettings,
+    samples: int,
+    held_out: int,
+    batch_size: int,
+    sizes: Sizes,
+    hidden: Tensor,
 ) -> BlockByBlock | None:
     """Of a model that is read so."""
     on_disk = record_of(model).on_disk
@@ -238,7 +244,8 @@ def _block_by_block(
         return None
     asked = settings.sensitivity or settings.budget == "measured"
     runs = 2 if settings.budget == "measured" and not settings.sensitivity else 1  # projections of the output
-    batches = -(-min(samples or INPUTS_KEPT, INPUTS_KEPT) // batch_size)
+    few = gradient_samples(hidden.shape[1:-1].numel(), samples)
+    batches = -(-min(samples or few, few) // batch_size)
     # each batch through the whole model, and its gradients back; each held-out one; then the looks at all values, the
     # first calibration batch, the search for budgets, and the compression
     times = asked * (1 + runs) * batches + -(-held_out // batch_size) + 5 + (settings.budget != "uniform")
@@ -368,7 +375,7 @@ def _memory(
         waiting = 0
     passing = correlations = backward = 0
     if settings.sensitivity or settings.budget == "measured":  # gradients come first, when there is no dense stream
-        passing = min(samples, INPUTS_KEPT) * one * (len(plan.blocks) + 1)
+        passing = min(samples, gradient_samples(hidden.shape[1:-1].numel(), samples)) * one * (len(plan.blocks) + 1)
     if settings.sensitivity:  # and leave outputs' correlations
         linears_of = [linear for of_block in plan.parts.values() for linear in of_block.values()]
         correlations = sum(4 * p.out_features * min(p.out_features, LARGEST) for parts in linears_of for p in parts)

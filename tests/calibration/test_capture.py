@@ -96,6 +96,19 @@ def test_only_the_first_batch_runs_through_the_blocks(kind, between):
     assert calls.calls[1] is calls.calls[2]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "batches", "counted"),
+    [(200, 9, 41), (1000, 9, 32), (5, 9, 72), (1000, 20, 40)],
+    ids=["8,192 tokens", "32 samples", "all there are", "a quarter of all"],
+)
+@torch.no_grad()
+def test_gradients_are_taken_on_a_part_that_is_large_enough(tokens, batches, counted):
+    data = [torch.randn(1, 1, tokens, 4).expand(8, 1, tokens, 4) for _ in range(batches)]
+    calls, _ = _capture(Model("plain", ""), data)
+    assert calls.gradient_samples == counted
+    assert len(calls.inputs) == -(-counted // 8)
+
+
 @pytest.mark.parametrize(("kind", "between"), [("and more", ""), ("plain", "looks")])
 def test_extras_that_depend_on_the_hidden_states_are_those_of_whole_runs(kind, between):
     model = Model(kind, between)

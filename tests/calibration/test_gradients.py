@@ -109,6 +109,20 @@ def test_the_final_norm_may_also_be_seen_of_earlier_blocks():
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
+@torch.no_grad()
+def test_samples_beyond_those_that_gradients_are_taken_on_do_not_count():
+    torch.manual_seed(0)
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **args).double().eval()
+    pictures = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    few = output_sensitivity(model, *captured(model, [pictures[:4]]))
+    structure, linears, calls = captured(model, [pictures])
+    calls.gradient_samples = 4
+    found = output_sensitivity(model, structure, linears, calls)
+    for name in few:
+        torch.testing.assert_close(found[name], few[name])
+
+
 def test_correlations_are_those_of_gradients_through_the_whole_model():
     """With the same random signs; a fused weight's parts apart."""
     torch.manual_seed(0)

@@ -18,6 +18,8 @@ def test_a_trial_is_extrapolated_to_all_samples_blocks_and_weights():
     assert str(estimate) == "about 2 min in all: 4 blocks of 32 s, reading pictures 17 s"
     shared = replace(tried, gradients=2.0, budgets=1.0).extrapolated(samples=100, blocks=4, work=6.0, unit="pictures")
     assert shared.total == pytest.approx(estimate.total + 2 * 3.2 + 6)  # gradients of 32 pictures
+    shared = replace(tried, gradients=2.0, gradient_samples=250).extrapolated(100, blocks=4, work=6.0, unit="pictures")
+    assert shared.total == pytest.approx(estimate.total + 2 * 10)  # of all
 
 
 @pytest.mark.parametrize("settings", [{"rate": 0.5}, {"rate": 0.2, "method": "slicegpt"}, {"skip": "blocks.0"}])
