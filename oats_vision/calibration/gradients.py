@@ -109,8 +109,8 @@ def backwards(
                 states.append(of_block)
             first, _ = calls.before[batch]
             for projection in range(projections):
-                counted, of_batch = calls.gradient_samples, seed * projections + projection
-                gradient = dense.gradient(of_batch, first, counted, calls.masks[batch])
+                drawn = seed * projections + projection
+                gradient = dense.gradient(drawn, first, calls.gradient_samples, calls.masks[batch])
                 if gradient is not None:
                     flowing.append(batch)
                     gradients.append(gradient)
