@@ -69,9 +69,9 @@ class BlockCalls:
     inputs[b]: what the model was called with, of the first batches only.
     names[b]: of the samples in batch b, if they have any: files, or rows of a table.
 
-    With several ranks these are the batches of one of them. samples: in all batches of all ranks; expected: what the
-    data said of them. before[b]: samples, and tokens, in the batches that come before batch b among all.
-    gradient_samples: how many samples of all, the first ones, gradients are taken on.
+    With several ranks these are the batches of one of them. samples: in all batches of all ranks. before[b]: samples,
+    and tokens, in the batches that come before batch b among all. gradient_samples: how many samples of all, the first
+    ones, gradients are taken on.
     """
 
     device: torch.device
@@ -80,20 +80,20 @@ class BlockCalls:
     inputs: list[Inputs] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     samples: int = 0
-    expected: int | None = None
     before: list[tuple[int, int]] = field(default_factory=list)
     gradient_samples: int = 0
 
-    def place(self, sizes: dict[int, tuple[int, int]]) -> None:
+    def place(self, sizes: dict[int, tuple[int, int]], expected: int | None) -> None:
         """Find where these batches stand among those of all ranks.
 
         Args:
             sizes: samples and tokens of each of these batches, by its number among all.
+            expected: samples in all, as far as the data said so beforehand.
         """
         before, tokens = {}, 0
         for number, (samples, of_batch) in ranks.in_order({number: (number, size) for number, size in sizes.items()}):
             before[number] = (self.samples, tokens)
-            counted = gradient_samples(of_batch / samples, self.expected, self.samples, tokens)
+            counted = gradient_samples(of_batch / samples, expected, self.samples, tokens)
             self.gradient_samples += min(samples, counted)
             self.samples, tokens = self.samples + samples, tokens + of_batch
         self.before = [before[number] for number in sizes]
@@ -141,7 +141,7 @@ def capture_block_calls(
     """
     first = floating(model)
     expected = expected_samples(data)
-    found = BlockCalls(first.device, expected=expected)
+    found = BlockCalls(first.device)
     shortcut: list[Form] | None = None  # in what form each block returned the hidden states of the first batch
 
     def run(inputs: Inputs, number: int) -> Any:
@@ -185,7 +185,7 @@ def capture_block_calls(
         tell(samples * ranks.count())
     if max(ranks.everyones(number)) < 0:
         raise DataError("the calibration data gave no batch (a generator can be read only once)")
-    found.place(sizes)
+    found.place(sizes, expected)
     if not found.samples:
         raise DataError("all tokens of the calibration data are padding")
     return found

@@ -198,6 +198,7 @@ def forecast(
     inside = tuple(f"{block}." for block, _ in plan.blocks)
     first = structure.named_blocks(model)[0][1]
     hidden = first_block_input(model, first, example)
+    few = gradient_samples(hidden.shape[1:-1].numel(), samples)
     features = 4 * held_out * hidden[0].numel() if structure.family.unit == "pictures" else 0
     memory = _memory(model, plan, settings, example, hidden, samples or 0, batch_size, activation_memory, features)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -225,27 +226,20 @@ def forecast(
         width=hidden.shape[-1],
         memory=memory,
         recovery=_recovery(recover, plan, hidden, samples or 0, memory) if recover else None,
-        block_by_block=_block_by_block(model, settings, samples or 0, held_out, batch_size, sizes, hidden),
+        block_by_block=_block_by_block(model, settings, min(samples or few, few), held_out, batch_size, sizes),
     )
 
 
 def _block_by_block(
-    model: nn.Module,
-    settings: CompressionSettings,
-    samples: int,
-    held_out: int,
-    batch_size: int,
-    sizes: Sizes,
-    hidden: Tensor,
+    model: nn.Module, settings: CompressionSettings, few: int, held_out: int, batch_size: int, sizes: Sizes
 ) -> BlockByBlock | None:
-    """Of a model that is read so."""
+    """Of a model that is read so, with gradients on a few samples."""
     on_disk = record_of(model).on_disk
     if on_disk is None:
         return None
     asked = settings.sensitivity or settings.budget == "measured"
     runs = 2 if settings.budget == "measured" and not settings.sensitivity else 1  # projections of the output
-    few = gradient_samples(hidden.shape[1:-1].numel(), samples)
-    batches = -(-min(samples or few, few) // batch_size)
+    batches = -(-few // batch_size)
     # each batch through the whole model, and its gradients back; each held-out one; then the looks at all values, the
     # first calibration batch, the search for budgets, and the compression
     times = asked * (1 + runs) * batches + -(-held_out // batch_size) + 5 + (settings.budget != "uniform")
