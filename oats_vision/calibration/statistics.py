@@ -155,18 +155,22 @@ class Gram:
     Products are summed in float32 over a batch (in float64 if they overflow) and beyond it without rounding, so that
     the order of the batches changes nothing. The mean is symmetric: blocks of rows are computed from the diagonal on,
     which is little more than half of the work.
+
+    noise: what each feature's mean square that is not 0 grows by, as a share of their median. damping: of
+    `inverse_factor`.
     """
 
     BLOCK = 512  # rows
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.damping = 0.01  # of `inverse_factor`
+        self.noise, self.damping = 0.0, 0.01
         self.upper = [
             Sum(min(self.BLOCK, in_features - first), in_features - first, device=device)
             for first in range(0, in_features, self.BLOCK)
         ]
         self.tokens = 0
         self._mean: Tensor | None = None
+        self._squares = torch.empty(0)
         self._correlations: Correlations | None = None
         self._inverse_factor: Tensor | None = None
         self._shares: Tensor | None = None
@@ -194,7 +198,7 @@ class Gram:
         self._mean = self._correlations = self._inverse_factor = self._shares = None
 
     def compute(self) -> Tensor:
-        """The mean of x x^T, (in_features, in_features), float64; not to be changed.
+        """The mean of x x^T, with its noise, (in_features, in_features), float64; not to be changed.
 
         Raises:
             ValueError: no token was seen.
@@ -208,7 +212,15 @@ class Gram:
                 last = first + len(block.high)
                 mean[first:last, first:] = block.value() / self.tokens
                 mean[last:, first:last] = mean[first:last, last:].T
+            self._squares = mean.diagonal().clone()
+            if self.noise:
+                _add_noise(mean.diagonal(), self.noise)
         return self._mean
+
+    def mean(self) -> Tensor:
+        """The mean of x x^T as it is. Raises ValueError if no token was seen."""
+        noisy = self.compute()
+        return torch.diagonal_scatter(noisy, self._squares) if self.noise else noisy
 
     def squares(self) -> Tensor:
         """The sum of each feature's squares, (in_features,), float64."""
@@ -308,6 +320,13 @@ SCALES: dict[str, type[SecondMoment | MedianMagnitude | NoScale]] = {
     "median": MedianMagnitude,
     "none": NoScale,
 }
+
+
+def _add_noise(squares: Tensor, share: float) -> None:
+    """To each that is not 0 a share of their median."""
+    active = squares > 0
+    if active.any():
+        squares.add_(active * (share * squares[active].median()))
 
 
 def _tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:

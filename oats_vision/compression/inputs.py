@@ -9,6 +9,9 @@ from oats_vision.compression.settings import CompressionSettings
 # share by which each input's second moment grows before rounding makes up for losses by them. A text's first token, on
 # which all others rest their attention, makes most of some moments: docs/results.md has what each choice gives
 DAMPING: dict[str, float] = {"pictures": 0.01, "sequences": 0.1}
+# where values are rounded. An input that is hardly ever active could make up for losses in others by values so large
+# that their group has no levels left for the rest
+NOISE = 0.01
 
 
 def statistic_of(
@@ -18,4 +21,5 @@ def statistic_of(
     statistic = method.statistic(settings, in_features, device)
     if isinstance(statistic, Gram):
         statistic.damping = DAMPING[unit]
+        statistic.noise = NOISE if settings.grid or settings.bits else 0.0
     return statistic

@@ -172,7 +172,7 @@ class Moments:
         wanted = self.cross.compute()
         if not self.direct:
             wanted = weight.double() @ wanted
-        target = propagated_target(weight, self.gram.compute(), wanted, damping)
+        target = propagated_target(weight, self.gram.mean(), wanted, damping)
         return target.to(torch.promote_types(weight.dtype, torch.float32))
 
 

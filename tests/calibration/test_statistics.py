@@ -120,3 +120,18 @@ def test_shares_are_the_mean_over_its_mean_square_and_follow_new_tokens():
     G = (x.T @ x / 2).double()
     torch.testing.assert_close(gram.shares(torch.float64), G / G.diagonal().mean())
     assert gram.shares(torch.float32).dtype == torch.float32
+
+
+def test_noise_is_a_share_of_the_median_of_what_is_not_zero():
+    gram, x = Gram(5), torch.tensor([[1.0, 2.0, 0.0, 1e-3, 30.0]])
+    gram.noise = 0.1
+    gram.update(x)
+    noise = torch.tensor([0.1, 0.1, 0.0, 0.1, 0.1]).double()  # the median of 1, 4, 1e-6 and 900 is the lower one, 1
+    torch.testing.assert_close(gram.compute(), x.double().T @ x.double() + noise.diag())
+    torch.testing.assert_close(gram.mean(), x.double().T @ x.double())
+    gram.update(x)
+    torch.testing.assert_close(gram.compute(), gram.mean() + noise.diag())
+    silent = Gram(2)
+    silent.noise = 0.1
+    silent.update(torch.zeros(3, 2))
+    assert not silent.compute().any()
