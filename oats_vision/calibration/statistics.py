@@ -170,7 +170,6 @@ class Gram:
         ]
         self.tokens = 0
         self._mean: Tensor | None = None
-        self._squares = torch.empty(0)
         self._correlations: Correlations | None = None
         self._inverse_factor: Tensor | None = None
         self._shares: Tensor | None = None
@@ -212,7 +211,6 @@ class Gram:
                 last = first + len(block.high)
                 mean[first:last, first:] = block.value() / self.tokens
                 mean[last:, first:last] = mean[first:last, last:].T
-            self._squares = mean.diagonal().clone()
             if self.noise:
                 _add_noise(mean.diagonal(), self.noise)
         return self._mean
@@ -220,7 +218,7 @@ class Gram:
     def mean(self) -> Tensor:
         """The mean of x x^T as it is. Raises ValueError if no token was seen."""
         noisy = self.compute()
-        return torch.diagonal_scatter(noisy, self._squares) if self.noise else noisy
+        return torch.diagonal_scatter(noisy, self.squares() / self.tokens) if self.noise else noisy
 
     def squares(self) -> Tensor:
         """The sum of each feature's squares, (in_features,), float64."""

@@ -14,7 +14,7 @@ def test_gptq_is_damped_ten_times_as_much_on_text(text, act_order, targets):
     model, name = (tiny_llama(), "model.layers.0.self_attn.q_proj") if text else (tiny_vit(), "blocks.0.attn.qkv")
     batch = torch.randint(0, 50, (4, 64)) if text else torch.randn(16, 3, 32, 32)
     layer, seen = model.get_submodule(name), []
-    W = model.get_submodule(name).weight.detach().clone()
+    W = layer.weight.detach().clone()
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, -2)))
     with torch.no_grad():
         model(batch)
