@@ -14,6 +14,7 @@ leaves, and are rounded before values are rounded to them, so that nothing is lo
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,26 @@ LEVELS = {
     3: (-101, -62, -32, -7, 18, 45, 77, 127),
     4: (-110, -87, -68, -53, -40, -28, -16, -4, 7, 19, 31, 44, 59, 76, 97, 127),
 }
+HALVES = 2 * 127  # of the levels' unit, on either side of 0: every level, and every middle between two, is a whole one
+
+
+@cache
+def nearest_levels(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each place from -HALVES to HALVES, the nearest of `LEVELS`: its code, uint8, and the level, float32.
+
+    Looking a place up is many times faster than searching it among the levels.
+    """
+    with torch.inference_mode(False):
+        levels = torch.tensor(LEVELS[bits], dtype=torch.float32)
+        places = torch.arange(-HALVES, HALVES + 1) / 2
+        codes = torch.bucketize(places, (levels[1:] + levels[:-1]) / 2)
+        return codes.to(device, torch.uint8), levels[codes].to(device)
+
+
+def _places(x: Tensor) -> Tensor:
+    """Of values in the levels' unit, for `nearest_levels`, all in one row: where between two halves, the upper one."""
+    halves = x.mul_(2).ceil_().clamp_(-HALVES, HALVES).nan_to_num_(0)
+    return halves.add_(HALVES).to(torch.int32).flatten()
 
 
 @dataclass(frozen=True)
@@ -97,18 +118,26 @@ class Scales:
 
     def codes(self, W: Tensor) -> Tensor:
         """The nearest levels of a matrix (rows, in_features), uint8."""
-        if self.grid.normal:
-            levels = torch.tensor(LEVELS[self.grid.bits], dtype=W.dtype, device=W.device)
-            x = W / self.grid.by_column(self.scale.to(W), W.shape[1])
-            return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
         scale, zero = self._by_column(W.shape[1], W.dtype)
+        if self.grid.normal:
+            codes, _ = nearest_levels(self.grid.bits, W.device)
+            return codes.index_select(0, _places(W / scale)).view(W.shape)
         return (W / scale + zero).round_().clamp_(0, self.grid.levels - 1).to(torch.uint8)
+
+    def rounded(self, W: Tensor) -> Tensor:
+        """A matrix (rows, in_features) with each value at its nearest level: what its codes stand for."""
+        scale, zero = self._by_column(W.shape[1], W.dtype)
+        if self.grid.normal:
+            _, levels = nearest_levels(self.grid.bits, W.device)
+            return levels.index_select(0, _places(W / scale)).view(W.shape).to(W.dtype).mul_(scale)
+        return (W / scale + zero).round_().clamp_(0, self.grid.levels - 1).sub_(zero).mul_(scale)
 
     def values(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """What codes (rows, in_features) stand for."""
         if self.grid.normal:
             levels = torch.tensor(LEVELS[self.grid.bits], dtype=dtype, device=codes.device)
-            return levels[codes.int()].mul_(self.grid.by_column(self.scale.to(dtype), codes.shape[1]))
+            scale, _ = self._by_column(codes.shape[1], dtype)
+            return levels.index_select(0, codes.int().reshape(-1)).view(codes.shape).mul_(scale)
         scale, zero = self._by_column(codes.shape[1], dtype)
         return (codes.to(dtype) - zero).mul_(scale)
 

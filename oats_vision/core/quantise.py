@@ -17,6 +17,7 @@ from oats_vision.core.refit import damped, fit_factors, fit_values
 SHRUNK = torch.linspace(1.1, 0.4, 29).tolist()  # ranges that are tried, as shares of the one that holds all values
 FACTORS = Grid(8, group_size=0)  # of U and V: a scale for each row
 FITTED = 5  # steps of conjugate gradients, before values are rounded
+AT_ONCE = {False: 1 << 17, True: 1 << 24}  # values that are rounded at once to find ranges: of a cache, or of a GPU
 BLOCK = 128  # columns whose losses move those to the right at once
 
 
@@ -46,19 +47,16 @@ def find_scales(W: Tensor, grid: Grid, weights: Tensor | None = None, kept: Tens
     if weights is None:
         return _scales(grid, low, high)
     cost = weights.to(W).expand_as(W) if kept is None else weights.to(W) * kept
-    best = least = None
-    for share in SHRUNK:
-        scales = _scales(grid, low * share, high * share)
-        lost = grid.by_group((scales.values(scales.codes(counted), W.dtype) - counted).square_().mul_(cost)).sum(2)
-        if best is None or least is None:
-            best, least = scales, lost
-            continue
-        better = lost < least
-        least = torch.where(better, lost, least)
-        zero = None if best.zero is None or scales.zero is None else torch.where(better, scales.zero, best.zero)
-        best = Scales(grid, torch.where(better, scales.scale, best.scale), zero)
-    assert best is not None
-    return best
+    at_once = max(AT_ONCE[W.is_cuda] // max(W.numel(), 1), 1)
+    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
+    for shares in torch.tensor(SHRUNK).to(W).split(at_once):
+        many = counted.repeat(len(shares), 1)  # the ranges' matrices, one below the other
+        scales = _scales(grid, *((shares[:, None, None] * end).flatten(0, 1) for end in (low, high)))
+        lost = (scales.rounded(many) - many).square_().view(-1, *W.shape).mul_(cost).flatten(0, 1)
+        least_here, which = grid.by_group(lost).sum(2).view(-1, *low.shape).min(0)
+        better = least_here < least
+        best, least = torch.where(better, shares[which], best), torch.where(better, least_here, least)
+    return _scales(grid, low * best, high * best)
 
 
 def _scales(grid: Grid, low: Tensor, high: Tensor) -> Scales:
@@ -132,7 +130,7 @@ def gptq(
             errors[:, i - start] = error = (w - whole) / C[i, i]
             W[:, i + 1 : end].addr_(error, C[i, i + 1 : end], alpha=-1)
         W[:, end:].addmm_(errors, C[start:end, end:], alpha=-1)
-    return rounding.found(kept)
+    return rounding.found(W if not act_order else W[:, order.argsort()], kept)
 
 
 class Rounding:
@@ -152,8 +150,7 @@ class Rounding:
         self.counts = seen | none
         cost = torch.where(none, 1.0, cost * seen)
         self.cost = cost / cost.mean().clamp_min(torch.finfo(cost.dtype).tiny)
-        self.scales = Scales.empty(grid, W)
-        self._codes = torch.zeros_like(W, dtype=torch.uint8)
+        self.scales, self._shape = Scales.empty(grid, W), W.shape
 
     def find(self, column: int, W: Tensor, kept: Tensor | None) -> None:
         """Find the scales of the group that begins with a column, for what its columns have become by now."""
@@ -164,18 +161,19 @@ class Rounding:
 
     def counted(self, kept: Tensor | None) -> Tensor:
         """Which values decide a range: bool, (rows, in_features)."""
-        return self.counts.expand_as(self._codes) if kept is None else kept & self.counts
+        return self.counts.expand(self._shape) if kept is None else kept & self.counts
 
     def round(self, column: int, w: Tensor) -> Tensor:
         """A column (rows,), rounded."""
-        own = self.scales.of_group(column // self.size)
-        codes = own.codes(w[:, None])
-        self._codes[:, column] = codes[:, 0]
-        return own.values(codes, w.dtype)[:, 0]
+        return self.scales.of_group(column // self.size).rounded(w[:, None])[:, 0]
 
-    def found(self, kept: Tensor | None) -> Quantised:
-        """What all columns were rounded to; of those that are not kept the code counts for nothing."""
-        return Quantised(self._codes, kept, self.scales)
+    def found(self, W: Tensor, kept: Tensor | None) -> Quantised:
+        """All columns in codes; of those that are not kept the code counts for nothing.
+
+        Args:
+            W: each column as it was when its turn came, or as it was rounded.
+        """
+        return Quantised(self.scales.codes(W), kept, self.scales)
 
 
 def quantised(

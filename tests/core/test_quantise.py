@@ -49,6 +49,7 @@ def test_each_value_goes_to_the_nearest_level_of_its_group(rows, columns, values
     grid = Grid.parse(values, group, symmetric or values.startswith("nf"))
     found = nearest(W, grid)
     scale, zero = found.scales.scale.double(), found.scales.zero
+    assert torch.equal(found.scales.rounded(W), found.scales.values(found.codes, W.dtype))
     assert scale.shape == (rows, grid.groups(columns))
     for i in range(rows):
         for j in range(columns):
@@ -71,6 +72,30 @@ def test_weights_of_any_size_are_rounded_alike(size):
     for grid in (Grid(4, 16), Grid(4, 16, symmetric=False), Grid(4, 16, normal=True)):
         error = (nearest(W * size, grid).dense() / size - W).norm() / W.norm()
         assert float(error) < 0.12
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 0), Grid(4, 0, symmetric=False), *(Grid(b, 0, normal=True) for b in LEVELS)])
+def test_values_beyond_all_levels_go_to_the_last_and_halves_to_the_nearer(grid):
+    unit = nearest(torch.tensor([[-1.0, 1.0]]), grid).scales
+    levels = unit.values(torch.arange(grid.levels, dtype=torch.uint8)[None])[0].sort().values
+    far = torch.tensor([[-torch.inf, -1e30, 1e30, torch.inf]])
+    assert unit.rounded(far)[0].tolist() == [float(levels[0])] * 2 + [float(levels[-1])] * 2
+    assert unit.rounded(torch.tensor([[torch.nan]])).shape == (1, 1)  # whatever it is, nothing breaks
+    middles, step = (levels[1:] + levels[:-1]) / 2, 1e-4 * (levels[-1] - levels[0])
+    torch.testing.assert_close(unit.rounded((middles - step)[None])[0], levels[:-1])
+    torch.testing.assert_close(unit.rounded((middles + step)[None])[0], levels[1:])
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 16), Grid(3, 16, symmetric=False), Grid(3, 16, normal=True)], ids=str)
+def test_ranges_are_the_same_however_many_are_tried_at_once(problem, grid, monkeypatch):
+    W, H = torch.from_numpy(problem[0]), torch.from_numpy(problem[1]).diagonal()
+    found = []
+    for values in (1, 5 * W.numel(), 1 << 20):
+        monkeypatch.setattr("oats_vision.core.quantise.AT_ONCE", {False: values})
+        found.append(find_scales(W, grid, H))
+    for other in found[1:]:
+        assert torch.equal(other.scale, found[0].scale)
+        assert other.zero is None or torch.equal(other.zero, found[0].zero)
 
 
 def test_the_range_that_is_found_is_the_best_of_those_tried(problem):

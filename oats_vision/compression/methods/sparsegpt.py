@@ -111,7 +111,7 @@ def sparsegpt(
             block[:, j] = kept
         W[:, end:] -= errors @ C[start:end, end:]
     factors = Factors.sparse(original, W, D)
-    found = rounding.found(known) if rounding else None
+    found = rounding.found(W, known) if rounding else None
     return replace(factors, output_error=output_error(original, W, factors.U, factors.V, gram), quantised=found)
 
 
