@@ -30,7 +30,7 @@ from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.common import Common
 from oats_vision.compression.curves import HIGHEST, LOWEST, Seen, Weight, error_curve
 from oats_vision.compression.exceptions import UNUSABLE, UnusableLayerError
-from oats_vision.compression.formats import in_formats, offered
+from oats_vision.compression.formats import TRUST, in_formats, offered
 from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.plan import Plan
@@ -87,7 +87,8 @@ def share_out(
                 block: {name: _weight(model, f"{block}.{name}").shape[1] for name in linears}
                 for block, linears in plan.parts.items()
             }
-            return in_formats(plan.parts, widths, settings.bits, common.costs)
+            trust = TRUST[structure.family.unit]
+            return in_formats(plan.parts, widths, settings.bits, common.costs, trust)
         if settings.budget == "measured":
             curves_found = measured(lambda weight, method: error_curve(weight, method, settings))
             given = [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import oats_vision as ov
 from oats_vision.checkpoint import measure
 from oats_vision.compression.budgets import PartBudget
-from oats_vision.compression.formats import FORMATS, Offer, choose
+from oats_vision.compression.formats import FORMATS, Offer, believed, choose, in_formats
 from oats_vision.core.budget import Budget
 from oats_vision.core.grid import Grid
 from oats_vision.errors import ConfigError
@@ -51,6 +51,31 @@ def test_a_format_counts_what_it_stores():
     parts = [PartBudget("q", 128, Budget(0, 1)), PartBudget("k", 64, Budget(0, 1))]
     offer = Offer.of(Grid(3, 64), 200, parts, 1.0)
     assert offer.bytes == 192 * 200 * 3 // 8 + 192 * 4 * 2  # codes, and a scale for each of four groups of a row
+
+
+@given(
+    costs=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9),
+    weights=st.integers(1, 10**9),
+    trust=st.floats(0, 1),
+    times=st.floats(1, 1e6),
+)
+def test_levels_are_believed_by_their_power_and_formats_compare_as_before(costs, weights, trust, times):
+    assert believed(costs, weights, 1.0) == pytest.approx(costs)
+    found, more = believed(costs, weights, trust), believed([times * cost for cost in costs], weights, trust)
+    assert [b / a for a, b in zip(found, more, strict=True)] == pytest.approx([times**trust] * len(costs))
+    assert [one / found[0] for one in found] == pytest.approx([one / costs[0] for one in costs])
+    # twice the weights that cost twice as much by the format are as two such linears
+    assert believed([2 * cost for cost in costs], 2 * weights, trust) == pytest.approx([2 * one for one in found])
+    assert believed([0.0, *costs], weights, trust) == [0.0, *costs]
+
+
+@pytest.mark.parametrize(("trust", "alike"), [(1.0, False), (0.5, False), (0.0, True)])
+def test_linears_get_bits_by_what_is_believed_of_them(trust, alike):
+    parts = {"block": {name: [PartBudget(name, 128, Budget(0, 1))] for name in ("costly", "cheap")}}
+    falling = [{one: times * 4.0**-one.bits for one in FORMATS} for times in (1e3, 1.0)]
+    found = in_formats(parts, {"block": {"costly": 128, "cheap": 128}}, 4.13, falling, trust)
+    costly, cheap = (found["block"][name][0].budget.grid.bits for name in ("costly", "cheap"))
+    assert (costly == cheap == 4) if alike else costly > cheap
 
 
 @pytest.mark.parametrize("quality", ["best", "fast"])
