@@ -139,7 +139,7 @@ def in_formats(
     widths: dict[str, dict[str, int]],
     bits: float,
     found: Sequence[dict[Grid, float] | None],
-    trust: float = 1.0,
+    trust: float,
 ) -> dict[str, dict[str, list[PartBudget]]]:
     """The budgets of all parts, by block and linear; those of a linear are in one format.
 
