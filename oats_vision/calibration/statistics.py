@@ -160,7 +160,7 @@ class Gram:
     `inverse_factor`.
     """
 
-    BLOCK = 512  # rows
+    BLOCK = 256  # rows
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.noise, self.damping = 0.0, 0.01
