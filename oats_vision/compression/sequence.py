@@ -146,6 +146,7 @@ class Moments:
     direct: bool
     tokens: int = 0
     inputs: tuple[int, Tensor] | None = None
+    _of_identity: Tensor | None = None  # times a weight its target: all linears share it that read these inputs
 
     def read_by(self, walk: Walk) -> bool:
         """Whether the linear that a walk has stopped at is given the very inputs that these are of."""
@@ -169,10 +170,13 @@ class Moments:
         """The weight to aim at, in float32 or better; None for its own."""
         if self.cross is None or not self.cross.tokens:
             return None
-        wanted = self.cross.compute()
-        if not self.direct:
-            wanted = weight.double() @ wanted
-        target = propagated_target(weight, self.gram.mean(), wanted, damping)
+        if self.direct:
+            target = propagated_target(weight, self.gram.mean(), self.cross.compute(), damping)
+        else:
+            if self._of_identity is None:
+                identity = torch.eye(weight.shape[1], device=weight.device)
+                self._of_identity = propagated_target(identity, self.gram.mean(), self.cross.compute(), damping)
+            target = weight.double() @ self._of_identity
         return target.to(torch.promote_types(weight.dtype, torch.float32))
 
 
