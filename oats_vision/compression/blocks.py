@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -23,6 +23,7 @@ from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.methods import LinearMethod
 from oats_vision.compression.record import CompressionReport, LayerException, LayerReport
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.compression.stream import Kind
 from oats_vision.core.correlations import Correlations
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ConfigError
@@ -56,7 +57,7 @@ class Job:
     what blocks are called with besides. report: each layer is added to it. dense: what the next block is given in the
     dense model, where targets are propagated. residual: how blocks use their residual stream, if the family says so.
     gradients: of the dense model's output, where errors are weighed by it. layer_done: called with what became of each
-    linear.
+    linear. joined: kinds of blocks whose linears were seen to write to that stream.
     """
 
     settings: CompressionSettings
@@ -69,6 +70,7 @@ class Job:
     residual: Residual | None
     gradients: OutputGradients | None
     layer_done: LayerDone = nobody
+    joined: set[Kind] = field(default_factory=set)
 
     @classmethod
     def of(

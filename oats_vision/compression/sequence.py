@@ -80,7 +80,11 @@ def _compress_in_sequence(
     dense_block = sharing_weights(block)
     known = ranks.on_main(
         lambda: writers(
-            dense_block, job.residual, lambda: calls.run(dense_block, index, 0, dense_hidden[0]), dense_hidden[0]
+            dense_block,
+            job.residual,
+            lambda: calls.run(dense_block, index, 0, dense_hidden[0]),
+            dense_hidden[0],
+            job.joined,
         )
     )
     if job.residual is not None and not known:

@@ -133,16 +133,24 @@ class Writer:
             return change
         change = change.to(torch.promote_types(change.dtype, torch.float32))  # which a small gain would overflow
         gain = self.gain.to(change)
-        return torch.where(gain == 0, 0.0, change / gain)
+        nothing = gain.abs() < torch.finfo(gain.dtype).tiny
+        return change * torch.where(nothing, 0.0, gain.reciprocal())
 
 
-def writers(block: nn.Module, residual: Residual | None, run: Callable[[], Tensor], x: Tensor) -> dict[str, Writer]:
+Kind = tuple[tuple[str, type[nn.Module]], ...]  # of a block: its modules
+
+
+def writers(
+    block: nn.Module, residual: Residual | None, run: Callable[[], Tensor], x: Tensor, seen_of: set[Kind]
+) -> dict[str, Writer]:
     """The linears of a block that write to its residual stream, by name, as far as the family describes it.
 
-    That they do is seen on one batch: what the family says need not be true of every model of it.
+    That they do is seen on one batch, once for blocks of the same modules: what the family says need not be true of
+    every model of it.
 
     Args:
         run: gives the block's output for a batch; x: its input.
+        seen_of: kinds of blocks of which that was seen; this one's is added.
     """
     if residual is None:
         return {}
@@ -154,6 +162,13 @@ def writers(block: nn.Module, residual: Residual | None, run: Callable[[], Tenso
     )
     if attention is None or mlp is None or residual.norm2 not in modules:
         return {}
+    found = {
+        attention: Writer("", _scale(block, residual.scale1)),
+        mlp: Writer(residual.norm2, _scale(block, residual.scale2)),
+    }
+    kind = tuple((name, type(module)) for name, module in modules.items())
+    if kind in seen_of:
+        return found
     seen: dict[str, Tensor] = {}
 
     def note(name: str, value: Tensor) -> None:
@@ -169,14 +184,11 @@ def writers(block: nn.Module, residual: Residual | None, run: Callable[[], Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    found = {
-        attention: Writer("", _scale(block, residual.scale1)),
-        mlp: Writer(residual.norm2, _scale(block, residual.scale2)),
-    }
     if seen.keys() != {attention, mlp, "between"}:
         return {}
     stages = ((x, attention, seen["between"]), (seen["between"], mlp, output))
     if all(_joins(before, seen[name], found[name].gain, after) for before, name, after in stages):
+        seen_of.add(kind)
         return found
     return {}
 

@@ -155,11 +155,25 @@ def test_no_gram_is_gathered_twice_for_linears_that_read_the_same(language_direc
 
 def test_each_part_of_a_block_runs_once_in_each_stream(tiny_vit, pictures):
     runs = []
-    tiny_vit.blocks[1].mlp.act.register_forward_hook(lambda *_: runs.append(1))
+    tiny_vit.blocks[2].mlp.act = torch.nn.ReLU()  # in the first two it is a GELU
+    for i, block in enumerate(tiny_vit.blocks):
+        block.mlp.act.register_forward_hook(lambda *_, i=i: runs.append(i))
     ov.compress(tiny_vit, pictures, rate=0.5, sensitivity=False)
-    # the first batch runs through the whole dense model, and alone to see how the block uses its stream; then both
-    # batches once in each of the two streams
-    assert len(runs) == 2 + 2 * len(pictures)
+    # the first batch runs through the whole dense model, and alone to see how blocks of a kind use their stream; then
+    # both batches once in each of the two streams
+    assert [runs.count(i) for i in range(3)] == [2 + 2 * len(pictures), 1 + 2 * len(pictures), 2 + 2 * len(pictures)]
+
+
+@torch.no_grad()
+def test_targets_go_without_a_stream_that_is_not_used_as_the_family_says(tiny_vit, pictures, caplog):
+    caplog.set_level("INFO", "oats_vision")
+    for block in tiny_vit.blocks:
+        block.ls2.register_forward_hook(lambda module, args, output: 2 * output)  # beside its gain
+    wanted = tiny_vit(pictures[0])
+    ov.compress(tiny_vit, pictures, rate=0.2, sensitivity=False)
+    told = [line for line in caplog.messages if "no linear writes to the residual stream" in line]
+    assert len(told) == len(tiny_vit.blocks)
+    assert float((tiny_vit(pictures[0]) - wanted).norm() / wanted.norm()) < 0.3
 
 
 def test_what_is_left_dense_is_passed(tiny_vit, pictures):
