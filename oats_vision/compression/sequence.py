@@ -7,7 +7,7 @@ inputs of the same linear are computed beside them; from both, the linear's targ
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +114,11 @@ def _compress_in_sequence(
             writer = known.get(linear)
             if moments is None or writer is not None or not ranks.broadcast(moments.read_by(ours)):
                 moments = gather(job, ours, dense, linear, f"{name}.{linear}", writer, dense_hidden)
-                moments.over_ranks()
+                moments.finish()
             tokens[linear] = moments.tokens
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
             clock.at("decomposing", index, share, linear, job.last_error)
-            target = partial(moments.target, damping=DAMPING[report.unit])
-            given = Given(moments.statistic, moments.tokens, target)
+            given = Given(moments.statistic, moments.tokens, moments.target)
             compress_linear(job, block, name, linear, parts[linear], given, begun)
         if tokens:
             warn_of_few(name, tokens)
@@ -140,7 +139,8 @@ class Moments:
     """What was gathered of a linear's inputs in both streams.
 
     statistic: of the method. gram: of the inputs. cross: of the dense model's inputs with these, or of the wanted
-    outputs with these if `direct`; None where the streams cannot be laid side by side.
+    outputs with these if `direct`; None where the streams cannot be laid side by side, and once `finish` has made
+    `wanted` of it. damping: of the target.
     inputs: of the first batch, by its number: linears that are given the same tensor share what was gathered.
     """
 
@@ -148,9 +148,10 @@ class Moments:
     gram: Gram
     cross: CrossMoment | None
     direct: bool
+    damping: float
     tokens: int = 0
     inputs: tuple[int, Tensor] | None = None
-    _of_identity: Tensor | None = None  # times a weight its target: all linears share it that read these inputs
+    wanted: Tensor | None = None
 
     def read_by(self, walk: Walk) -> bool:
         """Whether the linear that a walk has stopped at is given the very inputs that these are of."""
@@ -159,8 +160,8 @@ class Moments:
         batch, tensor = self.inputs
         return walk.runs[batch].inputs is tensor
 
-    def over_ranks(self) -> None:
-        """Take in what other ranks have gathered."""
+    def finish(self) -> None:
+        """Take in what other ranks have gathered; of the cross moment its mean alone is kept."""
         self.statistic.over_ranks()
         if self.gram is not self.statistic:
             self.gram.over_ranks()
@@ -168,20 +169,26 @@ class Moments:
             self.cross = None
         if self.cross is not None:
             self.cross.over_ranks()
+            self.wanted = self.cross.compute() if self.cross.tokens else None
+            self.cross = None
         self.tokens = sum(ranks.everyones(self.tokens))
 
-    def target(self, weight: Tensor, damping: float) -> Tensor | None:
+    def target(self, weight: Tensor) -> Tensor | None:
         """The weight to aim at, in float32 or better; None for its own."""
-        if self.cross is None or not self.cross.tokens:
+        if self.wanted is None:
             return None
-        if self.direct:
-            target = propagated_target(weight, self.gram.mean(), self.cross.compute(), damping)
-        else:
-            if self._of_identity is None:
-                identity = torch.eye(weight.shape[1], device=weight.device)
-                self._of_identity = propagated_target(identity, self.gram.mean(), self.cross.compute(), damping)
-            target = weight.double() @ self._of_identity
+        target = self._aimed(weight) if self.direct else weight.double() @ self._of_identity
         return target.to(torch.promote_types(weight.dtype, torch.float32))
+
+    @cached_property
+    def _of_identity(self) -> Tensor:
+        """What makes a weight its target, (in_features, in_features); made once for all that read these inputs."""
+        assert self.wanted is not None
+        return self._aimed(torch.eye(self.wanted.shape[1], device=self.wanted.device))
+
+    def _aimed(self, weight: Tensor) -> Tensor:
+        assert self.wanted is not None
+        return propagated_target(weight, self.gram.mean(), self.wanted, self.damping)
 
 
 def gather(
@@ -199,7 +206,7 @@ def gather(
     gram = statistic if isinstance(statistic, Gram) else Gram(width, device)
     twin = None if in_experts(linear) else linear_of(dense.block, linear)
     cross = None if twin is None else CrossMoment(width if writer is None else module.out_features, width, device)
-    found = Moments(statistic, gram, cross, direct=writer is not None)
+    found = Moments(statistic, gram, cross, writer is not None, DAMPING[job.report.unit])
     for run in ours.at(linear):
         assert run.inputs is not None
         batch, mask = run.batch, job.calls.masks[run.batch]
