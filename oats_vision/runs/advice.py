@@ -44,6 +44,9 @@ def advice_on_speed(timings: Sequence[Timing], settings: CompressionSettings, de
 
 
 def advice_on_layers(report: CompressionReport) -> list[str]:
+    """Which layers stand out, where all got the same share of the budget: other budgets let some err on purpose."""
+    if report.settings.budget != "uniform":
+        return []
     errors = torch.tensor([layer.error for layer in report.layers])
     if not len(errors):
         return []
