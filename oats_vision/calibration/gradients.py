@@ -164,13 +164,14 @@ class DenseRun:
             first: number of the batch's first sample. counted: from which number on they do not count.
             mask: true for tokens that count, (batch, tokens).
         """
-        output = self.output.detach().float().cpu()
+        output = self.output.detach()
         if not all_finite(output):
             return None  # the pass through the blocks says where that comes from
-        vectors = [self._vector(one, seed, first + i, counted) for i, one in enumerate(output)]
-        v = torch.stack(vectors).to(self.output)
+        v = torch.empty_like(output)
+        for i, one in enumerate(output):  # of a large vocabulary two samples' logits may fill the memory
+            v[i] = self._vector(one.float().cpu(), seed, first + i, counted)
         if mask is not None and mask.shape == v.shape[:2]:
-            v = v * mask.to(v)[..., None]
+            v *= mask.to(v)[..., None]
         (gradient,) = torch.autograd.grad(self.output, self.last, v, retain_graph=True)
         return gradient
 

@@ -373,7 +373,8 @@ def _memory(
     if settings.sensitivity:  # and leave outputs' correlations
         linears_of = [linear for of_block in plan.parts.values() for linear in of_block.values()]
         correlations = sum(4 * p.out_features * min(p.out_features, LARGEST) for parts in linears_of for p in parts)
-        backward = 2 * forward + sum(8 * linear.out_features**2 for linear in own)
+        of_logits = logits and inputs + forward + 2 * logits + 3 * logits // batch  # and v; of a sample
+        backward = max(2 * forward + sum(8 * linear.out_features**2 for linear in own), of_logits)
     in_memory = min(correlations, int(GRADIENTS / STREAM * limit))
     free = limit if settings.targets else limit - alone
     on_disk = record_of(model).on_disk
