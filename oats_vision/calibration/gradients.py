@@ -114,6 +114,7 @@ def backwards(
                 if gradient is not None:
                     flowing.append(batch)
                     gradients.append(gradient)
+            del dense  # whose logits would lie beside the next one's
             done += len(blocks)
             tell(done / work)
         for index in reversed(range(len(blocks))):
