@@ -114,7 +114,6 @@ def _compress_in_sequence(
             writer = known.get(linear)
             if moments is None or writer is not None or not ranks.broadcast(moments.read_by(ours)):
                 moments = gather(job, ours, dense, linear, f"{name}.{linear}", writer, dense_hidden)
-                moments.finish()
             tokens[linear] = moments.tokens
             check_called(f"{name}.{linear}", linear_of(block, linear), moments.statistic, moments.tokens)
             clock.at("decomposing", index, share, linear, job.last_error)
@@ -138,20 +137,19 @@ def _compress_in_sequence(
 class Moments:
     """What was gathered of a linear's inputs in both streams.
 
-    statistic: of the method. gram: of the inputs. cross: of the dense model's inputs with these, or of the wanted
-    outputs with these if `direct`; None where the streams cannot be laid side by side, and once `finish` has made
-    `wanted` of it. damping: of the target.
+    statistic: of the method. gram: of the inputs. wanted: mean of the dense model's inputs with these, or of the
+    wanted outputs with these if `direct`; None where the streams cannot be laid side by side.
+    damping: of the target. tokens: seen by all ranks.
     inputs: of the first batch, by its number: linears that are given the same tensor share what was gathered.
     """
 
     statistic: Statistic
     gram: Gram
-    cross: CrossMoment | None
+    wanted: Tensor | None
     direct: bool
     damping: float
-    tokens: int = 0
-    inputs: tuple[int, Tensor] | None = None
-    wanted: Tensor | None = None
+    tokens: int
+    inputs: tuple[int, Tensor] | None
 
     def read_by(self, walk: Walk) -> bool:
         """Whether the linear that a walk has stopped at is given the very inputs that these are of."""
@@ -159,19 +157,6 @@ class Moments:
             return False
         batch, tensor = self.inputs
         return walk.runs[batch].inputs is tensor
-
-    def finish(self) -> None:
-        """Take in what other ranks have gathered; of the cross moment its mean alone is kept."""
-        self.statistic.over_ranks()
-        if self.gram is not self.statistic:
-            self.gram.over_ranks()
-        if any(ranks.everyones(self.cross is None)):
-            self.cross = None
-        if self.cross is not None:
-            self.cross.over_ranks()
-            self.wanted = self.cross.compute() if self.cross.tokens else None
-            self.cross = None
-        self.tokens = sum(ranks.everyones(self.tokens))
 
     def target(self, weight: Tensor) -> Tensor | None:
         """The weight to aim at, in float32 or better; None for its own."""
@@ -194,7 +179,7 @@ class Moments:
 def gather(
     job: Job, ours: Walk, dense: Walk, linear: str, name: str, writer: Writer | None, dense_hidden: ActivationStore
 ) -> Moments:
-    """What the linear that both walks come to next reads, over all batches.
+    """What the linear that both walks come to next reads, over all batches of all ranks.
 
     Args:
         linear: its name in the block; name: its full name.
@@ -206,7 +191,8 @@ def gather(
     gram = statistic if isinstance(statistic, Gram) else Gram(width, device)
     twin = None if in_experts(linear) else linear_of(dense.block, linear)
     cross = None if twin is None else CrossMoment(width if writer is None else module.out_features, width, device)
-    found = Moments(statistic, gram, cross, writer is not None, DAMPING[job.report.unit])
+    side_by_side = twin is not None
+    tokens, first = 0, None
     for run in ours.at(linear):
         assert run.inputs is not None
         batch, mask = run.batch, job.calls.masks[run.batch]
@@ -214,13 +200,13 @@ def gather(
         statistic.update(x)
         if statistic is not gram:
             gram.update(x)
-        found.tokens += len(x)
-        found.inputs = found.inputs or (batch, run.inputs)
+        tokens += len(x)
+        first = first or (batch, run.inputs)
         if cross is None or twin is None:
             continue
         beside = dense.runs[batch]
         if not beside.go_to(linear):
-            found.cross = None
+            side_by_side = False
             continue
         assert beside.inputs is not None
         wanted = counted(beside.inputs, mask, f"{name} of the dense model", batch)
@@ -231,4 +217,19 @@ def gather(
             wanted = wanted + writer.undone(counted(lost.to(device), mask, name, batch))
         cross.update(wanted, x)
         beside.release()
-    return found
+    statistic.over_ranks()
+    if gram is not statistic:
+        gram.over_ranks()
+    mean = _mean(cross if side_by_side else None)
+    return Moments(
+        statistic, gram, mean, writer is not None, DAMPING[job.report.unit], sum(ranks.everyones(tokens)), first
+    )
+
+
+def _mean(cross: CrossMoment | None) -> Tensor | None:
+    """A cross moment's mean over all ranks; None where one of them has none, or nothing was seen."""
+    if any(ranks.everyones(cross is None)):
+        return None
+    assert cross is not None
+    cross.over_ranks()
+    return cross.compute() if cross.tokens else None
