@@ -183,7 +183,7 @@ def judged(
         held_out: of the calibration data; used if there are no others for this loss.
 
     Raises:
-        DataError: there are too few of them.
+        DataError: there are too few of them, or too few to show that `max_drop` is kept.
     """
     if prepared.asked is not None and KINDS[name].protocol:
         return _by_protocol(name, model, prepared, held_out, display)
@@ -201,15 +201,17 @@ def _by_reference(
     others: Batches | Sequences,
     display: Display,
 ) -> Judged:
-    with display.counting("dense model, for the search", prepared.task.unit, mine.total) as progress:
+    limit, unit = prepared.config.max_drop, prepared.task.unit
+    _see_enough(name, limit, mine.total, unit)
+    with display.counting("dense model, for the search", unit, mine.total) as progress:
         reference: Reference = prepared.task.reference(model, mine, prepared.transform, progress)
 
     def judge(compressed: nn.Module) -> Loss:
-        with display.counting("compressed model, for the search", prepared.task.unit, reference.count) as tell:
+        with display.counting("compressed model, for the search", unit, reference.count) as tell:
             return of_cost(name, reference.compare(compressed, tell)[0])
 
-    _see_enough(reference.count, prepared.task.unit)
-    return Judged(name, judge, reference.count, prepared.task.unit, prepared, others)
+    _see_enough(name, limit, reference.count, unit)  # some may not have been readable
+    return Judged(name, judge, reference.count, unit, prepared, others)
 
 
 def _by_protocol(
@@ -217,6 +219,9 @@ def _by_protocol(
 ) -> Judged:
     protocol = find_protocol(KINDS[name].protocol)
     asked, mine, others = _parts(name, prepared)
+    limit, judged_on = prepared.config.max_drop, mine["val" if "val" in mine else "data"]
+    if not isinstance(judged_on, torch.Tensor):
+        _see_enough(name, limit, judged_on.total, "pictures")
 
     def measured(one: nn.Module, which: str) -> Any:
         return protocol.function(one, Given(asked, mine, prepared.reader, f"{which}, for the search", display))
@@ -228,7 +233,7 @@ def _by_protocol(
         found = measured(compressed, "compressed")
         return of_change(found.compared[metric].beside(dense.compared[metric]), dense.samples)
 
-    _see_enough(dense.samples, dense.unit)
+    _see_enough(name, limit, dense.samples, dense.unit)
     left = replace(prepared, protocol=protocol, asked=asked, test=others)
     return Judged(name, judge, dense.samples, dense.unit, left, held_out)
 
@@ -275,17 +280,20 @@ def _windows(ids: torch.Tensor, asked: PerplexitySettings, seed: int) -> tuple[t
     return mine, others
 
 
-def _see_enough(count: int, unit: str) -> None:
+def _see_enough(name: str, limit: float | None, count: int | None, unit: str) -> None:
+    """Raises DataError where so few inputs are looked at that no loss could be shown to be below the limit.
+
+    Args:
+        count: None where it is not known before all are read.
+    """
+    if count is None:
+        return
     if count < FEWEST:
         raise DataError(f"the search has {count} {unit} to judge by, and needs {FEWEST}: give more data")
-
-
-def see_within_reach(judged: Judged, limit: float) -> None:
-    """Raises DataError where so few pictures are looked at that no loss could be shown to be below the limit."""
-    if judged.name in ("cosine", "perplexity") or floor(judged.samples) < limit:
+    if limit is None or name in ("cosine", "perplexity") or floor(count) < limit:
         return
     raise DataError(
-        f"`max_drop` {limit:g} cannot be shown on {judged.samples} pictures, where even no change may be one of "
-        f"{floor(judged.samples):.2g}: it takes {fewest(limit)}. Give more data (half of what is held "
+        f"`max_drop` {limit:g} cannot be shown on {count} pictures, where even no change may be one of "
+        f"{floor(count):.2g}: it takes {fewest(limit)}. Give more data (half of what is held "
         "out or labelled is for the search, a quarter with k-NN and probes), fewer `samples`, or a larger `max_drop`"
     )

@@ -158,8 +158,6 @@ class _Search:
             "plan", plan_lines(prepared.forecast(model, batches, (target or [prepared.settings])[0]).lines(), config)
         )
         judged = losses.judged(name, model, prepared, batches.held_out, display) if name else None
-        if judged and config.max_drop:
-            losses.see_within_reach(judged, config.max_drop)
         now = {"dense_sha256": prepared.source.dense_sha256, "by": name, "on": judged.samples if judged else 0}
         if state is None:
             others = {key: value for key, value in now.items() if key != "dense_sha256"}
