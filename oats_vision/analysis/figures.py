@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 SIZE = (4.2, 3.0)  # inches, as a phone shows them
+# where a label may be, points right of its mark and above it, the usual place first
+PLACES = [(6, 5), (-6, 5), (6, -11), (-6, -11), (0, 9), (0, -15), (12, -3), (-12, -3)]
+MARKER = 12  # pixels around a mark that labels keep out of
 SERIES = 8  # colours that templates/base.html names
 # drawn in these, and replaced by the page's variables
 INK, MUTED, GRID, PAPER = "#0d0d01", "#0d0d02", "#0d0d03", "#0d0d04"
@@ -79,23 +84,39 @@ def scatter(
             axes.plot([point.x], [point.y], marker, color=shade, markersize=6, markeredgecolor=PAPER)
             if point.chosen:
                 axes.plot([point.x], [point.y], "o", color="none", markersize=12, markeredgecolor=shade)
-            side = -1 if (point.number or 0) % 2 else 1  # neighbours are often close together
-            axes.annotate(
-                point.label,
-                (point.x, point.y),
-                (6 * side, 5),
-                textcoords="offset points",
-                ha="left" if side > 0 else "right",
-                color=INK,
-                fontsize=8,
-            )
         for value, line in zip(limit, (axes.axvline, axes.axhline), strict=True):
             if value is not None:
                 line(value, color=MUTED, linewidth=1, linestyle="--")
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.margins(0.12)
+        _name(figure, axes, points)
 
     return _svg(draw, SIZE, f"{y_label} against {x_label}")
+
+
+def _name(figure: "Figure", axes: "Axes", points: Sequence[Point]) -> None:
+    """Write the label of each point beside it, where it hides least of other points and labels."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # lays the axes out: only then is it known where points are
+    taken = [
+        Bbox.from_bounds(x - MARKER / 2, y - MARKER / 2, MARKER, MARKER)
+        for x, y in axes.transData.transform([(point.x, point.y) for point in points])
+    ]
+    for point in points:
+        text = axes.annotate(point.label, (point.x, point.y), (0, 0), textcoords="offset points", color=INK, fontsize=8)
+        hidden = []
+        for place in PLACES:
+            _move(text, place)
+            common = (Bbox.intersection(text.get_window_extent(), other) for other in taken)
+            hidden.append(sum(box.width * box.height for box in common if box))
+        _move(text, PLACES[hidden.index(min(hidden))])
+        taken.append(text.get_window_extent())
+
+
+def _move(text: "Annotation", place: tuple[int, int]) -> None:
+    text.set_position(place)
+    text.set_horizontalalignment("center" if place[0] == 0 else "left" if place[0] > 0 else "right")
 
 
 def line_plot(lines: Mapping[str, Mapping[int, float]], label: str, *, from_zero: bool = True) -> Markup:

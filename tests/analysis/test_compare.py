@@ -1,7 +1,9 @@
 """Several checkpoints side by side: one table, one page, and what is said of runs that do not compare."""
 
 import io
+import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from selenium.webdriver.common.by import By
 from typer.testing import CliRunner
 
 import oats_vision as ov
+from oats_vision.analysis import figures
 from oats_vision.analysis.compare import (
     alike,
     columns,
@@ -151,6 +154,21 @@ def test_a_scatter_shows_accuracy_else_cost_else_errors():
     sliced = [replace(run, errors={}) for run in bare]
     assert scatters(sliced) == []
     assert "Errors by block" not in comparison_page(sliced, "sliced")
+
+
+def test_labels_of_neighbours_do_not_hide_each_other():
+    near = [figures.Point(f"{rate:g}", 0.7 + rate, 2 - rate, number=0) for rate in (0.75, 0.76, 0.77, 0.78)]
+    plot = figures.scatter([*near, figures.Point("far", 9.0, 9.0, number=0)], "MB", "points lost")
+    text = r'text-anchor: (\w+)[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>(0\.7\d+)</text>'
+    boxes = []
+    for side, x, y, label in re.findall(text, plot):
+        width = 4.5 * len(label)  # of letters of 8 points
+        left = float(x) - {"start": 0, "middle": width / 2, "end": width}[side]
+        boxes.append((left, left + width, float(y) - 7, float(y)))
+    assert len(boxes) == len(near)
+    for one, other in itertools.combinations(boxes, 2):
+        aside = one[1] <= other[0] or other[1] <= one[0]
+        assert aside or one[3] <= other[2] or other[3] <= one[2]
 
 
 @pytest.mark.parametrize(
