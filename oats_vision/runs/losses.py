@@ -219,9 +219,6 @@ def _by_protocol(
 ) -> Judged:
     protocol = find_protocol(KINDS[name].protocol)
     asked, mine, others = _parts(name, prepared)
-    limit, judged_on = prepared.config.max_drop, mine["val" if "val" in mine else "data"]
-    if not isinstance(judged_on, torch.Tensor):
-        _see_enough(name, limit, judged_on.total, "pictures")
 
     def measured(one: nn.Module, which: str) -> Any:
         return protocol.function(one, Given(asked, mine, prepared.reader, f"{which}, for the search", display))
@@ -233,7 +230,7 @@ def _by_protocol(
         found = measured(compressed, "compressed")
         return of_change(found.compared[metric].beside(dense.compared[metric]), dense.samples)
 
-    _see_enough(name, limit, dense.samples, dense.unit)
+    _see_enough(name, prepared.config.max_drop, dense.samples, dense.unit)
     left = replace(prepared, protocol=protocol, asked=asked, test=others)
     return Judged(name, judge, dense.samples, dense.unit, left, held_out)
 
@@ -256,9 +253,10 @@ def _parts(name: str, prepared: PreparedRun) -> Parts:
     half = total // 2
     first = asked.labelled(asked.data, asked.split, half, prepared.reader, held_out=total - half)
     assert first.held_out is not None
+    mine, others = (first, first.held_out) if name == "top1" else halves(first.held_out)
+    _see_enough(name, prepared.config.max_drop, mine.total, "pictures")
     if name == "top1":
-        return asked, {"data": first}, {"data": first.held_out}
-    mine, others = halves(first.held_out)
+        return asked, {"data": mine}, {"data": others}
     features = {"train": asked.data, "val": asked.data, "train_split": asked.split, "val_split": asked.split}
     shared = {"batch_size": asked.batch_size, "seed": asked.seed % 2**32, "no_cache": True}
     own = {"quick": True} if name == "probe" else {"k": (min(K, half),)}
