@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,11 +73,24 @@ def error_curve(weight: Weight, method: LinearMethod, settings: CompressionSetti
     Raises:
         ValueError: it cannot be decomposed.
     """
-    lowest = min(LOWEST, settings.rate)
+    (m, n), lowest = weight.W.shape, min(LOWEST, settings.rate)
     rates = sorted({max(1 - multiple * (1 - settings.rate), lowest) for multiple in DENSITIES})
-    found = costs(weight, method, settings, [replace(settings.allocation, rate=rate).budget for rate in rates])
-    known = [of_one for of_one in found if of_one]
-    return [(budget.parameters(*shape) * len(weight.W) / shape[0], cost) for budget, shape, cost in known]
+    budgets = []
+    for rate in rates:
+        with suppress(ValueError):
+            budgets.append(replace(settings.allocation, rate=rate).budget(m, n))
+    found = costs(weight, method, settings, [partial(_of_rows, whole, m) for whole in budgets])
+    return [(whole.parameters(m, n), cost) for whole, cost in zip(budgets, found, strict=True)]
+
+
+def _of_rows(whole: Budget, out_features: int, rows: int, in_features: int) -> Budget:
+    """For some rows of a weight: what keeps as large a share of them, with a rank where the whole weight has one.
+
+    Args:
+        whole: of the weight, with `out_features` rows.
+    """
+    rank = round(whole.rank * rows * (out_features + in_features) / (out_features * (rows + in_features)))
+    return replace(whole, rank=max(rank, min(whole.rank, 1)), nonzeros=whole.nonzeros * rows // out_features)
 
 
 def costs(
@@ -83,17 +98,14 @@ def costs(
     method: LinearMethod,
     settings: CompressionSettings,
     budgets: Sequence[Callable[[int, int], Budget]],
-) -> list[tuple[Budget, tuple[int, int], float] | None]:
+) -> list[float]:
     """What each of some budgets costs the model's output, by rough decompositions.
 
     Of a weight with many rows some are decomposed, evenly spaced, and stand for the others by what it would cost to
     lose a row. The cost is sum_i s_i (E G E^T)_ii, with E the weight's error: see `output_sensitivity`.
 
     Args:
-        budgets: from the shape of a weight.
-
-    Returns:
-        Of each: the budget and the shape of what was decomposed, and the cost; None where it raises ValueError.
+        budgets: of a weight, from the shape of what is decomposed of it.
 
     Raises:
         ValueError: it cannot be decomposed.
@@ -104,19 +116,14 @@ def costs(
     H = weight.own.shares(W.dtype) if isinstance(weight.own, Gram) else normalised(weight.gram).to(W)
     size = weight.gram.diagonal().mean()  # G is H times that
     share = _share(weight, step)
-    found: list[tuple[Budget, tuple[int, int], float] | None] = []
+    found = []
     for budget_of in budgets:
-        try:
-            budget = budget_of(m, n)
-        except ValueError:
-            found.append(None)
-            continue
-        E = W - method.decompose_roughly(rows, weight.own, budget, settings).dense()
+        E = W - method.decompose_roughly(rows, weight.own, budget_of(m, n), settings).dense()
         errors = ((E @ H) * E).sum(1).double().clamp_min(0)  # (out,)
         cost = float(size * (errors @ sensitivity)) / share
         if not math.isfinite(cost):
             raise ValueError("what it is decomposed into is not finite")
-        found.append((budget, (m, n), cost))
+        found.append(cost)
     return found
 
 

@@ -117,9 +117,8 @@ def choose(offers: Sequence[Sequence[Offer]], total: int) -> list[Offer]:
 
 
 def offered(weight: Weight, method: LinearMethod, settings: CompressionSettings) -> dict[Grid, float]:
-    """What each format costs that the weight can have."""
-    found = costs(weight, method, settings, [partial(budget, one) for one in FORMATS])
-    return {one: of_one[2] for one, of_one in zip(FORMATS, found, strict=True) if of_one}
+    """What each format costs."""
+    return dict(zip(FORMATS, costs(weight, method, settings, [partial(budget, one) for one in FORMATS]), strict=True))
 
 
 def believed(costs: Sequence[float], weights: int, trust: float) -> list[float]:

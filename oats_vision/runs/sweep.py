@@ -116,7 +116,7 @@ def _write_page(done: Sweep) -> None:
 
 
 # what a cell's settings may bring about; the others may do
-_OF_ONE_CELL = (ConfigError, ModelError, DataError, ArithmeticError, RuntimeError, MemoryError)
+_OF_ONE_CELL = (ConfigError, ModelError, DataError, ArithmeticError, ValueError, RuntimeError, MemoryError)
 
 
 @dataclass
