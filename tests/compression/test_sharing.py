@@ -103,6 +103,26 @@ def test_progress_says_that_the_budget_is_shared_out(tiny_vit, pictures):
     assert [step.done for step in steps] == sorted(step.done for step in steps)
 
 
+@pytest.mark.parametrize("budget", ["measured", "owl"])
+def test_linears_may_share_their_inputs_in_some_batches_only(tiny_vit, pictures, budget):
+    """Statistics are then gathered in two rounds; the second block reads what the second round gave."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.first = nn.Linear(48, 48), nn.Linear(48, 48), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = float(x.detach().sum())
+            self.first = self.first or seen
+            return self.fc1(x) + self.fc2(x if seen == self.first else 2 * x)
+
+    assert len(pictures) > 1
+    tiny_vit.blocks[0].mlp = Sometimes()
+    report = ov.compress(tiny_vit, pictures, budget=budget, **QUICK).report
+    assert max(rates(report)) - min(rates(report)) > 0.01
+
+
 def test_a_checkpoint_keeps_the_budgets(tiny_vit, pictures, tmp_path):
     fresh = copy.deepcopy(tiny_vit)
     report = ov.compress(tiny_vit, pictures, budget="measured", **QUICK).report

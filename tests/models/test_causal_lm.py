@@ -233,10 +233,11 @@ def test_experts_have_statistics_of_their_own(texts):
 
 
 @torch.no_grad()
-def test_an_expert_that_no_token_goes_to_is_said_and_still_compressed(texts, caplog):
+@pytest.mark.parametrize("budget", ["measured", "owl"])
+def test_an_expert_that_no_token_goes_to_is_said_and_still_compressed(texts, caplog, budget):
     model = _build("mixtral")
     model.model.layers[0].mlp.gate.weight.zero_()  # all experts alike: the first two are taken
-    report = ov.compress(model, texts, rate=0.5, iterations=3).report
+    report = ov.compress(model, texts, rate=0.5, iterations=3, budget=budget).report
     tokens = {layer.name: layer.tokens for layer in report.layers}
     unseen = [e for e in range(4) if not tokens[f"model.layers.0.mlp.experts.{e}.down_proj"]]
     assert len(unseen) == 2
