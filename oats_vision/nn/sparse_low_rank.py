@@ -100,10 +100,12 @@ class LayerSpec:
     def factor_bytes(self, itemsize: int) -> int:
         """Bytes of U and V, with their scales where they have 8 bits.
 
+        U is one matrix: a part of lower rank than another has zeros in it.
+
         Args:
             itemsize: bytes of a floating value.
         """
-        entries = self.parameters - self.nonzeros
+        entries = self.out_features * max(self.ranks, default=0) + sum(self.ranks) * self.in_features
         return entries + 2 * (self.out_features + sum(self.ranks)) if self.int8_factors else entries * itemsize
 
     def to_dict(self) -> dict[str, Any]:

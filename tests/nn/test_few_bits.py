@@ -74,6 +74,8 @@ def test_fused_weights_keep_each_parts_rows_and_the_spec_says_what_is_stored():
         layer = _layer(density)
         assert LayerSpec.from_dict(layer.spec.to_dict()) == layer.spec
         assert layer.spec.grid == Grid(4, 16)
+        weight = sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
+        assert layer.spec.stored_bytes(4) == weight
         empty = SparseLowRankLinear.empty(layer.spec, torch.float32)
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
         assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == shapes

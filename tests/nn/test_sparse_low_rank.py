@@ -49,6 +49,7 @@ def test_parts_with_different_ranks_and_sizes():
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.dense_weight(), torch.cat([factors.dense() for _, factors in parts]))
     assert layer.spec.parameters == layer.sparse.values.numel() + 3 * (8 + 12) + 1 * (4 + 12)
+    assert layer.spec.stored_bytes(4) == sum(tensor.nbytes for tensor in layer.state_dict().values())
 
 
 @pytest.mark.parametrize("columns", [8, 13, 1, 64])
