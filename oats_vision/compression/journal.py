@@ -208,8 +208,9 @@ class Journal:
             raise CheckpointError(f"{file} is damaged (no run is in it): {self.again} to begin again")
         if state.get("format_version") != VERSION:
             raise CheckpointError(f"{file} was written by another release: {self.again} to begin again")
-        for left in self.folder.glob(".*"):
-            left.unlink(missing_ok=True)
+        for pattern in (*_OWN, *_WATCHED):
+            for left in self.folder.glob(pattern) if pattern.startswith(".") else ():
+                left.unlink(missing_ok=True)
         return state
 
     def _tidy(self) -> None:

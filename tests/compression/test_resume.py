@@ -137,8 +137,13 @@ def test_one_run_at_a_time_and_only_a_folder_of_ours(tiny_vit, pictures, begun):
     with checkpoint.locked(begun), pytest.raises(CheckpointError, match="another run"):
         ov.compress(copy.deepcopy(tiny_vit), pictures, resume=begun, **FAST)
     (begun / ".0001.safetensors.cut").write_bytes(b"cut")  # as a killed run leaves it
+    (begun / ".nfs0001").touch()  # which is not ours
+    (begun / ".ipynb_checkpoints").mkdir()
     Journal(begun)
-    assert sorted(file.name for file in begun.iterdir()) == ["0000.safetensors", "run.json"]
+    there = [".ipynb_checkpoints", ".nfs0001", "0000.safetensors", "run.json"]
+    assert sorted(file.name for file in begun.iterdir()) == there
+    (begun / ".ipynb_checkpoints").rmdir()
+    (begun / ".nfs0001").unlink()
     for content, message in (("{", "is damaged"), ("[]", "no run is in it")):
         (begun / "run.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
