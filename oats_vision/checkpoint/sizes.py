@@ -28,7 +28,7 @@ class Sizes:
 
     @property
     def layer_ratio(self) -> float:
-        return self.layers / self.dense_layers
+        return self.layers / max(self.dense_layers, 1)
 
 
 def measure(tensors: Iterable[Tensor], report: CompressionReport, storage: torch.dtype) -> Sizes:

@@ -30,6 +30,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LARGEST = 1 << 48  # entries one way, or bytes
 _HEADER = 100_000_000  # bytes at most, as in safetensors' own reader
 _PIECE = 1 << 16  # values that are looked at, at a time
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
@@ -174,7 +175,7 @@ class WeightsFile:
 def _entry(fields: Any) -> Stored:
     """Raises KeyError, TypeError or ValueError."""
     dtype, shape, (start, end) = DTYPES[fields["dtype"]], fields["shape"], fields["data_offsets"]
-    if any(type(number) is not int or number < 0 for number in (*shape, start, end)):
+    if any(type(number) is not int or not 0 <= number <= _LARGEST for number in (*shape, start, end)):
         raise ValueError(f"no sizes: {fields}")
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{end - start} bytes for {fields['dtype']} {shape}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import hostile
 import oats_vision as ov
+from oats_vision.analysis.compared import ComparedModel
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from tiny import HF
 
@@ -299,3 +300,20 @@ def test_the_digest_of_config_json_is_checked_where_it_is(originals, tmp_path):
     del config["config_sha256"]  # as in checkpoints that were written before it
     (tmp_path / "config.json").write_text(json.dumps(config))
     ov.load(tmp_path)
+
+
+def test_an_empty_tensor_of_an_endless_shape_is_refused(originals, tmp_path):
+    """Its bytes are right: there are none."""
+    for file in originals["rotary"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    size = 8 + int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8:size])
+    end = max(fields["data_offsets"][1] for name, fields in header.items() if name != "__metadata__")
+    header["more"] = {"dtype": "F32", "shape": [0, 2**70], "data_offsets": [end, end]}
+    changed = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + weights[size:])
+    hostile.repair(tmp_path)
+    for read in (ov.load, ComparedModel.read):
+        with pytest.raises(CheckpointError, match="no sizes"):
+            read(tmp_path)
