@@ -23,7 +23,7 @@ DATASETS = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", False),
     "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT", True),
 }
-WINDOWS, WINDOW = 64, 512  # of text that is held out
+WINDOWS, WINDOW = 64, 512  # of text that is held out: how many at least, if there are, and how long
 BUFFER = 10_000  # documents of a stream that are shuffled at a time
 
 
@@ -64,7 +64,8 @@ def load_sequences(
 ) -> Sequences:
     """Calibration text: documents in an order chosen by the seed, joined by the end-of-text token, cut into rows.
 
-    Documents without text are left out.
+    Documents without text are left out. Where there is text for both, the samples are the same whether or not others
+    are held out.
 
     Args:
         source: a text file (one document), JSON lines or a JSON list (objects with a `text`), compressed by gzip or
@@ -74,19 +75,20 @@ def load_sequences(
         sequence_length: tokens in a row.
         split: of a dataset.
         streaming: a dataset; `c4` and `fineweb` always are.
-        held_out: keep that many other rows apart; fewer if the text is too short for both. `held_out` has windows of
-            them, of 512 tokens at most.
+        held_out: keep that many other rows apart; fewer if the text is too short for both. `held_out` has as many
+            windows of them, or 64 if that is more, of 512 tokens at most.
 
     Raises:
         DataError: missing, without text, or shorter than one row.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     wanted, ids = (samples + held_out) * sequence_length, list[int]()
-    source = str(source)
-    documents = _documents(source, split, streaming, seed)
-    for document in documents:
+    source, mixed = str(source), 0  # rows of the documents that samples are drawn from
+    for document in _documents(source, split, streaming, seed):
         if document.strip():
             ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if not mixed and len(ids) >= samples * sequence_length:
+            mixed = len(ids) // sequence_length
         if len(ids) >= wanted:
             break
     rows = len(ids) // sequence_length
@@ -96,7 +98,8 @@ def load_sequences(
             "give more text or a smaller `sequence_length`"
         )
     table = torch.tensor(ids[: rows * sequence_length]).view(rows, sequence_length)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randperm(mixed or rows, generator=torch.Generator().manual_seed(seed))
+    order = torch.cat([drawn, torch.arange(len(drawn), rows)])
     count, apart = shared_out(rows, samples, held_out)
     if count < samples:
         log.warning(
@@ -108,15 +111,15 @@ def load_sequences(
             samples,
         )
     last = rows - apart
-    others = Sequences(_windows(table[order[last:]]), batch_size) if apart else None
+    others = Sequences(_windows(table[order[last:]], max(WINDOWS, apart)), batch_size) if apart else None
     return Sequences(table[order[:count]], batch_size, others)
 
 
-def _windows(rows: Tensor) -> Tensor:
-    """At most `WINDOWS` windows of at most `WINDOW` tokens of the rows (rows, length): enough to tell a difference."""
+def _windows(rows: Tensor, most: int) -> Tensor:
+    """So many windows at most, of at most `WINDOW` tokens, of the rows (rows, length): enough to tell a difference."""
     length = min(rows.shape[1], WINDOW)
     whole = rows[:, : rows.shape[1] // length * length].reshape(len(rows), -1, length)
-    return whole.transpose(0, 1).flatten(0, 1)[:WINDOWS]  # the first of every row before any second one
+    return whole.transpose(0, 1).flatten(0, 1)[:most]  # the first of every row before any second one
 
 
 def load_tokens(source: str | Path, tokenizer: Any, *, split: str = "test", streaming: bool = False) -> Tensor:

@@ -30,6 +30,20 @@ def test_rows_are_packed_seeded_and_do_not_depend_on_the_batch_size(tokenizer):
     assert words in load_text()  # a piece of the book, to the letter
 
 
+@pytest.mark.parametrize("documents", [1, 400])
+def test_samples_are_the_same_whether_or_not_others_are_held_out(tokenizer, tmp_path, documents):
+    lines = load_text().splitlines()
+    texts = ["\n".join(lines[i::documents]) for i in range(documents)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"samples": 20, "sequence_length": 32, "seed": 3}
+    alone = load_sequences(tmp_path / "texts.jsonl", tokenizer, **options)
+    both = load_sequences(tmp_path / "texts.jsonl", tokenizer, held_out=80, **options)
+    assert torch.equal(both.ids, alone.ids)
+    assert both.held_out.total == 80
+    rows = [tuple(row) for row in torch.cat([both.ids, both.held_out.ids]).tolist()]
+    assert len(set(rows)) == 100
+
+
 def load_text() -> str:
     return (demo.DIRECTORY / "alice.txt").read_text()
 
