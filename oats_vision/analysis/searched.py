@@ -56,7 +56,7 @@ def searched(search: Searched) -> SearchSection:
                 str(one.number),
                 *varied(one.settings).values(),
                 f"{one.bytes / 1e6:.2f}",
-                str(one.loss or ""),
+                str(one.loss or one.failed or ""),
                 "chosen" * (one == search.best),
             ]
             for one in search.trials

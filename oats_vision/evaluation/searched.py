@@ -28,14 +28,16 @@ class Loss(_Row):
 class Tried(_Row):
     """One compression of a search.
 
-    number: from 1, in the order in which they were made. bytes: of all files that are needed to load it. skipped:
-    pictures that could not be read. weights_sha256: of its weights' file.
+    number: from 1, in the order in which they were made. bytes: of all files that are needed to load it. failed: why
+    its loss could not be measured; it counts as more than any then. skipped: pictures that could not be read.
+    weights_sha256: of its weights' file.
     """
 
     number: int = Field(ge=1, lt=1000)
     settings: CompressionSettings
     bytes: Count
     loss: Loss | None = None
+    failed: Line | None = None
     seconds: FiniteFloat
     skipped: int = 0
     weights_sha256: Line

@@ -18,7 +18,7 @@ TINY = 1e-3  # points: a drop below it says no more than that there is none
 
 
 class Trial(NamedTuple):
-    """A step that was tried, and the drop that is judged there: the upper end of its interval."""
+    """A step that was tried, and the drop that is judged there: the upper end of its interval. It may be infinite."""
 
     step: int
     drop: float
@@ -98,7 +98,7 @@ def _outwards(now: Bracket, limit: float, at_the_end: bool) -> int:
 def _inwards(now: Bracket, limit: float) -> int:
     """The step on the side of the crossing where the bracket is wider, so that both ends come close to it."""
     low, high = _log(now.low_drop), _log(now.high_drop)
-    share = (_log(limit) - low) / (high - low) if high > low else 0.5
+    share = (_log(limit) - low) / (high - low) if low < high < math.inf else 0.5
     crossing = now.low + share * now.width
     below = math.floor(crossing)
     step = below if crossing - now.low > now.high - crossing else below + 1

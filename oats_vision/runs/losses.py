@@ -25,6 +25,7 @@ from oats_vision.runs.run import PreparedRun
 
 FEWEST = 8  # inputs that a loss is measured on
 MOST_HELD_OUT = 4096
+TEXT_HELD_OUT = 256  # windows
 K = 20  # neighbours that vote
 
 
@@ -128,7 +129,9 @@ def needed(name: str, limit: float) -> int | None:
     For the share of pictures in another class it is as many as can show that the limit is kept if a few changed.
     """
     if name == "agreement":
-        return min(4 * fewest(limit), MOST_HELD_OUT)
+        return min(max(4 * fewest(limit), 2 * FEWEST), MOST_HELD_OUT)
+    if name == "perplexity":
+        return TEXT_HELD_OUT
     return None if KINDS[name].labelled else 512
 
 

@@ -7,6 +7,7 @@ is kept, which becomes the output.
 
 import copy
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, saying
+from oats_vision.errors import ConfigError, ModelError, saying
 from oats_vision.evaluation.searched import Searched, Tried
 from oats_vision.machine import dtype_of
 from oats_vision.progress import Estimate, count
@@ -153,6 +154,8 @@ class _Search:
         target = candidates(config, model, prepared) if config.target_mb else []
         name = losses.judged_by(config, model, prepared, len(target))
         held_out = losses.needed(name, config.max_drop or 1.0) if name else None
+        if state and held_out is not None:
+            held_out = _as_before(state, held_out, folder, config)
         batches = kept(prepared.open(config.seed, held_out))
         display.lines(
             "plan", plan_lines(prepared.forecast(model, batches, (target or [prepared.settings])[0]).lines(), config)
@@ -160,7 +163,7 @@ class _Search:
         judged = losses.judged(name, model, prepared, batches.held_out, display) if name else None
         now = {"dense_sha256": prepared.source.dense_sha256, "by": name, "on": judged.samples if judged else 0}
         if state is None:
-            others = {key: value for key, value in now.items() if key != "dense_sha256"}
+            others = {"by": now["by"], "on": now["on"], "held_out": held_out}
             write_state(folder, config, prepared.task.unit, prepared.source.dense_sha256, "search", **others)
         elif differ := [key for key, value in now.items() if state.get(key) != value]:
             words = "; ".join(f"{_KEYS[key]} {state.get(key)} there and {now[key]} here" for key in differ)
@@ -180,11 +183,13 @@ class _Search:
         while (step := next_step(self.judgements, limit, **steps)) is not None:
             tried = self.trial(settings_at(options, scale, step, self.prepared.settings.storage_dtype))
             self.keep(self.below(limit))
-            show_trial(self.display, tried, "below the limit" if tried.loss and tried.loss.high < limit else "too much")
+            below = tried.loss is not None and tried.loss.high < limit
+            show_trial(self.display, tried, tried.failed or ("below the limit" if below else "too much"))
         if best := self.below(limit):
             return best
         least = min(self.trials, key=self.step)
-        assert least.loss
+        if least.loss is None:
+            raise ModelError(f"{least.failed} (at {least.settings.size})")
         kind, more = self.judged.kind, ", or more data for a narrower interval" * (least.loss.value < limit)
         raise ConfigError(
             f"`max_drop` {limit:g} is not reached: at {least.settings.size} it is {least.loss} {kind.unit} "
@@ -201,14 +206,16 @@ class _Search:
                 smaller: dict[str, Any] = {finer.name: finer.at(finer.step(self.target[i]) + OVERSIZED)}
                 self.target[i] = self.target[i].model_copy(update=smaller)
             self.keep(self.least())
-            show_trial(self.display, tried, f"{tried.bytes / 1e6 / float(self.config.target_mb or 1):.1%} of the size")
+            share = f"{tried.bytes / 1e6 / float(self.config.target_mb or 1):.1%} of the size"
+            show_trial(self.display, tried, tried.failed or share)
         best = self.least()
-        assert best
+        if best is None:
+            raise ModelError(f"{self.trials[-1].failed} (at {self.trials[-1].settings.size})")
         return best
 
     @property
     def judgements(self) -> list[Trial]:
-        return [Trial(self.step(one), one.loss.high) for one in self.trials if one.loss]
+        return [Trial(self.step(one), one.loss.high if one.loss else math.inf) for one in self.trials]
 
     def step(self, one: Tried) -> int:
         return self.config.scale.step(one.settings)
@@ -220,8 +227,8 @@ class _Search:
         return next((one for one in self.trials if self.step(one) == low), None)
 
     def least(self) -> Tried | None:
-        """The model so far that loses least, of those that are to be tried."""
-        tried = [one for one in self.trials if one.settings in self.target]
+        """The model so far that loses least, of those that are to be tried; None if none of them could be measured."""
+        tried = [one for one in self.trials if one.settings in self.target and not one.failed]
         return min(tried, key=lambda one: one.loss.value if one.loss else one.settings.rate, default=None)
 
     def show_before(self, what: str) -> None:
@@ -262,12 +269,17 @@ class _Search:
         )
         if common.costs:
             checkpoint.write_json(self.folder / COSTS, plain(common.costs))
-        loss = self.judged.judge(self.load(directory)) if self.judged else None
+        loss, failed = None, None
+        try:
+            loss = self.judged.judge(self.load(directory)) if self.judged else None
+        except ModelError as problem:  # at a high rate outputs may not be finite
+            failed = " ".join(str(problem).split())
         return Tried(
             number=number,
             settings=settings,
             bytes=size_of(directory),
             loss=loss,
+            failed=failed,
             seconds=time.perf_counter() - start,
             skipped=finished.skipped,
             weights_sha256=checkpoint.read_config(directory).weights_sha256,
@@ -337,6 +349,21 @@ class _Search:
             final=final,
             final_samples=samples,
         )
+
+
+def _as_before(state: dict[str, Any], needed: int, folder: Path, config: RunConfig) -> int:
+    """How many inputs the search that is gone on with holds out, whatever limit it had.
+
+    Raises:
+        ConfigError: they are too few for this limit.
+    """
+    before = int(state.get("held_out") or 0)
+    if before < needed:
+        raise ConfigError(
+            f"{folder} holds a search that held out {before:,} inputs, and `max_drop` {config.max_drop:g} takes "
+            f"{needed:,}: give `restart` to begin again, or another out"
+        )
+    return before
 
 
 _KEYS = {"dense_sha256": "the dense weights are", "by": "trials are judged by", "on": "trials are judged on"}

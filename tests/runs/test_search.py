@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -199,6 +200,42 @@ def test_other_settings_are_refused_and_another_limit_begins_with_the_trials(cla
     done = search(config(classifier, tmp_path / "out", **settings | {"max_drop": 90}))
     assert len(rows) < len(trials(done))
     assert done.searched.best.settings.rate > max(trials(done)[: len(rows)])
+
+
+def test_another_limit_begins_with_the_trials_without_labels_too(classifier, tmp_path, monkeypatch):
+    """It takes more inputs to show that a smaller one is kept."""
+    settings = QUICK | {"drop_of": "agreement"}
+    with monkeypatch.context() as patch:
+        stopped_in(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            search(config(classifier, tmp_path / "out", **settings, max_drop=60))
+    with pytest.raises(ConfigError, match=r"held out 20 inputs, and `max_drop` 40 takes 32: give `restart`"):
+        search(config(classifier, tmp_path / "out", **settings, max_drop=40))
+    compressed = stopped_in(monkeypatch, 100)
+    found = search(config(classifier, tmp_path / "out", **settings, max_drop=90)).searched
+    assert found.samples == found.final_samples == 10
+    assert len(compressed) == 12 * (len(found.trials) - 1)
+
+
+def test_a_trial_whose_outputs_are_not_finite_counts_as_too_much(classifier, tmp_path, monkeypatch):
+    load = module._Search.load
+
+    def broken(found, directory):
+        model = load(found, directory)
+        if checkpoint.read_config(directory).report.settings.rate > 0.6:
+            torch.nn.init.constant_(model.norm.weight, math.inf)
+        return model
+
+    monkeypatch.setattr(module._Search, "load", broken)
+    told = io.StringIO()
+    settings = config(classifier, tmp_path / "out", **LABELLED, max_drop=90)
+    done = search(settings, Display(Console(file=told, width=200)))
+    failed = [one for one in done.searched.trials if one.failed]
+    assert failed
+    assert all(one.loss is None and one.settings.rate > 0.6 for one in failed)
+    assert done.searched.best.settings.rate == pytest.approx(0.6)
+    assert "the logits are not finite" in told.getvalue()
+    assert "the logits are not finite" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_at_most_two_checkpoints_lie_on_the_disk(made, on_disk):
@@ -428,7 +465,7 @@ def test_text_is_judged_by_perplexity(language_directory, tmp_path, fields):
     if fields:
         assert (found.samples, found.of, found.final_samples) == (21 * 31, "tokens", 20 * 31)
     else:
-        assert found.samples == found.final_samples == 32
+        assert found.samples == found.final_samples == 128
 
 
 def test_a_limit_that_so_few_inputs_cannot_show_is_refused(model_directory, tmp_path, language_directory):
