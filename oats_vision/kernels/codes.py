@@ -38,7 +38,8 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         piece = packed[start:end]
         if width < 8:
             shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-            piece = ((piece[:, None] >> shifts) % (1 << width)).flatten()[:count]  # `&` has no equal in ONNX
+            # by its name, since `>>` has no equal in ONNX, nor has `&`
+            piece = (torch.bitwise_right_shift(piece[:, None], shifts) % (1 << width)).flatten()[:count]
         codes = piece if codes is None else codes + piece * (1 << shift)
         start = end
     assert codes is not None

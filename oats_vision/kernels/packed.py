@@ -84,5 +84,6 @@ class PackedWeight(NamedTuple):
 def unpack(bitmask: Tensor, in_features: int) -> Tensor:
     """Where the non-zeros are: bool (out_features, in_features)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
-    bits = (bitmask.unsqueeze(-1) >> shifts) % 2  # `& 1` has no equal in ONNX
+    # by its name, since `>>` has no equal in ONNX, nor has `& 1`
+    bits = torch.bitwise_right_shift(bitmask.unsqueeze(-1), shifts) % 2
     return bits.bool().flatten(1)[:, :in_features]

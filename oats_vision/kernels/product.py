@@ -46,8 +46,10 @@ def sparse_low_rank_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """
     if not torch.compiler.is_compiling() and _transforms():
         return _by_dense(x, weight)  # PyTorch's own operators, which all of them know
-    tensors = (x, *weight[:5])
-    if _records() or not _are_plain(tensors) or asks_for_gradients(tensors):
+    tensors, records = (x, *weight[:5]), _records()
+    if records and torch.onnx.is_in_onnx_export():
+        return _by_dense(x, weight)
+    if records or not _are_plain(tensors) or asks_for_gradients(tensors):
         y: Tensor = _operator(*tensors, weight.heights(), weight.ranks())
         return y
     return _product(x, weight)  # without an operator's overhead
@@ -94,7 +96,7 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     if runs and usable and native.available():
         return Matrix(PackedWeight.of_sparse(values, bitmask, in_features)).expand()
     mask = unpack(bitmask, in_features)
-    if runs and int(mask.sum()) != len(values):
+    if runs and not mask.is_meta and int(mask.sum()) != len(values):
         raise ValueError(f"the bitmask has {int(mask.sum())} ones for {len(values)} values")
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 

@@ -14,7 +14,8 @@ def to_bits(scale: Tensor) -> Tensor:
 
 def from_bits(bits: Tensor) -> Tensor:
     """The scales, bfloat16."""
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    if not traced and not torch.onnx.is_in_onnx_export():
         return bits.view(torch.bfloat16)
     # TorchScript and ONNX cannot take the same bits for another dtype, so the number is put together from them
     unsigned = bits.int() % 65536  # first of all, since ONNX divides negative numbers in another way

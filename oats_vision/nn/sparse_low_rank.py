@@ -281,7 +281,7 @@ class SparseLowRankLinear(nn.Module):
             ValueError: x has another width, or the bitmask does not fit the values any more.
         """
         kind = "cpu" if x.is_cpu else x.device.type
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         if self.spec.grid is None:
             return sparse_low_rank_linear(x, self.packed)

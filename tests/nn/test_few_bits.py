@@ -197,9 +197,16 @@ def test_traces_give_the_same_outputs(normal, density, tokens, tmp_path):
     layer = SparseLowRankLinear.from_factors([("w", factors)], torch.randn(24), torch.float32)
     x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
     torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other), **CLOSE)
-    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", input_names=["x"], dynamo=False)
-    (y,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": other.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), layer(other), **CLOSE)
+    for dynamo in (False, True):
+        torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", input_names=["x"], dynamo=dynamo, verbose=False)
+        (y,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": other.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), layer(other), **CLOSE)
+
+
+def test_shapes_are_known_on_the_meta_device():
+    for density in (0.5, 1.0):
+        y = _layer(density).to("meta")(torch.empty(5, 40, device="meta"))
+        assert (y.shape, y.device.type) == ((5, 12), "meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

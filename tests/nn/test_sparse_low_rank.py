@@ -1,4 +1,5 @@
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,24 @@ def test_parts_with_different_ranks_and_sizes():
     torch.testing.assert_close(layer.dense_weight(), torch.cat([factors.dense() for _, factors in parts]))
     assert layer.spec.parameters == layer.sparse.values.numel() + 3 * (8 + 12) + 1 * (4 + 12)
     assert layer.spec.stored_bytes(4) == sum(tensor.nbytes for tensor in layer.state_dict().values())
+
+
+def test_shapes_are_known_on_the_meta_device():
+    layer = SparseLowRankLinear.from_factors([("w", _factors(24, 40, 3, 0.5))], torch.randn(24), torch.float32)
+    y = layer.to("meta")(torch.empty(5, 40, device="meta"))
+    assert (y.shape, y.device.type) == ((5, 24), "meta")
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_an_export_to_onnx_gives_the_same_outputs(tokens, dynamo, tmp_path):
+    parts = [("q", _factors(24, 40, 3, 0.5, 1)), ("k", _factors(8, 40, 1, 0.5, 2))]
+    layer = SparseLowRankLinear.from_factors(parts, torch.randn(32), torch.float32)
+    x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", input_names=["x"], dynamo=dynamo, verbose=False)
+    (y,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(other), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [8, 13, 1, 64])
