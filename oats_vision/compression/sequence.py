@@ -30,6 +30,7 @@ from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.inputs import statistic_of
 from oats_vision.compression.stream import Writer, writers
 from oats_vision.core.target import propagated_target
+from oats_vision.machine import give_memory_back
 from oats_vision.models.structure import in_experts, linear_of, sharing_weights
 from oats_vision.models.values import round_to
 
@@ -185,6 +186,7 @@ def gather(
         linear: its name in the block; name: its full name.
         writer: how it writes to the residual stream, if it does.
     """
+    give_memory_back()  # what batches have freed on their way here is in gaps: a fifth of the peak
     module = linear_of(ours.block, linear)
     width, device = module.in_features, module.weight.device
     statistic = statistic_of(job.method, job.settings, job.report.unit, width, device)
