@@ -107,6 +107,8 @@ def doubts(rows: Sequence[ComparedModel]) -> list[str]:
         found.append(f"The runs are of different dense weights, all named {rows[0].model}.")
     if len({run.machine for run in rows if run.speed}) > 1:
         found.append("Their speed was measured on different machines or numbers of threads.")
+    if len(dtypes := {run.dtype for run in rows if run.speed and run.dtype}) > 1:
+        found.append(f"Their speed was measured in different precisions: {', '.join(sorted(dtypes))}.")
     if len({(run.cost.unit, run.cost.samples) for run in rows if run.cost}) > 1:
         found.append("Their agreement with the dense model was measured on different numbers of samples.")
     if len({(run.labelled.where, run.labelled.compared) for run in rows if run.labelled}) > 1:

@@ -41,6 +41,7 @@ class ComparedModel:
     errors: Mapping[int, float] = field(default_factory=dict)
     dense_sha256: str | None = None
     machine: str = ""
+    dtype: str = ""
     seed: int | None = None
 
     @classmethod
@@ -68,6 +69,7 @@ class ComparedModel:
             errors=mean_errors(report),
             dense_sha256=source.dense_sha256,
             machine=", ".join(value for _, value in measured.machine),
+            dtype=measured.dtype,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class ComparedModel:
             "errors": {str(block): error for block, error in self.errors.items()},
             "dense_sha256": self.dense_sha256,
             "machine": self.machine,
+            "dtype": self.dtype,
             "seed": self.seed,
         }
 
@@ -121,8 +124,7 @@ def by_block(report: CompressionReport, figure: Callable[[LayerReport], float]) 
     Experts of a block count as one kind.
     """
     gathered: dict[str, dict[int, list[float]]] = {}
-    for layer in report.layers:
-        block, kind = _place(layer.name)
+    for layer, (block, kind) in zip(report.layers, places(report), strict=True):
         gathered.setdefault(kind, {}).setdefault(block, []).append(figure(layer))
     return {
         kind: {block: sum(found) / len(found) for block, found in blocks.items()} for kind, blocks in gathered.items()
@@ -132,23 +134,30 @@ def by_block(report: CompressionReport, figure: Callable[[LayerReport], float]) 
 def mean_errors(report: CompressionReport) -> dict[int, float]:
     """Mean relative error of all linears of each block, by the block's number."""
     gathered: dict[int, list[float]] = {}
-    for layer in report.layers:
-        gathered.setdefault(block_of(layer.name), []).append(layer.error)
+    for layer, (block, _) in zip(report.layers, places(report), strict=True):
+        gathered.setdefault(block, []).append(layer.error)
     return {block: sum(es) / len(es) for block, es in gathered.items()}
 
 
-def block_of(name: str) -> int:
-    """The number of a linear's block."""
-    return _place(name)[0]
+def places(report: CompressionReport) -> list[tuple[int, str]]:
+    """The number of each linear's block, and its name within the block with `*` for the number of an expert."""
+    return _places([layer.name for layer in report.layers])
 
 
-def _place(name: str) -> tuple[int, str]:
-    """The number of a linear's block, and its name within the block with `*` for the number of an expert.
+def _places(names: Sequence[str]) -> list[tuple[int, str]]:
+    """As `places`, of names.
 
-    >>> _place("blocks.0.11.mlp.fc1"), _place("model.layers.3.mlp.experts.5.w1"), _place("head")
-    ((11, 'mlp.fc1'), (3, 'mlp.experts.*.w1'), (0, 'head'))
+    >>> _places(["blocks.0.11.mlp.fc1", "blocks.0.12.mlp.fc1", "head"])
+    [(11, 'mlp.fc1'), (12, 'mlp.fc1'), (0, 'head')]
+    >>> _places(["0.layers.3.attn.qkv", "0.layers.3.mlp.experts.5.w1", "0.layers.4.attn.qkv"])
+    [(3, 'attn.qkv'), (3, 'mlp.experts.*.w1'), (4, 'attn.qkv')]
     """
-    found = re.match(r"(?:.*?\.)??(?:[0-9]+\.)*([0-9]{1,9})\.(.*)", name, re.DOTALL)
-    if not found:
-        return 0, name
-    return int(found[1]), re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", found[2])
+    found = [re.match(r"(?:.*?\.)??(?:[0-9]+\.)*([0-9]{1,9})\.(.*)", name, re.DOTALL) for name in names]
+    before = {name[: one.end(1)] if one else name for name, one in zip(names, found, strict=True)}
+    rests = [one[2] for one in found if one]
+    if len(before) == 1 and all(re.search(r"\.[0-9]+\.", rest) for rest in rests) and rests:
+        return _places(rests)  # what all are in is no block, but a model's place in another one
+    return [
+        (int(one[1]), re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", one[2])) if one else (0, name)
+        for name, one in zip(names, found, strict=True)
+    ]

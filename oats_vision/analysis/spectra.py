@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.analysis.compared import block_of
+from oats_vision.analysis.compared import places
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
 
@@ -23,12 +23,12 @@ def spectra_of(report: CompressionReport) -> list[int]:
     These are evenly spaced, with the first and the last; there is at least one, unless it alone takes minutes.
     """
     blocks: dict[int, list[int]] = {}
-    for i, layer in enumerate(report.layers):
-        blocks.setdefault(block_of(layer.name), []).append(i)
+    for i, (block, _) in enumerate(places(report)):
+        blocks.setdefault(block, []).append(i)
     work = sum(_work(layer.spec) for layer in report.layers) / max(len(blocks), 1)
     count = min(len(blocks), int(max(WORK // max(work, 1), work < 10 * WORK)))
-    places = {round(i * (len(blocks) - 1) / max(count - 1, 1)) for i in range(count)}
-    return [i for place, layers in enumerate(blocks.values()) if place in places for i in layers]
+    chosen = {round(i * (len(blocks) - 1) / max(count - 1, 1)) for i in range(count)}
+    return [i for place, layers in enumerate(blocks.values()) if place in chosen for i in layers]
 
 
 def _work(spec: LayerSpec) -> float:

@@ -81,6 +81,7 @@ def _run(number: int, **more) -> ComparedModel:
         "cost": _cost(99 - number, 0.01 * number),
         "errors": {0: 0.01 * number, 1: 0.02 * number},
         "machine": "cpu, 2",
+        "dtype": "float32",
     }
     return ComparedModel(**values | more)
 
@@ -177,6 +178,7 @@ def test_labels_of_neighbours_do_not_hide_each_other():
         ({"model": "other"}, "different models"),
         ({"dense_sha256": "b" * 64}, "different dense weights"),
         ({"machine": "gpu"}, "different machines"),
+        ({"dtype": "bfloat16"}, "different precisions: bfloat16, float32"),
         ({"cost": _cost(99, 0.1, samples=128)}, "different numbers of samples"),
         ({"labelled": _labelled(79, "other")}, "different data"),
     ],
@@ -197,6 +199,15 @@ def test_errors_of_experts_are_one_line():
     layers = [LayerReport(name, spec, {"w": 0.1 * i}, {}, {"w": 1}, 0.0, 1) for i, name in enumerate(names, 1)]
     found = errors_by_block(CompressionReport("x", resolve(), layers=layers))
     assert found == {"mlp.experts.*.w1": {0: pytest.approx(0.15), 2: pytest.approx(0.3)}}
+
+
+@pytest.mark.parametrize("prefix", ["", "0.", "features.0.", "net.1.2."])
+def test_a_number_that_all_names_begin_with_is_no_block(prefix):
+    """As of a backbone in nn.Sequential."""
+    spec = LayerSpec(8, 8, False, (PartSpec("w", 8, 1, 1),))
+    layers = [LayerReport(f"{prefix}blocks.{i}.mlp.fc1", spec, {"w": 0.1 * i}, {}, {"w": 1}, 0.0, 1) for i in range(3)]
+    found = errors_by_block(CompressionReport("x", resolve(), layers=layers))
+    assert found == {"mlp.fc1": {i: pytest.approx(0.1 * i) for i in range(3)}}
 
 
 def test_page_in_a_browser(browser, tmp_path):
