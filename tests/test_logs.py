@@ -118,6 +118,17 @@ def test_a_log_that_cannot_be_written_disturbs_nobody(console, tmp_path, monkeyp
     assert capsys.readouterr().err == ""
 
 
+def test_names_of_files_may_be_no_unicode(console, tmp_path, monkeypatch):
+    """Python has bytes that are no UTF-8 as lone surrogates, which no encoding takes."""
+    monkeypatch.setattr("sys.argv", ["oats-vision", "compress", "--data", "Fotos_M\udcfcller"])
+    start(console, tmp_path / "run.log")
+    messages()
+    logging.getLogger("oats_vision.data").warning("%s is skipped", "M\udcfcller.png")
+    written = (tmp_path / "run.log").read_text()
+    assert "--data Fotos_M\\udcfcller" in written
+    assert "M\\udcfcller.png is skipped" in written
+
+
 def test_the_last_ten_files_are_kept_in_the_users_cache(console, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "oats_vision" / "logs"

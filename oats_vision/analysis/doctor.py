@@ -77,10 +77,12 @@ def _versions() -> Iterator[Check]:
     for name in LIBRARIES:
         yield check(name, _version(name))
     needed = [Requirement(line) for line in requires("oats_vision") or ()]
+    here = {need.name: _version(need.name) for need in needed if need.marker is None}
     wrong = [
-        f"{need.name}{need.specifier}, here {_version(need.name)}"
+        f"{need.name}{need.specifier}, here {here[need.name]}"
         for need in needed
-        if need.marker is None and not need.specifier.contains(_version(need.name), prereleases=True)
+        if need.name in here
+        and (here[need.name] == "missing" or not need.specifier.contains(here[need.name], prereleases=True))
     ]
     if wrong:
         yield check("requirements", "; ".join(wrong), "failed", "reinstall oats_vision with its dependencies")

@@ -157,7 +157,7 @@ def _cost(measured: Measured, name: str, unit: str) -> Headline:
             f"{first.name} beside the dense model",
             [f"95% interval {first.interval}, {_held_out(cost)}", *(f"{one.name} {one}" for one in others[:2])],
         )
-    return Headline("What it cost", command=task_of_unit(unit).eval_command(shlex.quote(name)))
+    return Headline("What it cost", command=task_of_unit(unit).eval_command(name))
 
 
 def _held_out(cost: Cost) -> str:

@@ -1,6 +1,7 @@
 """How a command ends: done, an error in one line, or a bug of ours in one line."""
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ BUG = 70  # exit status of an error that is ours, EX_SOFTWARE of sysexits.h; 2 i
 
 def run(command: Callable[[], object]) -> None:
     """Run a command and exit with its status; messages go to the console and to a log file of its own."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding does not have
     logs.start("-".join(word for word in sys.argv[1:3] if word.isidentifier()) or "help", messages)
     for handler in logging.root.handlers:
         handler.addFilter(_in_flags)

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from oats_vision import kernels
@@ -28,6 +31,9 @@ def test_the_command_prints_all_and_as_json(monkeypatch):
     assert "\n   failed  requirements      timm>=" in page.stdout
     assert "-> reinstall oats_vision with its dependencies" in page.stdout
     assert page.stdout.rstrip().endswith(", 1 failed")
+    monkeypatch.setattr(doctor, "_version", lambda name: "missing" if name == "scipy" else doctor.version(name))
+    monkeypatch.setattr(SpecifierSet, "contains", lambda self, here, **more: bool(Version(here)))  # as in packaging 25
+    assert re.fullmatch(r"scipy>=[0-9.]+, here missing", found(doctor._versions)["requirements"].value)
     monkeypatch.undo()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     done = CliRunner().invoke(app, ["doctor", "--json"])

@@ -54,10 +54,10 @@ def test_the_dense_model_of_a_relative_path_is_found_from_elsewhere(quick, langu
 
 
 def test_evaluation_table(quick, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "the out"
     done = run(*quick, "--out", out, "--no-eval")
     assert done.returncode == 0, done.stderr
-    assert "What it cost was not measured: oats-vision eval perplexity" in done.stdout
+    assert f"What it cost was not measured: oats-vision eval perplexity '{out}' --data" in " ".join(done.stdout.split())
     shown = run("eval", "perplexity", out, "--data", "demo", "--sequence-length", 64, "--stride", 32, "--samples", 3)
     for words in ("dense", "compressed", "95% interval", " x [", "3 of 64 tokens"):
         assert words in shown.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -47,8 +48,9 @@ class Task(ABC):
         return find_protocol(self.measured_by)
 
     def eval_command(self, directory: str, data: str = "") -> str:
-        """The command that measures a checkpoint on data, or on what there is a placeholder for."""
-        return f"oats-vision eval {self.measured_by} {directory} --data {data or self.placeholder}"
+        """The command, for a shell, that measures a checkpoint on data, or on what there is a placeholder for."""
+        given = shlex.quote(data) if data else self.placeholder
+        return f"oats-vision eval {self.measured_by} {shlex.quote(directory)} --data {given}"
 
     def completed(self, config: Options) -> Options:
         """The run with the defaults that depend on what the model reads."""
