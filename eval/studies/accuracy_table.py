@@ -19,7 +19,7 @@ from typing import Any
 
 from benches import Closeness, Row, Texts
 from features import Features
-from study import SETTINGS, collect, described, parser, picture_parser, run, settings_of, show_values
+from study import SETTINGS, collect, described, parser, picture_parser, run, settings_of, show_values, suffix_of
 
 # name -> settings, in the order of the table; each is given every rate
 LINES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def main() -> None:
     for target in bench.targets:
         chosen = [with_loss(row) for row in rows if row["eval_data"] == target]
         title = f"{Path(chosen[0]['model']).name}{f' on {Path(target).name}' * (len(bench.targets) > 1)}"
-        suffix = f"_{Path(target).stem}" * (len(bench.targets) > 1)
+        suffix = suffix_of(target, bench.targets) * (len(bench.targets) > 1)
         for measure, words in (MEASURES[args.bench] | SECONDS).items():
             measured = [row for row in chosen if row[measure]]
             values = collect(measured, lambda row: names[without_rate(row)], "rate", measure)

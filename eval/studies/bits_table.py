@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_table import BENCHES, GROWING, MEASURES, parse, with_loss
-from study import SETTINGS, collect, described, run, settings_of, show_values
+from study import SETTINGS, collect, described, run, settings_of, show_values, suffix_of
 
 FORMATS = [("int8", 64), ("int4", 64), ("int3", 32), ("int3", 64), ("int2", 32), ("int2", 64)]
 NORMAL = [("nf4", 64), ("nf3", 64), ("nf2", 64)]
@@ -44,7 +44,7 @@ def main() -> None:
     for target in bench.targets:
         chosen = [with_loss(row) for row in rows if row["eval_data"] == target]
         title = f"{Path(chosen[0]['model']).name}{f' on {Path(target).name}' * (len(bench.targets) > 1)}"
-        suffix = f"_{Path(target).stem}" * (len(bench.targets) > 1)
+        suffix = suffix_of(target, bench.targets) * (len(bench.targets) > 1)
         for measure, words in MEASURES[args.bench].items():
             values = collect(
                 [row for row in chosen if row[measure]], lambda row: names[key(row)], "bits_a_weight", measure

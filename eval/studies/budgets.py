@@ -25,11 +25,13 @@ ERROR, SAME = "relative error of features", "same class"
 class HeldOut(Pictures):
     """What the study measures: closeness to the dense model on pictures that were kept apart from calibration."""
 
+    KEYS: ClassVar = [*Pictures.KEYS, "held_out"]
     RESULTS: ClassVar = ["feature_error", "same_class"]
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         self.held_out = args.held_out
+        self.about |= {"held_out": args.held_out}
 
     def load(self) -> nn.Module:
         """The dense model."""

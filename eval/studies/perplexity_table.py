@@ -9,7 +9,7 @@ Writes perplexity_table.csv, and for each text a plot and a table; run it again 
 from pathlib import Path
 
 from benches import Texts
-from study import collect, method_cells, method_line, parse_methods, parser, run, show_values
+from study import collect, method_cells, method_line, parse_methods, parser, run, show_values, suffix_of
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "oats-plain", "oats"]
 RATES = [0.3, 0.4, 0.5, 0.6]
@@ -25,7 +25,7 @@ def main() -> None:
         chosen = [row for row in rows if row["eval_data"] == text]
         dense = float(chosen[0]["dense_perplexity"])
         title = f"{Path(chosen[0]['model']).name} on {Path(text).name}"
-        out = args.out / f"perplexity_{Path(text).stem}"
+        out = args.out / f"perplexity{suffix_of(text, args.eval_data)}"
         values = collect(chosen, method_line, "rate", "perplexity")
         show_values(values, title, "rate", f"perplexity, dense {dense:.2f}", out, level=dense, log_y=True)
 

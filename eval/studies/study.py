@@ -210,6 +210,13 @@ def method_line(row: Row) -> str:
 Cells = dict[tuple[str, str], list[float]]
 
 
+def suffix_of(target: str, targets: Sequence[str]) -> str:
+    """What the files on one of several sets of data end with: its stem, and its number where that is another's too."""
+    stem = Path(target).stem
+    alone = sum(Path(other).stem == stem for other in targets) == 1
+    return f"_{stem}" if alone else f"_{stem}_{targets.index(target) + 1}"
+
+
 def collect(rows: list[Row], line: Callable[[Row], str], column: str, value: str = "top1") -> Cells:
     """Values by (line, column), over the seeds."""
     cells: Cells = defaultdict(list)

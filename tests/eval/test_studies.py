@@ -59,15 +59,16 @@ def test_study_writes_table_and_plot_and_resumes(name, model_directory, tmp_path
 
 
 def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path):
-    for name, line in (("a", "the cat sat on the mat"), ("b", "alice said that it was the best")):
-        (tmp_path / f"{name}.txt").write_text(f"{line}\n" * 40)
-    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    texts = [tmp_path / "a" / "text.txt", tmp_path / "b" / "text.txt"]
+    for text, line in zip(texts, ("the cat sat on the mat", "alice said that it was the best"), strict=True):
+        text.parent.mkdir()
+        text.write_text(f"{line}\n" * 40)
     arguments = ["--model", language_directory, "--data", "demo", "--samples", 4, "--sequence-length", 64]
     arguments += ["--eval-data", *texts, "--seeds", 0, "--out", tmp_path / "out"]
     first = _study("perplexity_table", *arguments, "--methods", "wanda", "oats", "--rates", "0.5")
     assert first.returncode == 0, first.stderr
     rows = _rows(tmp_path / "out" / "perplexity_table.csv")
-    assert [(row["method"], Path(row["eval_data"]).stem) for row in rows] == [
+    assert [(row["method"], Path(row["eval_data"]).parent.name) for row in rows] == [
         ("wanda", "a"),
         ("wanda", "b"),
         ("oats", "a"),
@@ -76,9 +77,9 @@ def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path)
     for row in rows:
         ratio = float(row["perplexity"]) / float(row["dense_perplexity"])
         assert float(row["ratio"]) == pytest.approx(ratio, rel=1e-3)
-    for text in "ab":
-        assert (tmp_path / "out" / f"perplexity_{text}.md").read_text().count("oats") == 1
-        assert (tmp_path / "out" / f"perplexity_{text}.png").stat().st_size > 5000
+    for number in (1, 2):
+        assert (tmp_path / "out" / f"perplexity_text_{number}.md").read_text().count("oats") == 1
+        assert (tmp_path / "out" / f"perplexity_text_{number}.png").stat().st_size > 5000
 
 
 def test_closeness_falls_with_the_rate_in_both_measures(model_directory, tmp_path):
