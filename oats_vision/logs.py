@@ -119,9 +119,8 @@ class _LogFile(logging.FileHandler):
     """A file that is made at the first message; a full disk or a read-only home is no reason to disturb a run."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__(
-            file, delay=True, encoding="utf-8", errors="backslashreplace"
-        )  # names of files may be anything
+        # names of files may be in no encoding
+        super().__init__(file, delay=True, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def _open(self) -> Any:

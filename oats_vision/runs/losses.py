@@ -25,7 +25,7 @@ from oats_vision.runs.run import PreparedRun
 
 FEWEST = 8  # inputs that a loss is measured on
 MOST_HELD_OUT = 4096
-TEXT_HELD_OUT = 256  # windows
+TEXT_HELD_OUT = 256  # windows, of which half are for the search
 K = 20  # neighbours that vote
 
 

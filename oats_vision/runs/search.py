@@ -155,7 +155,7 @@ class _Search:
         name = losses.judged_by(config, model, prepared, len(target))
         held_out = losses.needed(name, config.max_drop or 1.0) if name else None
         if state and held_out is not None:
-            held_out = _as_before(state, held_out, folder, config)
+            held_out = _as_before(state, held_out, folder)
         batches = kept(prepared.open(config.seed, held_out))
         display.lines(
             "plan", plan_lines(prepared.forecast(model, batches, (target or [prepared.settings])[0]).lines(), config)
@@ -351,7 +351,7 @@ class _Search:
         )
 
 
-def _as_before(state: dict[str, Any], needed: int, folder: Path, config: RunConfig) -> int:
+def _as_before(state: dict[str, Any], needed: int, folder: Path) -> int:
     """How many inputs the search that is gone on with holds out, whatever limit it had.
 
     Raises:
@@ -360,7 +360,7 @@ def _as_before(state: dict[str, Any], needed: int, folder: Path, config: RunConf
     before = int(state.get("held_out") or 0)
     if before < needed:
         raise ConfigError(
-            f"{folder} holds a search that held out {before:,} inputs, and `max_drop` {config.max_drop:g} takes "
+            f"{folder} holds a search that held out {before:,} inputs, and this one, with its `max_drop`, takes "
             f"{needed:,}: give `restart` to begin again, or another out"
         )
     return before

@@ -209,7 +209,7 @@ def test_another_limit_begins_with_the_trials_without_labels_too(classifier, tmp
         stopped_in(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             search(config(classifier, tmp_path / "out", **settings, max_drop=60))
-    with pytest.raises(ConfigError, match=r"held out 20 inputs, and `max_drop` 40 takes 32: give `restart`"):
+    with pytest.raises(ConfigError, match=r"held out 20 inputs, and this one, with its `max_drop`, takes 32"):
         search(config(classifier, tmp_path / "out", **settings, max_drop=40))
     compressed = stopped_in(monkeypatch, 100)
     found = search(config(classifier, tmp_path / "out", **settings, max_drop=90)).searched
