@@ -3,11 +3,15 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from oats_vision import ranks
 from oats_vision.errors import notes
+
+GRACE = 0.3  # seconds from a signal to one process of a group until all have it
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -23,11 +27,25 @@ def guarded(command: Callable[[], object]) -> None:
         if os.getpid() != process:  # a worker, which the same keys reach: the main process ends it
             if number != signal.SIGINT:
                 os._exit(128 + number)
+            received.append(number)
             return
         received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
         raise SystemExit(128 + number)
 
+    def in_a_worker() -> None:
+        """What fails in its threads because others were stopped is not told; the signal may come to it last."""
+        usual = sys.excepthook
+
+        def tell(*error: Any) -> None:
+            time.sleep(GRACE)
+            if not received:
+                usual(*error)
+
+        sys.excepthook = tell
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=in_a_worker)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)

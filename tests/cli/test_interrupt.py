@@ -26,6 +26,19 @@ MOMENTS = {
         "            return i\n"
         "    for batch in DataLoader(Slow(range(10**4)), num_workers=2): print('batch', flush=True)"
     ),
+    "waits for a worker that fails": (  # as the thread does that hands pictures over, now and then
+        "import os\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        print('batch', flush=True)\n"
+        "        time.sleep(0.5)\n"
+        "        sys.excepthook(EOFError, EOFError(), None)\n"
+        "        os._exit(0)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        os.waitpid(child, 0)"
+    ),
 }
 
 
