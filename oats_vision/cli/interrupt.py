@@ -24,12 +24,11 @@ def guarded(command: Callable[[], object]) -> None:
     process = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         if os.getpid() != process:  # a worker, which the same keys reach: the main process ends it
             if number != signal.SIGINT:
                 os._exit(128 + number)
-            received.append(number)
             return
-        received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one is not waited for
         raise SystemExit(128 + number)
 
