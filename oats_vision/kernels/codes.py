@@ -37,9 +37,9 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         end = start + -(-count * width // 8)
         piece = packed[start:end]
         if width < 8:
-            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-            # by its name, since `>>` has no equal in ONNX, nor has `&`
-            piece = (torch.bitwise_right_shift(piece[:, None], shifts) % (1 << width)).flatten()[:count]
+            powers = torch.tensor([1 << shift for shift in range(0, 8, width)], dtype=torch.uint8, device=packed.device)
+            # divisions, since ONNX has neither `&` nor, for what is computed with further, `>>`
+            piece = (torch.div(piece[:, None], powers, rounding_mode="floor") % (1 << width)).flatten()[:count]
         codes = piece if codes is None else codes + piece * (1 << shift)
         start = end
     assert codes is not None

@@ -186,15 +186,14 @@ def test_spreading_out_gives_what_kernels_take():
     torch.testing.assert_close(sparse_low_rank_linear(x, packed), layer(x), **CLOSE)
 
 
-@pytest.mark.parametrize("normal", [False, True])
-@pytest.mark.parametrize("density", [0.5, 1.0])
-@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize(("bits", "normal"), [(2, True), (3, False), (4, False), (4, True), (5, False), (6, False)])
+@pytest.mark.parametrize(("density", "tokens"), [(0.5, 3), (1.0, 50)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_traces_give_the_same_outputs(normal, density, tokens, tmp_path):
+def test_traces_give_the_same_outputs(bits, normal, density, tokens, tmp_path):
     import onnxruntime
 
-    factors = _in_8_bits(_factors(24, 40, 3, density, Grid(4, 16, normal=normal)))
-    layer = SparseLowRankLinear.from_factors([("w", factors)], torch.randn(24), torch.float32)
+    factors = _in_8_bits(_factors(24, 40, 3, density, Grid(bits, 16, normal=normal)))
+    layer = SparseLowRankLinear.from_factors([("w", factors)], torch.randn(24), torch.float32).eval()
     x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
     torch.testing.assert_close(torch.jit.trace(layer, x)(other), layer(other), **CLOSE)
     for dynamo in (False, True):

@@ -64,7 +64,7 @@ def test_shapes_are_known_on_the_meta_device():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_an_export_to_onnx_gives_the_same_outputs(tokens, dynamo, tmp_path):
     parts = [("q", _factors(24, 40, 3, 0.5, 1)), ("k", _factors(8, 40, 1, 0.5, 2))]
-    layer = SparseLowRankLinear.from_factors(parts, torch.randn(32), torch.float32)
+    layer = SparseLowRankLinear.from_factors(parts, torch.randn(32), torch.float32).eval()
     x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
     torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", input_names=["x"], dynamo=dynamo, verbose=False)
     (y,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": other.numpy()})
