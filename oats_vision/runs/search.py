@@ -26,6 +26,7 @@ from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError, saying
+from oats_vision.evaluation.results import LINE
 from oats_vision.evaluation.searched import Searched, Tried
 from oats_vision.machine import dtype_of
 from oats_vision.progress import Estimate, count
@@ -154,8 +155,8 @@ class _Search:
         target = candidates(config, model, prepared) if config.target_mb else []
         name = losses.judged_by(config, model, prepared, len(target))
         held_out = losses.needed(name, config.max_drop or 1.0) if name else None
-        if state and held_out is not None:
-            held_out = _as_before(state, held_out, folder)
+        if state and held_out is not None:  # as many as for the limit that it began with
+            held_out = state.get("held_out") or held_out
         batches = kept(prepared.open(config.seed, held_out))
         display.lines(
             "plan", plan_lines(prepared.forecast(model, batches, (target or [prepared.settings])[0]).lines(), config)
@@ -269,11 +270,11 @@ class _Search:
         )
         if common.costs:
             checkpoint.write_json(self.folder / COSTS, plain(common.costs))
-        loss, failed = None, None
+        loss, failed, compressed = None, None, self.load(directory) if self.judged else None
         try:
-            loss = self.judged.judge(self.load(directory)) if self.judged else None
+            loss = self.judged.judge(compressed) if self.judged and compressed else None
         except ModelError as problem:  # at a high rate outputs may not be finite
-            failed = " ".join(str(problem).split())
+            failed = " ".join(str(problem).split())[:LINE]
         return Tried(
             number=number,
             settings=settings,
@@ -349,21 +350,6 @@ class _Search:
             final=final,
             final_samples=samples,
         )
-
-
-def _as_before(state: dict[str, Any], needed: int, folder: Path) -> int:
-    """How many inputs the search that is gone on with holds out, whatever limit it had.
-
-    Raises:
-        ConfigError: they are too few for this limit.
-    """
-    before = int(state.get("held_out") or 0)
-    if before < needed:
-        raise ConfigError(
-            f"{folder} holds a search that held out {before:,} inputs, and this one, with its `max_drop`, takes "
-            f"{needed:,}: give `restart` to begin again, or another out"
-        )
-    return before
 
 
 _KEYS = {"dense_sha256": "the dense weights are", "by": "trials are judged by", "on": "trials are judged on"}

@@ -80,7 +80,7 @@ def _tidy(out: Path, sort: Sort) -> None:
     """Remove what a killed sweep was writing."""
     for left in out.glob(".*.writing-*"):
         shutil.rmtree(left, ignore_errors=True)
-    for left in [*out.glob(f".{sort}.*"), *(out / CELLS).glob(".*")]:
+    for left in [*out.glob(f".{sort}.*"), *(out / CELLS).glob(".*.json.*")]:
         left.unlink(missing_ok=True)
 
 
