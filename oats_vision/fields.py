@@ -71,6 +71,8 @@ def _message(kind: type[BaseModel], error: Any, called: Callable[[str], str]) ->
         )
     if error["type"] == "string_type":
         return f"{called(name)} must be text (in YAML in quotes), got {given!r}"
+    if error["type"] == "string_unicode":
+        return f"{called(name)} must be in UTF-8, got {given!r}: rename it"
     hint = did_you_mean(given, choices(kind, name)) if isinstance(given, str) else ""
     whole = ["a whole number"] * error["type"].startswith("int_")
     shown = f"{given}" if error["type"].startswith(("greater", "less")) else repr(given)

@@ -16,6 +16,7 @@ from oats_vision.errors import ConfigError
 from oats_vision.evaluation.results import Cost, Evaluation
 from oats_vision.evaluation.speed import Timing
 from oats_vision.evaluation.stored import read_report
+from oats_vision.models.structure import in_experts
 
 MOST = 20  # runs that are read for one comparison
 
@@ -151,11 +152,14 @@ def _places(names: Sequence[str]) -> list[tuple[int, str]]:
     [(11, 'mlp.fc1'), (12, 'mlp.fc1'), (0, 'head')]
     >>> _places(["0.layers.3.attn.qkv", "0.layers.3.mlp.experts.5.w1", "0.layers.4.attn.qkv"])
     [(3, 'attn.qkv'), (3, 'mlp.experts.*.w1'), (4, 'attn.qkv')]
+    >>> _places(["layers.3.mlp.experts.0.w1", "layers.3.mlp.experts.1.w1"])
+    [(3, 'mlp.experts.*.w1'), (3, 'mlp.experts.*.w1')]
     """
     found = [re.match(r"(?:.*?\.)??(?:[0-9]+\.)*([0-9]{1,9})\.(.*)", name, re.DOTALL) for name in names]
     before = {name[: one.end(1)] if one else name for name, one in zip(names, found, strict=True)}
     rests = [one[2] for one in found if one]
-    if len(before) == 1 and all(re.search(r"\.[0-9]+\.", rest) for rest in rests) and rests:
+    others = [re.match(r"(.*?)\.[0-9]+\.", rest) for rest in rests]
+    if len(before) == 1 and rests and all(other and not in_experts(other[1]) for other in others):
         return _places(rests)  # what all are in is no block, but a model's place in another one
     return [
         (int(one[1]), re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", one[2])) if one else (0, name)

@@ -30,6 +30,6 @@ def write_page(text: str, file: Path) -> None:
     """
     try:
         with replacing(file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may be in no encoding
     except OSError as problem:
         raise CheckpointError(f"{file} cannot be written: {why(problem)}") from None

@@ -166,8 +166,9 @@ class PictureReference(Reference):
             changed = answers[0] is not None and answers[1] is not None and answers[0].label != answers[1].label
             if not candidates.takes((changed, -cosine, -start - i)):
                 continue
+            name = files[first + i] if files else f"picture {start + i + 1}"
             example = Example(
-                name=files[first + i] if files else f"picture {start + i + 1}",
+                name=name.encode(errors="backslashreplace").decode(),  # a file's may be in no encoding
                 thumbnail=thumbnail(inputs.tensor[i], self.transform),
                 dense=answers[0],
                 compressed=answers[1],

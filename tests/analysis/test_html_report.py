@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -234,6 +235,13 @@ def test_odd_names_are_shown_as_they_are(saved, pictures, tmp_path):
         assert f"mlp.{name}" in found.texts["text"]  # of the plot
     assert {directory.name, "<u>top1", '"/><script>alert(2)</script>', markup} <= set(found.texts["td"])
     assert markup in set(found.texts["li"]) & set(found.texts["span"])
+
+
+def test_a_folder_whose_name_is_in_no_encoding_has_a_page(saved, tmp_path):
+    directory = tmp_path / os.fsdecode(b"o\xfc")
+    saved.rename(directory)
+    write_html(directory, directory / "report.html")
+    assert "o\\udcfc" in (directory / "report.html").read_text()
 
 
 def test_page_of_few_bits(tiny_vit, pictures, browser, tmp_path):

@@ -1,6 +1,7 @@
 """Wrong inputs of a command: one line that says what was given and what to do, and nothing is written."""
 
 import gzip
+import os
 from pathlib import Path
 
 import datasets
@@ -153,6 +154,16 @@ def test_other_errors_end_in_one_line_too(capsys, error, status, words):
     said = capsys.readouterr().err
     assert said.startswith(f"error: {words}")
     assert len(said.splitlines()) == 1
+
+
+def test_data_whose_name_is_in_no_encoding_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"M\xfcller")
+    Path(name).mkdir()
+    command = ["compress", "--model", "demo", "--data", name, "--out", "out"]
+    assert ending.status(lambda: app(command, standalone_mode=False)) == 1
+    assert capsys.readouterr().err == "error: --data must be in UTF-8, got 'M\\udcfcller': rename it\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 def test_an_error_says_how_to_go_on(capsys):
