@@ -211,10 +211,10 @@ Cells = dict[tuple[str, str], list[float]]
 
 
 def suffix_of(target: str, targets: Sequence[str]) -> str:
-    """What the files on one of several sets of data end with: its stem, and its number where that is another's too."""
-    stem = Path(target).stem
-    alone = sum(Path(other).stem == stem for other in targets) == 1
-    return f"_{stem}" if alone else f"_{stem}_{targets.index(target) + 1}"
+    """What the files on one of several sets of data end with: its stem, and its number where some have the same."""
+    stems = [Path(other).stem for other in targets]
+    number = f"_{targets.index(target) + 1}" * (len(set(stems)) < len(stems))
+    return f"_{Path(target).stem}{number}"
 
 
 def collect(rows: list[Row], line: Callable[[Row], str], column: str, value: str = "top1") -> Cells:
