@@ -56,10 +56,8 @@ def sparse_low_rank_linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _transforms() -> bool:
-    """Whether functions are transformed here (vmap, jvp, torch.func), or exported to ONNX by tracing."""
-    if _transforming() is not None or forward_ad._current_level >= 0:
-        return True
-    return _tracing() and torch.onnx.is_in_onnx_export()
+    """Whether functions are transformed here (vmap, jvp, torch.func)."""
+    return _transforming() is not None or forward_ad._current_level >= 0
 
 
 def _records() -> bool:
@@ -96,9 +94,15 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
     if runs and usable and native.available():
         return Matrix(PackedWeight.of_sparse(values, bitmask, in_features)).expand()
     mask = unpack(bitmask, in_features)
-    if runs and not mask.is_meta and int(mask.sum()) != len(values):
-        raise ValueError(f"the bitmask has {int(mask.sum())} ones for {len(values)} values")
+    if runs:
+        check_ones(mask, len(values))
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def check_ones(mask: Tensor, count: int) -> None:
+    """Raises ValueError if a mask, unless it has no memory, has not as many ones as there are values."""
+    if not mask.is_meta and (ones := int(mask.sum())) != count:
+        raise ValueError(f"the bitmask has {ones} ones for {count} values")
 
 
 def _product(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -11,7 +11,7 @@ from oats_vision.core.grid import Grid, Quantised, Scales
 from oats_vision.kernels.codes import pack_codes, unpack_codes
 from oats_vision.kernels.few_bits import FewBitsMatrix, FewBitsWeight, kernels_take
 from oats_vision.kernels.packed import Part, PartShape, unpack
-from oats_vision.kernels.product import expand, only_runs
+from oats_vision.kernels.product import check_ones, expand, only_runs
 from oats_vision.nn.scale_bits import from_bits, to_bits
 
 
@@ -123,8 +123,8 @@ class QuantisedSparse(nn.Module):
         if self.bitmask is None:
             return scales.values(codes.view(len(self.scales), self.in_features), dtype)
         mask = self.mask()
-        if only_runs((self.bitmask,)) and not mask.is_meta and int(mask.sum()) != self.count:
-            raise ValueError(f"the bitmask has {int(mask.sum())} ones for {self.count} values")
+        if only_runs((self.bitmask,)):
+            check_ones(mask, self.count)
         whole = torch.zeros(mask.shape, dtype=torch.uint8, device=mask.device).masked_scatter(mask, codes)
         return scales.values(whole, dtype) * mask
 
