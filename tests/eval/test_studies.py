@@ -58,8 +58,9 @@ def test_study_writes_table_and_plot_and_resumes(name, model_directory, tmp_path
     assert again.stdout == done.stdout
 
 
-def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path):
-    texts = [tmp_path / "a" / "text.txt", tmp_path / "b" / "text.txt"]
+@pytest.mark.parametrize("files", [("a/a.txt", "b/b.txt"), ("a/text.txt", "b/text.txt")], ids=["names", "one name"])
+def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path, files):
+    texts = [tmp_path / file for file in files]
     for text, line in zip(texts, ("the cat sat on the mat", "alice said that it was the best"), strict=True):
         text.parent.mkdir()
         text.write_text(f"{line}\n" * 40)
@@ -77,9 +78,9 @@ def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path)
     for row in rows:
         ratio = float(row["perplexity"]) / float(row["dense_perplexity"])
         assert float(row["ratio"]) == pytest.approx(ratio, rel=1e-3)
-    for number in (1, 2):
-        assert (tmp_path / "out" / f"perplexity_text_{number}.md").read_text().count("oats") == 1
-        assert (tmp_path / "out" / f"perplexity_text_{number}.png").stat().st_size > 5000
+    for name in ("a", "b") if files[0] == "a/a.txt" else ("text_1", "text_2"):
+        assert (tmp_path / "out" / f"perplexity_{name}.md").read_text().count("oats") == 1
+        assert (tmp_path / "out" / f"perplexity_{name}.png").stat().st_size > 5000
 
 
 def test_closeness_falls_with_the_rate_in_both_measures(model_directory, tmp_path):
