@@ -27,8 +27,8 @@ class ComparedModel:
 
     bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
     an evaluation with a `compared` metric. errors: mean relative error of each block's linears, by the block's number.
-    dense_sha256: of the weights that were compressed, if known. machine: that the speed was measured on. seed: if it
-    tells the runs apart.
+    dense_sha256: of the weights that were compressed, if known. machine, dtype: that the speed was measured on and in.
+    seed: if it tells the runs apart.
     """
 
     name: str

@@ -77,12 +77,10 @@ def _versions() -> Iterator[Check]:
     for name in LIBRARIES:
         yield check(name, _version(name))
     needed = [Requirement(line) for line in requires("oats_vision") or ()]
-    here = {need.name: _version(need.name) for need in needed if need.marker is None}
     wrong = [
-        f"{need.name}{need.specifier}, here {here[need.name]}"
+        f"{need.name}{need.specifier}, here {_version(need.name)}"
         for need in needed
-        if need.name in here
-        and (here[need.name] == "missing" or not need.specifier.contains(here[need.name], prereleases=True))
+        if need.marker is None and not _fits(need)
     ]
     if wrong:
         yield check("requirements", "; ".join(wrong), "failed", "reinstall oats_vision with its dependencies")
@@ -91,6 +89,11 @@ def _versions() -> Iterator[Check]:
         missing = [name for name in names if _version(name) == "missing"]
         how = f"not installed ({', '.join(missing)} missing): pip install 'oats_vision[{extra}]'"
         yield check(f"extra {extra}", how if missing else "installed")
+
+
+def _fits(need: Requirement) -> bool:
+    here = _version(need.name)
+    return here != "missing" and need.specifier.contains(here, prereleases=True)
 
 
 def _version(package: str) -> str:

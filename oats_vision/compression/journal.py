@@ -28,6 +28,7 @@ FORMAT, VERSION = "oats_vision run", 1
 RECOVERY = "recovery"  # the journal of a run's recovery, in its own
 _OWN = ("[0-9]*.safetensors", ".[0-9]*.safetensors.*", f".{STATE}.*", RECOVERY)
 _WATCHED = (RUN_LOG, LAYERS, STATUS, f".{STATUS}.*")  # what a run says of itself, in the same folder
+_UNFINISHED = tuple(pattern for pattern in (*_OWN, *_WATCHED) if pattern.startswith("."))  # what was being written
 _SHOWN = 4  # differences that a message lists
 
 
@@ -208,9 +209,8 @@ class Journal:
             raise CheckpointError(f"{file} is damaged (no run is in it): {self.again} to begin again")
         if state.get("format_version") != VERSION:
             raise CheckpointError(f"{file} was written by another release: {self.again} to begin again")
-        for pattern in (*_OWN, *_WATCHED):
-            for left in self.folder.glob(pattern) if pattern.startswith(".") else ():
-                left.unlink(missing_ok=True)
+        for left in [entry for pattern in _UNFINISHED for entry in self.folder.glob(pattern)]:
+            left.unlink(missing_ok=True)
         return state
 
     def _tidy(self) -> None:

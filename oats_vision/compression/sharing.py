@@ -253,11 +253,11 @@ def _by_block(
     else:
         ratios = []
         for done, (name, block, statistics) in enumerate(_dense_pass(plan, hidden, calls, SecondMoment)):
-            scores = [
-                _weight(block, linear).float().abs() * seen.scale()
-                for linear, seen in statistics.items()
-                if isinstance(seen, SecondMoment) and seen.tokens  # to some experts no token may come
-            ]
+            scores = []
+            for linear, seen in statistics.items():
+                assert isinstance(seen, SecondMoment)
+                if seen.tokens:  # of an expert nothing may be known
+                    scores.append(_weight(block, linear).float().abs() * seen.scale())
             ratios += [outlier_ratio(scores)] if name in names else []
             tell((done + 1) / len(plan.blocks))
         rates = owl_rates(ratios, settings.rate)
@@ -279,9 +279,8 @@ def _dense_pass(
                 statistics, _ = collect_statistics(
                     block, plan.parts[name], new_statistic, states, calls, index, name, lambda share: None
                 )
-            for b, output in enumerate(
-                outputs[-len(states) :]
-            ):  # where batches had to be run twice, of the second time
+            last = outputs[-len(states) :]  # of the second time, where all batches had to be run twice
+            for b, output in enumerate(last):
                 states[b] = output
             yield name, block, statistics
 

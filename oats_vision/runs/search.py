@@ -27,7 +27,7 @@ from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, ModelError, saying
 from oats_vision.evaluation.results import LINE
-from oats_vision.evaluation.searched import Searched, Tried
+from oats_vision.evaluation.searched import Loss, Searched, Tried
 from oats_vision.machine import dtype_of
 from oats_vision.progress import Estimate, count
 from oats_vision.runs import bracket, losses
@@ -270,11 +270,7 @@ class _Search:
         )
         if common.costs:
             checkpoint.write_json(self.folder / COSTS, plain(common.costs))
-        loss, failed, compressed = None, None, self.load(directory) if self.judged else None
-        try:
-            loss = self.judged.judge(compressed) if self.judged and compressed else None
-        except ModelError as problem:  # at a high rate outputs may not be finite
-            failed = " ".join(str(problem).split())[:LINE]
+        loss, failed = self.lost(directory)
         return Tried(
             number=number,
             settings=settings,
@@ -285,6 +281,16 @@ class _Search:
             skipped=finished.skipped,
             weights_sha256=checkpoint.read_config(directory).weights_sha256,
         )
+
+    def lost(self, directory: Path) -> tuple[Loss | None, str | None]:
+        """What a trial's checkpoint loses, or why that could not be measured; neither if there is no choice."""
+        if self.judged is None:
+            return None, None
+        compressed = self.load(directory)
+        try:
+            return self.judged.judge(compressed), None
+        except ModelError as problem:  # at a high rate outputs may not be finite
+            return None, " ".join(str(problem).split())[:LINE]
 
     def costs(self) -> Costs | None:
         """What formats cost, as the search found before it was stopped; None if that is not known."""
