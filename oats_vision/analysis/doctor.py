@@ -196,12 +196,14 @@ def _why_not_compiled() -> Check:
     try:
         import_module("oats_vision.kernels._native")
     except ModuleNotFoundError:
-        advice = "install a C++ compiler (g++ or clang), then: pip install --force-reinstall --no-deps oats_vision"
+        advice = (
+            "install a C++ compiler (g++ or clang), then in the checkout: pip install --force-reinstall --no-deps ."
+        )
         return Check(
             "kernels", "compiled", f"no, there was no working compiler at the install: {slow}", "warning", advice
         )
     except ImportError as problem:
-        advice = "build them on this machine: pip install --force-reinstall --no-deps --no-binary :all: oats_vision"
+        advice = "build them on this machine, in the checkout: pip install --force-reinstall --no-deps ."
         return Check("kernels", "compiled", f"yes, but they cannot be loaded ({problem}): {slow}", "failed", advice)
     raise AssertionError("the kernels can be imported")
 

@@ -59,7 +59,7 @@ class _Shared(BaseModel):
         description="in place of a rate: share of the weights that S keeps; 1: all",
     )
     bits: Bits | Literal["auto"] | None
-    group_size: int = Field(64, ge=0, description="with values: columns that share a scale; 0: a whole row")
+    group_size: int = Field(64, ge=0, description="with values: columns that share a scale, a multiple of 16; 0: a row")
     symmetric: bool = Field(True, description="with values: levels symmetric about 0; else each group has its own zero")
     act_order: bool = Field(False, description="method gptq: columns of the largest inputs first")
     error_tolerance: float = Field(
@@ -204,7 +204,7 @@ class CompressionOptions(_Shared):
     budget: Budgets | None = Field(
         None,
         description="how the rate is shared out over the layers "
-        "[default: measured; fast, plain, N:M, rank ratio auto and baselines: uniform]",
+        "[default: measured with sensitivity; uniform without, and for N:M, a density and rank ratio auto]",
     )
     quality: Quality | None = Field(
         None,

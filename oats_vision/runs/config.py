@@ -27,7 +27,10 @@ class RunConfig(DataOptions, CompressionOptions):
     """One run of `oats-vision compress`: what to compress, with what, where to."""
 
     max_drop: float | None = Field(
-        None, gt=0, description="find the smallest model that loses less (points, %); `bits` auto: smaller files"
+        None,
+        gt=0,
+        description="find the smallest model that loses less (points, %, hundredths of the cosine); "
+        "`bits` auto: smaller files",
     )
     drop_of: Drop | None = Field(None, description="what `max_drop` limits [default: as the data allow]")
     target_mb: float | None = Field(
@@ -54,7 +57,7 @@ class RunConfig(DataOptions, CompressionOptions):
     recover: int = Field(
         0,
         ge=0,
-        description="then train what was kept: steps of each block, then of all; such as 60",
+        description="then train what was kept, without labels: so many steps of each block, then of all; such as 60",
     )
     _settings: CompressionSettings = PrivateAttr()
 
