@@ -35,7 +35,7 @@ def searched(search: Searched) -> SearchSection:
             one == search.best,
         )
         for one in search.trials
-        if one.loss
+        if one.loss and one.bytes
     ]
     label = f"{search.loss}, {search.unit}"
     first, *others = varied(search.best.settings)
@@ -55,7 +55,7 @@ def searched(search: Searched) -> SearchSection:
             [
                 str(one.number),
                 *varied(one.settings).values(),
-                f"{one.bytes / 1e6:.2f}",
+                "" if one.bytes is None else f"{one.bytes / 1e6:.2f}",
                 str(one.loss or one.failed or ""),
                 "chosen" * (one == search.best),
             ]

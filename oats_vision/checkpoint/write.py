@@ -13,7 +13,7 @@ from oats_vision.checkpoint.config import CONFIG, DIGEST, FORMAT, VERSIONS, conf
 from oats_vision.checkpoint.place import check_target, locked, new_directory
 from oats_vision.checkpoint.shapes import difference, make_room
 from oats_vision.checkpoint.stream import write_tensors
-from oats_vision.checkpoint.weights import WEIGHTS
+from oats_vision.checkpoint.weights import DTYPES, WEIGHTS
 from oats_vision.compression.record import CompressionReport, record
 from oats_vision.errors import CheckpointError, ModelError, OatsVisionError
 from oats_vision.models.loading.directory import TOKENIZER
@@ -144,9 +144,20 @@ def _stored(tensor: Tensor, storage: torch.dtype) -> Tensor:
 
 
 def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError if a tensor's values are neither in memory nor in a file that is known."""
+    """See that all tensors can be written.
+
+    Raises:
+        CheckpointError: one's values are neither in memory nor in a file that is known, or of a dtype that no
+            checkpoint has.
+    """
     on_disk = record_of(model).on_disk
     known = on_disk.places if on_disk else {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} is {kind}, which checkpoints do not hold: convert it, or make it a non-persistent buffer"
+            )
     away = next((name for name, tensor in state.items() if tensor.is_meta and name not in known), None)
     if away is not None:
         raise CheckpointError(

@@ -157,15 +157,19 @@ def _sizes(block: nn.Module, index: int, streams: Streams, dtype: torch.dtype) -
     """What is trained of a block, and what each entry's steps are measured by."""
     layers = compressed_layers(block)
     moments = {name: SecondMoment(layer.in_features, streams.calls.device) for name, layer in layers.items()}
+    mask: Tensor | None = None  # of the batch that runs
     handles = []
     for name, layer in layers.items():
 
         def update(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            moments[name].update(args[0])
+            counts = mask is not None and mask.shape == args[0].shape[:-1]
+            moments[name].update(args[0], mask if counts else None)
 
         handles.append(layer.register_forward_pre_hook(update))
     try:
         for b in streams.learnt[:SCALED_BY]:
+            masked = streams.calls.masks[b]
+            mask = None if masked is None else masked.to(streams.calls.device)
             streams.run(block, index, b, dtype)
     finally:
         for handle in handles:
@@ -176,7 +180,11 @@ def _sizes(block: nn.Module, index: int, streams: Streams, dtype: torch.dtype) -
             sizes |= layer_sizes(layer, moments[name].scale())
     inside = tuple(f"{name}." for name in layers)
     for name, parameter in block.named_parameters():
-        if not name.startswith(inside) and parameter.is_floating_point() and parameter.numel() == max(parameter.shape):
+        if (
+            not name.startswith(inside)
+            and parameter.is_floating_point()
+            and parameter.numel() == max(parameter.shape, default=1)
+        ):
             sizes[parameter] = vector_size(name, parameter)
     return sizes
 

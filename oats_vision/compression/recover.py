@@ -5,7 +5,6 @@ made of the dense model's own hidden states, so that the error that comes in is 
 towards the final features. Neither labels nor texts to predict are needed.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,12 @@ from oats_vision.compression.block_training import Streams, relative, train_bloc
 from oats_vision.compression.pipeline import plain_arithmetic
 from oats_vision.compression.record import BlockRecovery, CompressionRecord, RecoveryReport, record
 from oats_vision.compression.recovery_journal import keep, recovery_journal, trained
+from oats_vision.compression.resume import digest_of
 from oats_vision.compression.together import WholeStreams, train_together
 from oats_vision.data.batches import Inputs, Reader, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.record import set_record, structure_of
 from oats_vision.models.structure import check_device, floating
-from oats_vision.models.weights import tensor_bytes
 from oats_vision.nn.sparse_low_rank import compressed_layers
 from oats_vision.progress import Step
 
@@ -122,9 +121,8 @@ def recover(
         one_shot = [(p, p.detach().clone()) for _, block in blocks for p in block.parameters()]
         outputs = {b: _through(blocks, calls, b, hidden[b]) for b in streams.judged}  # of the one-shot model
         done = RecoveryReport(steps, seed, _samples(hidden, streams.learnt), _samples(hidden, streams.judged))
-        journal = recovery_journal(
-            state, model, dense, {"recover": steps, "seed": seed}, data.digests, blocks=len(blocks)
-        )
+        settings = {"recover": steps, "seed": seed, "batches to train on": len(streams.learnt)}
+        journal = recovery_journal(state, model, dense, settings, data.digests, blocks=len(blocks))
         teller = _Teller(progress, len(blocks), steps)
         for i, ((name, block), (_, twin)) in enumerate(zip(blocks, twins, strict=True)):
             with torch.no_grad():
@@ -223,7 +221,7 @@ class _Read:
 
     def _pieces(self, data: Any, reader: Reader) -> Iterator[Any]:
         for piece in chain.from_iterable(map(_split, read_batches(data, reader))):
-            self.digests.append(hashlib.sha256(tensor_bytes(piece.tensor)).hexdigest())
+            self.digests.append(digest_of(piece))
             yield piece.values if piece.by_name else piece.tensor
 
 

@@ -41,7 +41,7 @@ class Noted:
 
     def note(self, number: int, inputs: Inputs) -> None:
         """Take in a batch, by its number among those of all ranks."""
-        self.digests[number] = _digest(inputs)
+        self.digests[number] = digest_of(inputs)
 
     def digest(self) -> str:
         """Of all batches of all ranks, in their order: that of the sums' terms."""
@@ -178,7 +178,7 @@ def _part(
     return PartBudget(name, out_features, Budget(rank, nonzeros, Pattern.parse(pattern), known, int8_factors))
 
 
-def _digest(inputs: Inputs) -> str:
+def digest_of(inputs: Inputs) -> str:
     """SHA-256 of a batch: the tensors that the model is called with, by name."""
     digest = hashlib.sha256()
     for name, value in sorted(inputs.values.items()):

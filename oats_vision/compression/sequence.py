@@ -84,7 +84,7 @@ def _compress_in_sequence(
             dense_block,
             job.residual,
             lambda: calls.run(dense_block, index, 0, dense_hidden[0]),
-            dense_hidden[0],
+            dense_hidden[0].to(calls.device),  # which may be on disk
             job.joined,
         )
     )
@@ -215,8 +215,9 @@ def gather(
         if writer is not None:
             beside.answer = twin_output = nn.functional.linear(beside.inputs, twin.weight, twin.bias)
             wanted = counted(twin_output if twin.bias is None else twin_output - twin.bias, mask, name, batch)
-            lost = writer.stream(beside, dense_hidden[batch]) - writer.stream(run, job.hidden[batch])
-            wanted = wanted + writer.undone(counted(lost.to(device), mask, name, batch))
+            in_dense, in_ours = writer.stream(beside, dense_hidden[batch]), writer.stream(run, job.hidden[batch])
+            lost = in_dense.to(device) - in_ours.to(device)  # block inputs may be on disk
+            wanted = wanted + writer.undone(counted(lost, mask, name, batch))
         cross.update(wanted, x)
         beside.release()
     statistic.over_ranks()

@@ -123,16 +123,16 @@ def _slice(
         bases = []
         for half, (norm_name, submodule, readers, _) in enumerate(parts):
             norm = SlicedNorm(width, eps_of(block.get_submodule(norm_name)))
-            gram = Gram(width, hidden[0].device)
+            gram = Gram(width, calls.device)
             tell("statistics", i, half / 2)
             for b in range(len(hidden)):
-                gram.update(norm(hidden[b]), calls.masks[b])
+                gram.update(norm(hidden[b].to(calls.device)), calls.masks[b])
                 tell("statistics", i, (half + (b + 1) / len(hidden)) / 2)
             tell("decomposing", i, half / 2)
             basis, share = components(gram)
             kept.append(share)
             bases.append(basis)
-            P = basis.to(hidden[0])
+            P = basis.to(calls.device, hidden[0].dtype)
             for reader in readers:
                 block.set_submodule(reader, _rotated_reader(linear_of(block, reader), basis, half == 0))
             module = block.get_submodule(submodule)

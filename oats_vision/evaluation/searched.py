@@ -30,17 +30,17 @@ class Tried(_Row):
 
     number: from 1, in the order in which they were made. bytes: of all files that are needed to load it. failed: why
     its loss could not be measured; it counts as more than any then. skipped: pictures that could not be read.
-    weights_sha256: of its weights' file.
+    weights_sha256: of its weights' file. Of one that could not even be compressed there are neither bytes nor weights.
     """
 
     number: int = Field(ge=1, lt=1000)
     settings: CompressionSettings
-    bytes: Count
+    bytes: Count | None = None
     loss: Loss | None = None
     failed: Line | None = None
     seconds: FiniteFloat
     skipped: int = 0
-    weights_sha256: Line
+    weights_sha256: Line | None = None
 
 
 class Searched(_Row):

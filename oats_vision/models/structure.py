@@ -34,10 +34,22 @@ def linear_of(module: nn.Module, name: str) -> nn.Linear:
 
 
 def check_device(model: nn.Module) -> None:
-    """Raises ModelError if the model's parameters are not on one device; those that are read later are on none."""
+    """See that the model's parameters are on one device, which can add up statistics in float64.
+
+    Raises:
+        ModelError: they are not, or it cannot. Those that are read later are on none.
+    """
     devices = {str(parameter.device) for parameter in model.parameters() if not parameter.is_meta}
     if len(devices) > 1:
         raise ModelError(f"the model's parameters are on {', '.join(sorted(devices))}: move it to one device")
+    for device in devices:
+        try:
+            torch.zeros(1, dtype=torch.float64, device=device)
+        except (TypeError, RuntimeError) as problem:  # mps, some xpu
+            why = str(problem).splitlines()[0]
+            raise ModelError(
+                f"device {device} has no float64, in which statistics are added up: use cpu ({why})"
+            ) from None
 
 
 def check_replaceable(linears: Mapping[str, nn.Linear], blocks: Sequence[tuple[str, nn.Module]]) -> None:

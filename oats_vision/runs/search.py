@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from oats_vision import checkpoint
+from oats_vision.calibration.origin import NotFiniteError
 from oats_vision.compression.common import Common, Costs, costs_of, plain
+from oats_vision.compression.exceptions import UnusableLayerError
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import record
 from oats_vision.compression.settings import CompressionSettings
@@ -202,12 +204,12 @@ class _Search:
         self.show_before(f"at most {self.config.target_mb:g} MB")
         for i in range(len(self.target)):
             # where a method shares out its budget by what it measures, the bytes are known only afterwards
-            while (tried := self.trial(self.target[i])).bytes > 1e6 * float(self.config.target_mb or 0):
+            while not self.fits(tried := self.trial(self.target[i])):
                 finer = self.config.scale.finer(FINER)
                 smaller: dict[str, Any] = {finer.name: finer.at(finer.step(self.target[i]) + OVERSIZED)}
                 self.target[i] = self.target[i].model_copy(update=smaller)
             self.keep(self.least())
-            share = f"{tried.bytes / 1e6 / float(self.config.target_mb or 1):.1%} of the size"
+            share = f"{(tried.bytes or 0) / 1e6 / float(self.config.target_mb or 1):.1%} of the size"
             show_trial(self.display, tried, tried.failed or share)
         best = self.least()
         if best is None:
@@ -227,9 +229,13 @@ class _Search:
         low = Bracket.of(self.judgements, limit, scale.lowest, scale.highest).low
         return next((one for one in self.trials if self.step(one) == low), None)
 
+    def fits(self, one: Tried) -> bool:
+        """Whether a trial's files are as small as was asked for; one without files is not too large."""
+        return (one.bytes or 0) <= 1e6 * float(self.config.target_mb or 0)
+
     def least(self) -> Tried | None:
-        """The model so far that loses least, of those that are to be tried; None if none of them could be measured."""
-        tried = [one for one in self.trials if one.settings in self.target and not one.failed]
+        """The model so far that loses least, of those that are to be tried and fit; None if none could be measured."""
+        tried = [one for one in self.trials if one.settings in self.target and self.fits(one) and not one.failed]
         return min(tried, key=lambda one: one.loss.value if one.loss else one.settings.rate, default=None)
 
     def show_before(self, what: str) -> None:
@@ -258,16 +264,21 @@ class _Search:
         own = self.prepared.task.completed(own)
         see_same(journal, own, settings, self.display)
         common = self.common.setdefault(settings.storage_dtype, Common(costs=self.costs()))
-        finished = compress_and_write(
-            copy.deepcopy(self.model),
-            own,
-            settings,
-            self.prepared,
-            CalibrationSet(self.batches, None),
-            journal,
-            self.display,
-            common=common,
-        )
+        try:
+            finished = compress_and_write(
+                copy.deepcopy(self.model),
+                own,
+                settings,
+                self.prepared,
+                CalibrationSet(self.batches, None),
+                journal,
+                self.display,
+                common=common,
+            )
+        except (NotFiniteError, UnusableLayerError) as problem:  # as may be at a high rate
+            return Tried(
+                number=number, settings=settings, failed=_in_a_line(problem), seconds=time.perf_counter() - start
+            )
         if common.costs:
             checkpoint.write_json(self.folder / COSTS, plain(common.costs))
         loss, failed = self.lost(directory)
@@ -290,7 +301,7 @@ class _Search:
         try:
             return self.judged.judge(compressed), None
         except ModelError as problem:  # at a high rate outputs may not be finite
-            return None, " ".join(str(problem).split())[:LINE]
+            return None, _in_a_line(problem)
 
     def costs(self) -> Costs | None:
         """What formats cost, as the search found before it was stopped; None if that is not known."""
@@ -321,7 +332,8 @@ class _Search:
             if not _is_one_of([best], directory):  # it was not the best for another limit
                 show_line(self.display, "the chosen one is compressed again")
                 best = self.done(best.settings, best.number)
-            checkpoint.put(directory, config.out, config.overwrite)
+            own = _is_one_of(self.trials, config.out)  # the best one for another limit, of a search that was stopped
+            checkpoint.put(directory, config.out, config.overwrite or own)
         with after_the_checkpoint(config, self.prepared.task):
             prepared = judged.prepared if judged else self.prepared
             batches: Any = replace(self.batches, held_out=judged.held_out) if judged else self.batches  # type: ignore[arg-type]
@@ -359,6 +371,10 @@ class _Search:
 
 
 _KEYS = {"dense_sha256": "the dense weights are", "by": "trials are judged by", "on": "trials are judged on"}
+
+
+def _in_a_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:LINE]
 
 
 def _name(settings: CompressionSettings) -> str:

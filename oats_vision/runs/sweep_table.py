@@ -153,10 +153,13 @@ def _mean_run(runs: Sequence[ComparedModel]) -> ComparedModel:
     if len(runs) == 1:
         return runs[0]
     first = runs[0]
+    timings = [one for run in runs for one in run.speed]  # which may have failed in some
+    whats = [one.what for one in timings]
+    shared = [block for block in first.errors if all(block in run.errors for run in runs)]  # dense in none
     mean: dict[str, Any] = {
         "bytes": round(statistics.mean(run.bytes for run in runs)),
-        "speed": [_mean_timing(timings) for timings in zip(*(run.speed for run in runs), strict=True)],
-        "errors": {block: statistics.mean(run.errors[block] for run in runs) for block in first.errors},
+        "speed": [_mean_timing([one for one in timings if one.what == what]) for what in dict.fromkeys(whats)],
+        "errors": {block: statistics.mean(run.errors[block] for run in runs) for block in shared},
     }
     if first.cost:
         costs = [run.cost for run in runs if run.cost]

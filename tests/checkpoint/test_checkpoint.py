@@ -51,6 +51,14 @@ def _rewrite(saved: Path, change) -> None:
     _edit(saved, weights_sha256=hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest())
 
 
+def test_a_buffer_that_no_file_can_hold_is_named_and_nothing_is_written(tiny_vit, pictures, tmp_path):
+    tiny_vit.register_buffer("rotations", torch.ones(4, dtype=torch.complex64))
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
+    with pytest.raises(CheckpointError, match="rotations is complex64, which checkpoints do not hold: convert it"):
+        ov.save(tiny_vit, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @torch.no_grad()
 def test_round_trip_is_bit_equal_and_small(compressed, saved, pictures):
     loaded = ov.load(saved)

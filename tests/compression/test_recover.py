@@ -182,6 +182,8 @@ def test_the_same_seed_gives_the_same_bits_and_a_stopped_run_goes_on(twins, tmp_
             recover(model, dense, data, **{"steps": 6, "state": tmp_path / "state"} | options)
     with pytest.raises(ConfigError, match="SHA-256 of the calibration data differs"):
         recover(model, dense, batches(4, 9), steps=6, state=tmp_path / "state")
+    with pytest.raises(ConfigError, match="batches to train on was 3 and is 2"):
+        recover(model, dense, data[:2], held_out=data[2:], steps=6, state=tmp_path / "state")
     model.blocks[0].norm1.weight.data *= 2
     with pytest.raises(ConfigError, match="SHA-256 of the compressed weights differs"):
         recover(model, dense, data, steps=6, state=tmp_path / "state")
@@ -223,6 +225,45 @@ def test_language_models_recover(language_directory, padded):
     assert all(block.after <= block.before for block in done.blocks)
     assert done.blocks[0].after < done.blocks[0].before
     assert (done.samples, done.held_out) == (20, 4)
+
+
+class Gate(nn.Module):
+    """A branch's weight, of no dimension, as ReZero has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_a_parameter_without_dimensions_is_trained_too(twins):
+    dense = copy.deepcopy(twins[1])
+    for block in dense.blocks:
+        block.ls1 = Gate()
+    model = copy.deepcopy(dense)
+    ov.compress(model, batches(4, 0), rate=0.6, iterations=10, refit=False)
+    recover(model, dense, batches(4, 0), steps=STEPS)
+    moved = [abs(float(block.ls1.weight) - 0.5) for block in model.blocks]
+    assert 0 < max(moved) < 0.05
+
+
+def test_padding_does_not_decide_how_long_steps_are(language_directory, monkeypatch):
+    seen: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(block_training, "layer_sizes", lambda layer, scale: seen.append(scale) or {})
+    dense = AutoModelForCausalLM.from_pretrained(language_directory, dtype=torch.float32).eval()
+    ids = torch.randint(1, 300, (24, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    model = copy.deepcopy(dense)
+    ov.compress(model, ids[:, :8].split(4), rate=0.6, iterations=10, refit=False)
+    for last in (0, 7):  # tokens of the padding
+        ids[:, 8:] = last
+        data = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids.split(4), mask.split(4), strict=True)]
+        recover(copy.deepcopy(model), dense, data, steps=1)
+    for one, other in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_cannot_be_recovered_is_refused_in_a_line(model, twins, tiny_vit):

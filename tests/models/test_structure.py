@@ -319,3 +319,16 @@ def test_a_model_of_one_channel_is_compressed_and_another_picture_is_a_clear_err
     with pytest.raises(DataError, match=r"cannot take calibration batch 0, \(4, 3, 32, 32\)"):
         ov.compress(model, pictures, **OPTIONS)
     assert ov.compress(model, [x[:, :1] for x in pictures], **OPTIONS).report.samples == 8
+
+
+def test_a_device_that_cannot_add_up_in_float64_is_refused_before_the_work(tiny_vit, pictures, monkeypatch):
+    zeros = torch.zeros
+
+    def as_on_mps(*shape, dtype=None, **named):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*shape, dtype=dtype, **named)
+
+    monkeypatch.setattr(torch, "zeros", as_on_mps)
+    with pytest.raises(ModelError, match=r"device cpu has no float64, .*: use cpu \(Cannot convert"):
+        ov.compress(tiny_vit, pictures, **OPTIONS)

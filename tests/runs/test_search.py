@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 import oats_vision as ov
 from command import run
 from oats_vision import checkpoint
+from oats_vision.calibration.origin import NotFiniteError
 from oats_vision.compression import methods, sharing
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import CheckpointError, ConfigError, DataError
 from oats_vision.evaluation.results import Difference, Ratio
+from oats_vision.evaluation.searched import Loss
 from oats_vision.runs import file_size
 from oats_vision.runs import search as module
 from oats_vision.runs.config import RunConfig
@@ -184,6 +186,17 @@ def test_what_fails_after_the_search_is_done_again_alone(made, classifier, tmp_p
         search(settings)
 
 
+def test_another_limit_replaces_what_the_search_has_put_in_its_place(classifier, tmp_path, monkeypatch):
+    settings = LABELLED | {"max_drop": 15}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure_stored", lambda *given: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            search(config(classifier, tmp_path / "out", **settings))
+    before = checkpoint.read_config(tmp_path / "out").weights_sha256
+    found = search(config(classifier, tmp_path / "out", **settings | {"max_drop": 60})).searched
+    assert checkpoint.read_config(tmp_path / "out").weights_sha256 == found.best.weights_sha256 != before
+
+
 def test_other_settings_are_refused_and_another_limit_begins_with_the_trials(classifier, tmp_path):
     settings = LABELLED | {"method": "svd", "max_drop": 1e-6 + floor(60)}  # no rate of svd is harmless
     with pytest.raises(
@@ -237,6 +250,26 @@ def test_a_trial_whose_outputs_are_not_finite_counts_as_too_much(classifier, tmp
     assert done.searched.best.settings.rate == pytest.approx(0.6)
     assert "the logits are not finite" in told.getvalue()
     assert "the logits are not finite" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_trial_that_overflows_while_it_is_compressed_counts_as_too_much(classifier, tmp_path, monkeypatch):
+    compress = module.compress_and_write
+
+    def overflowing(model, own, settings, *others, **named):
+        if settings.rate > 0.6:
+            raise NotFiniteError("the outputs of blocks.1", 0, torch.float16, leaves=True)
+        return compress(model, own, settings, *others, **named)
+
+    monkeypatch.setattr(module, "compress_and_write", overflowing)
+    told = io.StringIO()
+    settings = config(classifier, tmp_path / "out", **LABELLED, max_drop=90)
+    done = search(settings, Display(Console(file=told, width=200)))
+    failed = [one for one in done.searched.trials if one.failed]
+    assert failed
+    assert all(one.bytes is None and one.settings.rate > 0.6 for one in failed)
+    assert done.searched.best.settings.rate == pytest.approx(0.6)
+    assert "the outputs of blocks.1 are not finite" in told.getvalue()
+    assert "the outputs of blocks.1 are not finite" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_at_most_two_checkpoints_lie_on_the_disk(made, on_disk):
@@ -518,6 +551,31 @@ def test_of_the_settings_that_reach_a_size_the_one_that_loses_least_is_taken(mod
     alone = search(config(model_directory, tmp_path / "alone", **settings, eval=False))
     assert len(alone.searched.trials) == 1
     assert alone.searched.best.loss is None
+
+
+def test_a_trial_that_came_out_too_large_is_not_taken_for_the_best_afterwards(model_directory, tmp_path, monkeypatch):
+    compress, rates, large = module.compress_and_write, [], (1, 3)
+
+    def noted(model, own, settings, *others, **named):
+        rates.append(settings.rate)
+        if len(rates) == 4:
+            raise KeyboardInterrupt
+        return compress(model, own, settings, *others, **named)
+
+    def lost(found, directory):
+        """The more, the later; nothing where it is too large."""
+        return Loss(value=0 if len(rates) in large else len(rates), low=0, high=9), None
+
+    monkeypatch.setattr(module, "compress_and_write", noted)
+    monkeypatch.setattr(module._Search, "lost", lost)
+    monkeypatch.setattr(module, "size_of", lambda directory: 120_000 if len(rates) in large else 100_000)
+    settings = {"data": "demo", "samples": 20, "batch_size": 32, "iterations": 2, "target_mb": 0.11, "report": False}
+    with pytest.raises(KeyboardInterrupt):
+        search(config(model_directory, tmp_path / "out", **settings))
+    found = search(config(model_directory, tmp_path / "out", **settings)).searched
+    assert [one.bytes > 110_000 for one in found.trials] == [True, False, True, False, False]
+    assert found.best.number == 2
+    assert len(rates) == 5 + 1  # but for the one that was stopped, each was compressed once
 
 
 def test_a_size_beyond_all_rates_is_refused_with_those_that_can_be(model_directory, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,17 @@ def test_the_table_has_means_over_seeds_the_dense_model_and_what_failed(made):
     assert first.speed[0].speedup == pytest.approx(speedup)
     metric = first.cost.metrics[1]
     assert (metric.value, metric.high - metric.value) == pytest.approx((mean, deviation))
+
+
+def test_means_are_of_what_was_measured_where_a_seed_lacks_a_timing_or_a_block(made):
+    first, second, *_ = made.rows
+    lacking = replace(second.run, speed=second.run.speed[1:], errors={1: second.run.errors[1]})
+    mean = mean_runs([first, second.model_copy(update={"run": lacking})])[0]
+    assert [timing.what for timing in mean.speed] == ["forward, batch 1", "forward, batch 20"]
+    assert mean.speed[0].speedup == pytest.approx(first.run.speed[0].speedup)
+    both = first.run.speed[1].speedup + second.run.speed[1].speedup
+    assert mean.speed[1].speedup == pytest.approx(both / 2)
+    assert mean.errors == {1: pytest.approx((first.run.errors[1] + second.run.errors[1]) / 2)}
 
 
 def test_the_page_shows_each_cell_the_dense_model_and_what_failed(made):
