@@ -54,7 +54,7 @@ SOURCES = {
     "a tokenizer": (lambda: ov.load_tokenizer("hf:org/other"), ModelError, "has no tokenizer"),
     "pictures": (lambda: _pictures("hf:org/other"), DataError, "a local folder"),
     "a stream": (lambda: _pictures("hf:org/other", streaming=True), DataError, "a local folder"),
-    "a known text": (lambda: ov.load_tokens("c4", None), DataError, "a local folder or file"),
+    "a known text": (lambda: ov.load_tokens("c4", None, tokens=9), DataError, "a local folder or file"),
 }
 
 

@@ -105,14 +105,20 @@ def content(
 
 
 def check_source(model: nn.Module, report: CompressionReport | None = None) -> None:
-    """See that what is noted of a model's architecture makes a model of its tensors' names and shapes.
+    """See that a checkpoint can hold a model's tensors, and that its architecture as noted has these names and shapes.
 
     Args:
         report: of its compression; None if it is dense.
 
     Raises:
-        CheckpointError: it does not, and a checkpoint of the model could not be loaded.
+        CheckpointError: one is of a dtype that no checkpoint has, or a checkpoint of the model could not be loaded.
     """
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} is {kind}, which checkpoints do not hold: convert it, or make it a non-persistent buffer"
+            )
     source = source_of(model)
     provider = provider_for(source.kind)
     if not provider.closed:  # hub code is not run again, other modules are given to `load`
@@ -144,20 +150,9 @@ def _stored(tensor: Tensor, storage: torch.dtype) -> Tensor:
 
 
 def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """See that all tensors can be written.
-
-    Raises:
-        CheckpointError: one's values are neither in memory nor in a file that is known, or of a dtype that no
-            checkpoint has.
-    """
+    """Raises CheckpointError if a tensor's values are neither in memory nor in a file that is known."""
     on_disk = record_of(model).on_disk
     known = on_disk.places if on_disk else {}
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} is {kind}, which checkpoints do not hold: convert it, or make it a non-persistent buffer"
-            )
     away = next((name for name, tensor in state.items() if tensor.is_meta and name not in known), None)
     if away is not None:
         raise CheckpointError(

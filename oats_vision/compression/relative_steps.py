@@ -72,7 +72,7 @@ def layer_sizes(layer: SparseLowRankLinear, scale: Tensor) -> dict[nn.Parameter,
 
 def vector_size(name: str, vector: nn.Parameter) -> Tensor:
     """Of a bias its root mean square; of a norm's weights or a LayerScale, which multiply, each entry's own size."""
-    return _size(vector.detach().flatten(), dim=0) if name.endswith("bias") else vector.detach().abs()
+    return _size(vector.detach().flatten(), dim=0).squeeze(0) if name.endswith("bias") else vector.detach().abs()
 
 
 def _size(tensor: Tensor, dim: int) -> Tensor:

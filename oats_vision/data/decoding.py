@@ -34,13 +34,13 @@ def open_picture(source: Any) -> Image.Image:
         return _upright_rgb(source)
     if isinstance(source, bytes):
         source = BytesIO(source)
-    elif isinstance(source, str) and "://" in source:  # of a stream: the library of datasets knows its networks
-        import datasets
-
-        return _upright_rgb(datasets.Image().decode_example({"path": source, "bytes": None}))
     elif not isinstance(source, (str, Path)):
         raise ValueError(f"not a picture: {type(source).__name__}")
     try:
+        if isinstance(source, str) and "://" in source:  # of a stream: the library of datasets knows its networks
+            import datasets
+
+            return _upright_rgb(datasets.Image().decode_example({"path": source, "bytes": None}))
         with Image.open(source) as picture:
             picture.load()
             return _upright_rgb(picture)
@@ -77,7 +77,12 @@ def picture_names(folder: str) -> list[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                inside = entry.is_dir()
+            except OSError as problem:  # a link to itself, or to where one may not look
+                log.warning("%s cannot be read and is left out: %s", entry.path, problem.strerror)
+                continue
+            if inside:
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
                 found.append(entry.path)

@@ -122,19 +122,33 @@ def _windows(rows: Tensor, most: int) -> Tensor:
     return whole.transpose(0, 1).flatten(0, 1)[:most]  # the first of every row before any second one
 
 
-def load_tokens(source: str | Path, tokenizer: Any, *, split: str = "test", streaming: bool = False) -> Tensor:
-    """A whole text as one sequence of token ids, (tokens,), int64, for perplexity.
+def load_tokens(
+    source: str | Path, tokenizer: Any, *, split: str = "test", streaming: bool = False, tokens: int | None = None
+) -> Tensor:
+    """A text as one sequence of token ids, (tokens,), int64, for perplexity.
 
     Documents are joined by two line ends and tokenised as one text, with the special tokens that the tokenizer
     puts around a text: the convention of published WikiText-2 figures.
 
+    Args:
+        tokens: of its beginning alone; no more documents are read than these take.
+
     Raises:
-        DataError: missing or without text.
+        DataError: missing, without text, or too large to be read whole.
     """
-    text = "\n\n".join(_documents(str(source), split, streaming, None))
+    if tokens is None and DATASETS.get(str(source), ("", "", False))[2]:
+        raise DataError(f"{source} is too large to be read whole: give `samples` (`eval_samples` of a run)")
+    documents, seen = list[str](), 0
+    for document in _documents(str(source), split, streaming, None):
+        documents.append(document)
+        if tokens is not None:  # joined, two documents may have one token less than by themselves
+            seen += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) - 1
+            if seen > tokens:
+                break
+    text = "\n\n".join(documents)
     if not text.strip():
         raise DataError(f"{source} has no text in split {split!r}")
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
 
 
 def _documents(source: str, split: str, streaming: bool, seed: int | None) -> Iterable[str]:

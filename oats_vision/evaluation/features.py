@@ -202,7 +202,7 @@ def cached_features(
     except OSError as problem:
         raise DataError(f"cache folder {directory} cannot be made: {problem}") from None
     if ranks.on_main(file.exists):
-        features = _read(file, key)
+        features = ranks.on_main(lambda: _read(file, key))  # other machines may have a cache of their own
         progress(len(features))
         return replace(features, classes=batches.classes)
     features = extract_features(model, batches, **options, progress=progress)

@@ -23,7 +23,7 @@ def thumbnail(picture: Tensor, transform: Transform | None = None) -> str:
     if transform is not None:
         black, white = (_constant(transform, colour) for colour in ("black", "white"))
     whole = ((values - black) / (white - black).clamp_min(1e-6) * 255).round().clamp(0, 255).byte()
-    channels = whole.expand(3, -1, -1) if len(whole) == 1 else whole[:3]
+    channels = whole[:1].expand(3, -1, -1) if len(whole) < 3 else whole[:3]
     image = Image.fromarray(channels.permute(1, 2, 0).contiguous().numpy())
     image.thumbnail((SIDE, SIDE))
     return _address(image, "jpeg")

@@ -129,7 +129,7 @@ def needed(name: str, limit: float) -> int | None:
     For the share of pictures in another class it is as many as can show that the limit is kept if a few changed.
     """
     if name == "agreement":
-        return min(max(4 * fewest(limit), 2 * FEWEST), MOST_HELD_OUT)
+        return max(2 * fewest(limit), min(4 * fewest(limit), MOST_HELD_OUT), 2 * FEWEST)
     if name == "perplexity":
         return TEXT_HELD_OUT
     return None if KINDS[name].labelled else 512

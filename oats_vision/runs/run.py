@@ -34,6 +34,7 @@ from oats_vision.machine import available_memory, choose_device, dtype_of, machi
 from oats_vision.models.loading.load import load_model, save_plain, source_of
 from oats_vision.models.record import record_of, structure_of
 from oats_vision.models.source import ModelSource
+from oats_vision.models.structure import check_device
 from oats_vision.models.transforms import Transform
 from oats_vision.models.values import check_finite
 from oats_vision.nn.sparse_low_rank import merge
@@ -249,6 +250,7 @@ def prepare(config: RunConfig, display: Display, low_memory: bool | None = False
     config.check_data()
     with display.status(f"loading {config.model}"):
         model, transform = load_dense(config, device, low_memory)
+        check_device(model)
         check_finite(model)
         checkpoint.check_source(model)
     task = task_of(model)
@@ -406,7 +408,7 @@ def measure_stored(
 @contextmanager
 def after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
     """What fails from here on is no lost run, and the message says so."""
-    again = task.eval_command(str(config.out), config.eval_data or "demo")
+    again = task.eval_command(str(config.out), config.eval_data or ("demo" if config.model == "demo" else ""))
     complete = f"the checkpoint in {config.out} is complete"
     try:
         yield

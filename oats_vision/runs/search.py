@@ -192,7 +192,7 @@ class _Search:
             return best
         least = min(self.trials, key=self.step)
         if least.loss is None:
-            raise ModelError(f"{least.failed} (at {least.settings.size})")
+            raise self.unmeasured(least)
         kind, more = self.judged.kind, ", or more data for a narrower interval" * (least.loss.value < limit)
         raise ConfigError(
             f"`max_drop` {limit:g} is not reached: at {least.settings.size} it is {least.loss} {kind.unit} "
@@ -213,8 +213,18 @@ class _Search:
             show_trial(self.display, tried, tried.failed or share)
         best = self.least()
         if best is None:
-            raise ModelError(f"{self.trials[-1].failed} (at {self.trials[-1].settings.size})")
+            raise self.unmeasured(self.trials[-1])
         return best
+
+    def unmeasured(self, one: Tried) -> ModelError:
+        """What ends a search with a trial that could not be measured.
+
+        Where none could, something else may be to blame than their rates: the search begins anew the next time.
+        """
+        if all(trial.failed for trial in self.trials):
+            self.trials.clear()
+            shutil.rmtree(self.folder)
+        return ModelError(f"{one.failed} (at {one.settings.size})")
 
     @property
     def judgements(self) -> list[Trial]:

@@ -228,14 +228,15 @@ def test_language_models_recover(language_directory, padded):
 
 
 class Gate(nn.Module):
-    """A branch's weight, of no dimension, as ReZero has it."""
+    """A branch's weight and bias, of no dimension, as ReZero and Fixup have them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.5))
+        self.bias = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight
+        return x * self.weight + self.bias
 
 
 def test_a_parameter_without_dimensions_is_trained_too(twins):

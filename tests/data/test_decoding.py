@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,6 +132,22 @@ def tree(tmp_path) -> Path:
 def test_links_are_followed_and_hidden_files_are_not_seen(tree):
     names = [str(file.relative_to(tree)) for file in picture_files(tree)]
     assert names == ["a/1.png", "a/inner/2.JPG", "b/1.jpeg", "c/deep/5.webp"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_picture_of_a_stream_that_cannot_be_decoded_is_skipped_like_one_of_a_file(monkeypatch):
+    def bomb(self, value):
+        raise Image.DecompressionBombError(value["path"])
+
+    monkeypatch.setattr(datasets.Image, "decode_example", bomb)
+    with pytest.raises(UNREADABLE, match=r"cannot be decoded: hf://here/1\.png"):
+        open_picture("hf://here/1.png")
+
+
+def test_an_entry_that_leads_nowhere_leaves_the_others(tree, caplog):
+    (tree / "a" / "loop").symlink_to("loop")
+    assert len(picture_files(tree)) == 4
+    assert "a/loop cannot be read and is left out" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 import oats_vision as ov
 from oats_vision import demo
+from oats_vision.data import text
 from oats_vision.data.text import DATASETS, load_sequences, load_tokens
 from oats_vision.errors import DataError, ModelError
 
@@ -67,6 +68,21 @@ def test_saved_datasets(tokenizer, tmp_path, streaming):
     assert ids.shape == (3, 10)
     whole = load_tokens(str(tmp_path / "set"), tokenizer, split="train", streaming=streaming)
     assert tokenizer.decode(whole) == "\n\n".join(dataset["text"])
+
+
+def test_no_more_of_a_text_is_read_than_is_asked_for(tokenizer, tmp_path, monkeypatch):
+    given = datasets.Dataset.from_dict({"text": [f"the cat {i}" for i in range(40)]})
+    given.save_to_disk(tmp_path / "set")
+    read, before = [], text.rows
+    monkeypatch.setattr(text, "rows", lambda *source: (read.append(row) or row for row in before(*source)))
+    whole = load_tokens(tmp_path / "set", tokenizer, split="train")
+    assert len(read) == 40
+    for tokens in (1, 20, 33, len(whole), len(whole) + 1):
+        read.clear()
+        assert torch.equal(load_tokens(tmp_path / "set", tokenizer, split="train", tokens=tokens), whole[:tokens])
+        assert len(read) <= min(tokens, 40)
+    with pytest.raises(DataError, match=r"fineweb is too large to be read whole: .*`samples`"):
+        load_tokens("fineweb", tokenizer)
 
 
 def test_wikitext_is_read_article_by_article(tokenizer, tmp_path):

@@ -1,6 +1,7 @@
 """Causal language models by the same core: every family, tiny and randomly initialised, of its real class."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -123,6 +124,21 @@ def _final_norm(model: nn.Module) -> nn.Module:
     names = ("model.norm", "model.decoder.final_layer_norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
     modules = dict(model.named_modules())
     return next(modules[name] for name in names if name in modules)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_that_lies_beside_a_model_of_transformers_own_is_not_needed(texts, tmp_path, trust):
+    """As in Phi-3's repositories, whose `auto_map` names the classes that transformers has by now."""
+    directory, model = tmp_path / "phi3", _build("phi3")
+    model.save_pretrained(directory)
+    fields = json.loads((directory / "config.json").read_text())
+    fields["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(fields))
+    loaded, _ = ov.load_model(directory, trust_remote_code=trust)
+    ov.compress(loaded, texts, rate=0.5, iterations=2)
+    ov.save(loaded, tmp_path / "half")
+    again = ov.load(tmp_path / "half")
+    assert torch.equal(again(texts[0]).logits, loaded(texts[0]).logits)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from oats_vision.compression import methods, sharing
 from oats_vision.data.pictures import Batches, load_pictures
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError, DataError
+from oats_vision.errors import CheckpointError, ConfigError, DataError, ModelError
 from oats_vision.evaluation.results import Difference, Ratio
 from oats_vision.evaluation.searched import Loss
 from oats_vision.runs import file_size
@@ -32,7 +32,7 @@ from oats_vision.runs import search as module
 from oats_vision.runs.config import RunConfig
 from oats_vision.runs.finished import FinishedRun
 from oats_vision.runs.kept import halves, kept
-from oats_vision.runs.losses import fewest, floor, of_change
+from oats_vision.runs.losses import MOST_HELD_OUT, fewest, floor, needed, of_change
 from oats_vision.runs.run import run as run_once
 from oats_vision.runs.search import dry_search, folder_of, search
 
@@ -270,6 +270,20 @@ def test_a_trial_that_overflows_while_it_is_compressed_counts_as_too_much(classi
     assert done.searched.best.settings.rate == pytest.approx(0.6)
     assert "the outputs of blocks.1 are not finite" in told.getvalue()
     assert "the outputs of blocks.1 are not finite" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("wanted", [{"max_drop": 90}, {"target_mb": 0.11}], ids=["a drop", "a size"])
+def test_where_no_trial_could_be_measured_the_same_command_tries_again(classifier, tmp_path, monkeypatch, wanted):
+    def overflowing(*given, **named):
+        raise NotFiniteError("the outputs of blocks.0", 0, torch.float16, leaves=True)
+
+    settings = config(classifier, tmp_path / "out", **LABELLED, report=False, **wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "compress_and_write", overflowing)
+        with pytest.raises(ModelError, match=r"the outputs of blocks.0 are not finite .* \(at rate 0.\d+\)"):
+            search(settings)
+    assert list(tmp_path.iterdir()) == []
+    assert not search(settings).searched.best.failed
 
 
 def test_at_most_two_checkpoints_lie_on_the_disk(made, on_disk):
@@ -626,6 +640,8 @@ def test_a_loss_is_what_a_change_takes_away_and_nothing_lost_proves_little():
     assert (dearer.value, dearer.low, dearer.high) == pytest.approx((2, 1, 3))
     for limit in (0.1, 0.5, 3, 50):
         assert floor(fewest(limit)) < limit <= floor(fewest(limit) - 1)
+        assert fewest(limit) <= needed("agreement", limit) // 2
+        assert needed("agreement", limit) <= max(MOST_HELD_OUT, 2 * fewest(limit))
     assert str(none) == "+0.00 [+0.00, +3.62]"
 
 

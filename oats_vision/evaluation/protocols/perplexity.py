@@ -27,6 +27,13 @@ class PerplexitySettings(OneText):
         None, ge=1, description="tokens from the start of a window to the next one's [default: `sequence_length`]"
     )
 
+    @property
+    def tokens(self) -> int | None:
+        """Those of the windows."""
+        if self.samples is None:
+            return None
+        return self.sequence_length + (self.samples - 1) * (self.stride or self.sequence_length)
+
 
 @protocol("perplexity", PerplexitySettings, rank=1, examples=EXAMPLES)
 def perplexity(model: nn.Module, given: Given[PerplexitySettings]) -> Measurement:
@@ -39,9 +46,7 @@ def perplexity(model: nn.Module, given: Given[PerplexitySettings]) -> Measuremen
 
     settings = given.settings
     length, stride = settings.sequence_length, settings.stride
-    ids = given.data["data"]
-    if settings.samples:
-        ids = ids[: length + (settings.samples - 1) * (stride or length)]
+    ids = given.data["data"][: settings.tokens]
     windows = max(len(ids) - length, 0) // (stride or length) + 1
     with given.display.counting(f"perplexity {given.which}", "windows", windows) as progress:
         score = text.perplexity(

@@ -136,7 +136,13 @@ class OneText(OnText):
     split: str = Field("test", description="split of a dataset")
     streaming: bool = Field(False, description="stream a Hugging Face dataset")
 
+    @property
+    def tokens(self) -> int | None:
+        """That are needed of its beginning; None: all."""
+        return None
+
     def open(self, reader: Any) -> dict[str, Any]:
         from oats_vision.data.text import load_tokens
 
-        return {"data": load_tokens(self.data, reader, split=self.split, streaming=self.streaming)}
+        found = load_tokens(self.data, reader, split=self.split, streaming=self.streaming, tokens=self.tokens)
+        return {"data": found}

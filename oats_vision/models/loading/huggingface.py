@@ -127,6 +127,7 @@ def load_repository(name: str, wanted: Wanted) -> Loaded:
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{failed}: it is quantised already: give the model that it was made from")
     if not wanted.trust_remote_code:
+        _without_code(config)
         _check_closed(config, failed)
     architecture = str((config.architectures or [""])[0])
     kind: Any = model_class(_TOWERS.get(architecture, architecture)) or _mapped_class(config)
@@ -148,6 +149,8 @@ def load_repository(name: str, wanted: Wanted) -> Loaded:
             log.warning("%d tensors are not in the weights of %s and are random: %s", len(missing), name, missing[0])
     else:
         model = library(failed, kind if kind is not transformers.AutoModel else kind.from_config, config)
+    if type(model) is kind:
+        _without_code(model.config)
     labels = [str(name) for _, name in sorted((model.config.id2label or {}).items())]  # may be numbered from 1
     names = labels if any(name != f"LABEL_{i}" for i, name in enumerate(labels)) else None
     return model, source_for(model, _transform(name), config.dtype, names)
@@ -283,6 +286,11 @@ def _args(model: nn.Module) -> dict[str, Any]:
 
     args: dict[str, Any] = _without_private(plain(model.config.to_dict()))  # type: ignore[operator, union-attr]
     return args
+
+
+def _without_code(config: Any) -> None:
+    """Forget where code for a configuration's model is, once a class of transformers' own was taken in its place."""
+    vars(config).pop("auto_map", None)
 
 
 def _check_closed(config: Any, failed: str) -> None:
