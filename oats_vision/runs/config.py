@@ -29,8 +29,7 @@ class RunConfig(DataOptions, CompressionOptions):
     max_drop: float | None = Field(
         None,
         gt=0,
-        description="find the smallest model that loses less (points, %, hundredths of the cosine); "
-        "`bits` auto: smaller files",
+        description="find the smallest model that loses less (points, %, or hundredths of cosine)",
     )
     drop_of: Drop | None = Field(None, description="what `max_drop` limits [default: as the data allow]")
     target_mb: float | None = Field(
@@ -57,7 +56,7 @@ class RunConfig(DataOptions, CompressionOptions):
     recover: int = Field(
         0,
         ge=0,
-        description="then train what was kept, without labels: so many steps of each block, then of all; such as 60",
+        description="then train what was kept, no labels: steps of each block, then of all, e.g. 60",
     )
     _settings: CompressionSettings = PrivateAttr()
 
