@@ -32,7 +32,12 @@ from oats_vision.compression.settings import resolve
 @contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
     """Add up what everything takes that keeps blocks."""
-    places: list[tuple[Any, str]] = [(Journal, "note"), (Journal, "add"), (resume, "_digest"), (resume, "dense_digest")]
+    places: list[tuple[Any, str]] = [
+        (Journal, "note"),
+        (Journal, "add"),
+        (resume, "digest_of"),
+        (resume, "dense_digest"),
+    ]
     own = [getattr(place, name) for place, name in places]
 
     def measured(function: Callable[..., Any]) -> Callable[..., Any]:

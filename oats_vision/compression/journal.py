@@ -209,8 +209,7 @@ class Journal:
             raise CheckpointError(f"{file} is damaged (no run is in it): {self.again} to begin again")
         if state.get("format_version") != VERSION:
             raise CheckpointError(f"{file} was written by another release: {self.again} to begin again")
-        for left in [entry for pattern in _UNFINISHED for entry in self.folder.glob(pattern)]:
-            left.unlink(missing_ok=True)
+        self._remove_unfinished()
         return state
 
     def _tidy(self) -> None:
@@ -222,7 +221,12 @@ class Journal:
             raise CheckpointError(
                 f"{self.folder} is where a run keeps what is done, and holds {foreign[0]}, which is not ours: move it"
             )
+        self._remove_unfinished()
         self._clear()
+
+    def _remove_unfinished(self) -> None:
+        for left in [entry for pattern in _UNFINISHED for entry in self.folder.glob(pattern)]:
+            left.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Remove what is kept of blocks, and the folder unless something else is in it."""

@@ -153,6 +153,7 @@ def test_one_run_at_a_time_and_only_a_folder_of_ours(tiny_vit, pictures, begun):
     with pytest.raises(CheckpointError, match=r"holds thesis\.tex, which is not ours"):
         Journal(begun)
     (begun / "thesis.tex").unlink()
+    (begun / ".status.json.cut").write_bytes(b"cut")
     Journal(begun)  # which was about to be removed
     assert not begun.exists()
 
