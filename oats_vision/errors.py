@@ -46,6 +46,15 @@ def saying(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         raise
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, in a line; its class, if it says nothing.
+
+    Args:
+        most: characters.
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def notes(error: BaseException) -> list[str]:
     """What is said of an error besides its message."""
     return list(getattr(error, "__notes__", ()))

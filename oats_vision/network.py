@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 from urllib.parse import urlsplit
 
-from oats_vision.errors import OatsVisionError
+from oats_vision.errors import OatsVisionError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def unreachable(url: str, patience: float | None = None) -> str | None:
 
 def plain_reason(problem: BaseException) -> str:
     """One line of what went wrong, without the numbers of the operating system."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return re.sub(r"^<urlopen error (.*)>$", r"\1", re.sub(r"\[Errno -?\d+\] ", "", text))
+    return re.sub(r"^<urlopen error (.*)>$", r"\1", re.sub(r"\[Errno -?\d+\] ", "", one_line(problem)))
 
 
 @contextmanager

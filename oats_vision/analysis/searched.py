@@ -55,7 +55,7 @@ def searched(search: Searched) -> SearchSection:
             [
                 str(one.number),
                 *varied(one.settings).values(),
-                "" if one.bytes is None else f"{one.bytes / 1e6:.2f}",
+                one.megabytes,
                 str(one.loss or one.failed or ""),
                 "chosen" * (one == search.best),
             ]

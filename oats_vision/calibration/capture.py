@@ -15,7 +15,7 @@ from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
 from oats_vision.calibration.origin import NotFiniteError, origin_of
 from oats_vision.data.batches import Inputs, Reader, expected_samples, read_mine
-from oats_vision.errors import DataError, ModelError, OatsVisionError
+from oats_vision.errors import DataError, ModelError, OatsVisionError, one_line
 from oats_vision.models.structure import floating
 from oats_vision.models.values import all_finite
 from oats_vision.nn.outputs import first_output
@@ -361,11 +361,10 @@ def call_model(model: nn.Module, inputs: Inputs, number: int, device: torch.devi
     except (OatsVisionError, _LastBlockReached, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as problem:  # models raise what they like
-        reason = " ".join(str(problem).split()) or type(problem).__name__
         shape = tuple(inputs.tensor.shape)
         raise DataError(
             f"{type(model).__name__} cannot take calibration batch {number}, {shape} of {inputs.tensor.dtype}: "
-            f"{reason[:300]}"
+            f"{one_line(problem, 300)}"
         ) from problem
 
 

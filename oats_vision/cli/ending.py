@@ -15,7 +15,7 @@ import typer
 from oats_vision import logs, ranks
 from oats_vision.cli.common import messages
 from oats_vision.cli.flags import options_of, with_flags
-from oats_vision.errors import OatsVisionError, did_you_mean, notes
+from oats_vision.errors import OatsVisionError, did_you_mean, notes, one_line
 from oats_vision.files import NO_SPACE
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def status(command: Callable[[], object]) -> Any:
 def _of_the_machine(error: Exception) -> str | None:
     """What is said of an error that no code can fix: no memory, no space, no permission."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, on a GPU
-        reason = " ".join(str(error).split())[:200]
-        return f"out of memory: use a smaller --batch-size or another --device {reason}"
+        return f"out of memory: use a smaller --batch-size or another --device ({one_line(error, 200)})"
     if isinstance(error, OSError) and error.errno in NO_SPACE + _NO_PERMISSION:
         what = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
         space = "free some space, or set TMPDIR and --out to another disk"

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ class Journal:
             ConfigError: another one was stopped here.
             CheckpointError: the folder cannot be written.
         """
-        self.see(facts)
+        self.see({**facts, "version of oats_vision": version("oats_vision")})
         before = self._state.get("machine", machine)
         if differ := [_words(name, before.get(name), now) for name, now in machine.items() if before.get(name) != now]:
             log.warning(

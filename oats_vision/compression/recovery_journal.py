@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ def recovery_journal(
         **settings,
         "SHA-256 of the compressed weights": _digest(model),
         "SHA-256 of the dense weights": _digest(dense),
-        "version of oats_vision": version("oats_vision"),
         "SHA-256 of the calibration data": hashlib.sha256(" ".join(data).encode()).hexdigest(),
     }
     journal.begin(facts, blocks, machine(floating(model).device))

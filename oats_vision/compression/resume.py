@@ -7,7 +7,6 @@ blocks, in far less time than these took.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -66,7 +65,6 @@ def begin(
         "dtype": str(first.dtype).removeprefix("torch."),
         WEIGHTS: weights,
         DATA: data.digest(),
-        "version of oats_vision": version("oats_vision"),
     }
     journal.begin(facts, blocks, machine(first.device))
 

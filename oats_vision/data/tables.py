@@ -8,7 +8,7 @@ from typing import Any
 
 from oats_vision import network
 from oats_vision.data.documents import FIELDS
-from oats_vision.errors import DataError, did_you_mean
+from oats_vision.errors import DataError, did_you_mean, one_line
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def open_dataset(source: str, split: str, streaming: bool) -> Any:
     try:
         dataset = datasets.load_from_disk(source)
     except Exception as problem:  # whatever its readers raise
-        raise DataError(f"{source} cannot be loaded: {_one_line(problem)}") from problem
+        raise DataError(f"{source} cannot be loaded: {one_line(problem, 300)}") from problem
     if isinstance(dataset, dict):
         if split not in dataset:
             raise DataError(_no_split(source, split, list(dataset)))
@@ -64,9 +64,9 @@ def _load(source: str, split: str, streaming: bool) -> Any:
         try:
             return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         except ValueError as problem:
-            raise DataError(_unknown_part(name, config, split) or f"{failed}: {_one_line(problem)}") from problem
+            raise DataError(_unknown_part(name, config, split) or f"{failed}: {one_line(problem, 300)}") from problem
         except Exception as problem:  # whatever its readers, the hub and the network raise
-            raise DataError(f"{failed}: {_one_line(problem)}") from problem
+            raise DataError(f"{failed}: {one_line(problem, 300)}") from problem
 
 
 def _unknown_part(name: str, config: str, split: str) -> str | None:
@@ -110,12 +110,8 @@ def rows(dataset: Any, source: str) -> Iterator[dict[str, Any]]:
         except StopIteration:
             return
         except Exception as problem:  # as above
-            raise DataError(f"{source} could not be read to the end: {_one_line(problem)}") from problem
+            raise DataError(f"{source} could not be read to the end: {one_line(problem, 300)}") from problem
         yield row
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
 def picture_column(dataset: Any, source: str) -> str:

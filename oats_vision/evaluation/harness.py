@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oats_vision.errors import ConfigError, DataError
+from oats_vision.errors import ConfigError, DataError, one_line
 from oats_vision.evaluation.paired import Accuracy
 
 
@@ -45,14 +45,14 @@ def run_tasks(
     try:
         manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     except Exception as problem:  # definitions of the user's own are YAML and Python files
-        raise ConfigError(f"`task_folder` {task_folder} cannot be read: {_reason(problem)}") from problem
+        raise ConfigError(f"`task_folder` {task_folder} cannot be read: {one_line(problem, 300)}") from problem
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(f"`tasks`: the harness has no task {', '.join(unknown)}")
     try:
         loaded = manager.load(list(tasks))["tasks"]
     except Exception as problem:  # hub, network and data errors of the harness and of `datasets`
-        raise DataError(f"`tasks` {' '.join(tasks)} cannot be loaded: {_reason(problem)}") from problem
+        raise DataError(f"`tasks` {' '.join(tasks)} cannot be loaded: {one_line(problem, 300)}") from problem
     for name, task in loaded.items():
         if "acc" not in task.aggregation() or getattr(task, "MULTIMODAL", False):
             raise DataError(f"`tasks`: {name} is not scored by the accuracy of answers to text")
@@ -73,7 +73,3 @@ def run_tasks(
         by_document = {document["doc_id"]: bool(document["acc"]) for document in documents}
         scores[task] = Accuracy(torch.tensor([by_document[i] for i in sorted(by_document)]))
     return scores
-
-
-def _reason(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:300] or type(problem).__name__

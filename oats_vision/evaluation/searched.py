@@ -42,6 +42,11 @@ class Tried(_Row):
     skipped: int = 0
     weights_sha256: Line | None = None
 
+    @property
+    def megabytes(self) -> str:
+        """Of its files, for a table; empty if it has none."""
+        return "" if self.bytes is None else f"{self.bytes / 1e6:.2f}"
+
 
 class Searched(_Row):
     """A search that is done.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from oats_vision.errors import ModelError, OatsVisionError
+from oats_vision.errors import ModelError, OatsVisionError, one_line
 
 
 def library(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -17,5 +17,4 @@ def library(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     except OatsVisionError:
         raise
     except Exception as problem:
-        reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ModelError(f"{what}: {reason[:400]}") from problem
+        raise ModelError(f"{what}: {one_line(problem, 400)}") from problem

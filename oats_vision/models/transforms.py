@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torchvision.transforms import Compose, Grayscale
 
-from oats_vision.errors import ModelError
+from oats_vision.errors import ModelError, one_line
 
 # What a transform is made from: {"kind": "timm", input_size, interpolation, mean, std, crop_pct, crop_mode} or
 # {"kind": "huggingface", ...fields of an image processor}
@@ -115,7 +115,7 @@ def _image_processor(config: TransformConfig) -> Any:
     try:
         return processor(**fields)
     except Exception as problem:  # each class has checks of its own
-        raise ModelError(f"transform: {name}: {' '.join(str(problem).split())[:300]}") from problem
+        raise ModelError(f"transform: {name}: {one_line(problem, 300)}") from problem
 
 
 def _numbers(value: Any) -> list[int | float]:

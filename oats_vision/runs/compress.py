@@ -21,7 +21,7 @@ from oats_vision.compression.journal import Journal
 from oats_vision.compression.record import CompressionReport
 from oats_vision.compression.settings import CompressionOptions, no_recovery, resolve
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, ModelError
+from oats_vision.errors import ConfigError, ModelError, one_line
 from oats_vision.evaluation.reference import Reference
 from oats_vision.evaluation.results import Cost, Example
 from oats_vision.evaluation.speed import Timing, dense_twin
@@ -349,7 +349,7 @@ def measure(
     try:
         result.speed = speed(model, reference, display, batch_size)
     except (RuntimeError, MemoryError, ModelError) as problem:  # the dense twin takes memory again
-        result.untimed = " ".join(str(problem).split())[:200] or type(problem).__name__
+        result.untimed = one_line(problem, 200)
 
 
 def speed(model: nn.Module, reference: Reference, display: Display, batch_size: int | None = None) -> list[Timing]:

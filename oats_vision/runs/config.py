@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from oats_vision.compression import methods
 from oats_vision.compression.settings import CompressionOptions, CompressionSettings, Dtype, no_recovery
-from oats_vision.errors import ConfigError, DataError, did_you_mean, near
+from oats_vision.errors import ConfigError, DataError, did_you_mean, near, one_line
 from oats_vision.evaluation.tasks.options import DataOptions
 from oats_vision.fields import validated
 from oats_vision.runs.scale import BITS, FIRST_BITS, RATE, Scale
@@ -209,7 +209,7 @@ def read_fields(path: Path | None) -> dict[str, Any]:
     try:
         fields = yaml.load(path.read_text(), _Loader) or {}  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise ConfigError(f"`config` {path}: {' '.join(str(problem).split())}") from None
+        raise ConfigError(f"`config` {path}: {one_line(problem)}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"`config` {path}: must be a mapping of settings, got {type(fields).__name__}")
     odd = [name for name in fields if not isinstance(name, str)]

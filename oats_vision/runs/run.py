@@ -24,7 +24,7 @@ from oats_vision.data.batches import expected_samples
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import CheckpointError, ConfigError, RankError, saying
+from oats_vision.errors import CheckpointError, ConfigError, RankError, one_line, saying
 from oats_vision.evaluation.evaluate import evaluation_of
 from oats_vision.evaluation.protocols import Given, Measurement, Protocol
 from oats_vision.evaluation.protocols.settings import Settings
@@ -419,7 +419,6 @@ def after_the_checkpoint(config: RunConfig, task: Task) -> Iterator[None]:
         log.warning("%s; measure it with: %s", complete, again)
         raise
     except Exception as problem:  # whatever it is, hours of work are not lost
-        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise CheckpointError(
-            f"{complete}; what comes after it failed: {reason}. Measure it with: {again}"
+            f"{complete}; what comes after it failed: {one_line(problem)}. Measure it with: {again}"
         ) from problem

@@ -27,7 +27,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, ModelError, saying
+from oats_vision.errors import ConfigError, ModelError, one_line, saying
 from oats_vision.evaluation.results import LINE
 from oats_vision.evaluation.searched import Loss, Searched, Tried
 from oats_vision.machine import dtype_of
@@ -287,7 +287,7 @@ class _Search:
             )
         except (NotFiniteError, UnusableLayerError) as problem:  # as may be at a high rate
             return Tried(
-                number=number, settings=settings, failed=_in_a_line(problem), seconds=time.perf_counter() - start
+                number=number, settings=settings, failed=one_line(problem, LINE), seconds=time.perf_counter() - start
             )
         if common.costs:
             checkpoint.write_json(self.folder / COSTS, plain(common.costs))
@@ -311,7 +311,7 @@ class _Search:
         try:
             return self.judged.judge(compressed), None
         except ModelError as problem:  # at a high rate outputs may not be finite
-            return None, _in_a_line(problem)
+            return None, one_line(problem, LINE)
 
     def costs(self) -> Costs | None:
         """What formats cost, as the search found before it was stopped; None if that is not known."""
@@ -381,10 +381,6 @@ class _Search:
 
 
 _KEYS = {"dense_sha256": "the dense weights are", "by": "trials are judged by", "on": "trials are judged on"}
-
-
-def _in_a_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:LINE]
 
 
 def _name(settings: CompressionSettings) -> str:

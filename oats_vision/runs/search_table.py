@@ -24,8 +24,7 @@ def show_headings(display: Display, what: str, judged: Judged | None, settings: 
 def show_trial(display: Display, one: Tried, verdict: str) -> None:
     """One trial, and what follows from it."""
     loss = str(one.loss) if one.loss else ""
-    size = "" if one.bytes is None else f"{one.bytes / 1e6:.2f}"
-    show_line(display, f"  {_row(varied(one.settings), size)}  {loss:<24}  {verdict}")
+    show_line(display, f"  {_row(varied(one.settings), one.megabytes)}  {loss:<24}  {verdict}")
 
 
 def _row(cells: dict[str, str], size: str) -> str:

@@ -23,7 +23,7 @@ from oats_vision.analysis.tables import as_text
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, DataError, ModelError, saying
+from oats_vision.errors import ConfigError, DataError, ModelError, one_line, saying
 from oats_vision.evaluation.protocols import Measurement
 from oats_vision.progress import count, duration
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
@@ -153,7 +153,7 @@ def _do(
             try:
                 row = _cell(config, dense, calibration, settings, seed, journal, display)
             except _OF_ONE_CELL as problem:
-                failures.append(Failure(settings, seed, " ".join(str(problem).split()) or type(problem).__name__))
+                failures.append(Failure(settings, seed, one_line(problem)))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
             else:
                 write_row(config.out, row.name, row)

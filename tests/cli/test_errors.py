@@ -142,7 +142,7 @@ def test_a_wrong_input_is_one_line_and_nothing_is_written(place, capsys, argumen
         (
             torch.OutOfMemoryError("tried 9 GB"),
             1,
-            "out of memory: use a smaller --batch-size or another --device tried 9 GB",
+            "out of memory: use a smaller --batch-size or another --device (tried 9 GB)",
         ),
     ],
 )

@@ -231,7 +231,7 @@ def test_another_limit_begins_with_the_trials_without_labels_too(classifier, tmp
     assert len(compressed) == 12 * (len(found.trials) - 1)
 
 
-def test_a_trial_whose_outputs_are_not_finite_counts_as_too_much(classifier, tmp_path, monkeypatch):
+def broken_when_measured(monkeypatch):
     load = module._Search.load
 
     def broken(found, directory):
@@ -241,18 +241,9 @@ def test_a_trial_whose_outputs_are_not_finite_counts_as_too_much(classifier, tmp
         return model
 
     monkeypatch.setattr(module._Search, "load", broken)
-    told = io.StringIO()
-    settings = config(classifier, tmp_path / "out", **LABELLED, max_drop=90)
-    done = search(settings, Display(Console(file=told, width=200)))
-    failed = [one for one in done.searched.trials if one.failed]
-    assert failed
-    assert all(one.loss is None and one.settings.rate > 0.6 for one in failed)
-    assert done.searched.best.settings.rate == pytest.approx(0.6)
-    assert "the logits are not finite" in told.getvalue()
-    assert "the logits are not finite" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_trial_that_overflows_while_it_is_compressed_counts_as_too_much(classifier, tmp_path, monkeypatch):
+def broken_while_compressed(monkeypatch):
     compress = module.compress_and_write
 
     def overflowing(model, own, settings, *others, **named):
@@ -261,15 +252,28 @@ def test_a_trial_that_overflows_while_it_is_compressed_counts_as_too_much(classi
         return compress(model, own, settings, *others, **named)
 
     monkeypatch.setattr(module, "compress_and_write", overflowing)
+
+
+@pytest.mark.parametrize(
+    ("broken", "missing", "why"),
+    [
+        (broken_when_measured, "loss", "the logits are not finite"),
+        (broken_while_compressed, "bytes", "the outputs of blocks.1 are not finite"),
+    ],
+)
+def test_a_trial_whose_outputs_are_not_finite_counts_as_too_much(
+    classifier, tmp_path, monkeypatch, broken, missing, why
+):
+    broken(monkeypatch)
     told = io.StringIO()
     settings = config(classifier, tmp_path / "out", **LABELLED, max_drop=90)
     done = search(settings, Display(Console(file=told, width=200)))
     failed = [one for one in done.searched.trials if one.failed]
     assert failed
-    assert all(one.bytes is None and one.settings.rate > 0.6 for one in failed)
+    assert all(getattr(one, missing) is None and one.settings.rate > 0.6 for one in failed)
     assert done.searched.best.settings.rate == pytest.approx(0.6)
-    assert "the outputs of blocks.1 are not finite" in told.getvalue()
-    assert "the outputs of blocks.1 are not finite" in (tmp_path / "out" / "report.html").read_text()
+    assert why in told.getvalue()
+    assert why in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("wanted", [{"max_drop": 90}, {"target_mb": 0.11}], ids=["a drop", "a size"])
