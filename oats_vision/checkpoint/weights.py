@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oats_vision.errors import CheckpointError
+from oats_vision.errors import CheckpointError, ConfigError
 from oats_vision.kernels.codes import packed_bytes
-from oats_vision.models.values import LARGEST, broken
+from oats_vision.models.values import LARGEST, beyond, broken
 from oats_vision.nn.sparse_low_rank import LayerSpec
 
 WEIGHTS = "model.safetensors"
@@ -32,6 +32,7 @@ DTYPES = {
 }
 _LARGEST = 1 << 48  # entries one way, or bytes
 _HEADER = 100_000_000  # bytes at most, as in safetensors' own reader
+_DIMENSIONS = 16  # of a tensor at most
 _PIECE = 1 << 16  # values that are looked at, at a time
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
@@ -97,11 +98,12 @@ class WeightsFile:
 
         Raises:
             CheckpointError: another digest, a value that is not finite, or the file was cut meanwhile.
+            ConfigError: a value is too large for its new dtype.
         """
         digest = hashlib.sha256(self._header)
         self._stream.seek(len(self._header))
         tensors: dict[str, Tensor] = {}
-        bad = ""
+        bad = too_large = ""
         for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].start):
             dtype = (dtypes(name) if stored.dtype.is_floating_point else None) or stored.dtype
             tensors[name] = tensor = torch.empty(stored.shape, dtype=dtype, device="cpu" if keep(name) else "meta")
@@ -110,11 +112,14 @@ class WeightsFile:
                 digest.update(values.view(torch.uint8).numpy().data)
                 bad = bad or broken(values, name, is_parameter=is_parameter(name))
                 if values is not piece:
+                    too_large = too_large or beyond(values, name, dtype, is_parameter=is_parameter(name))
                     piece.copy_(values)
         if digest.hexdigest() != sha256:
             raise CheckpointError(f"{self.path} is damaged: its SHA-256 is not the one in config.json")
         if bad:
             raise CheckpointError(f"{self.path} is damaged: {bad}")
+        if too_large:
+            raise ConfigError(f"{too_large}: use dtype float32 or bfloat16")
         return tensors
 
     def _next(self, name: str, dtype: torch.dtype, piece: Tensor) -> Tensor:
@@ -176,7 +181,9 @@ def _entry(fields: Any) -> Stored:
     """Raises KeyError, TypeError or ValueError."""
     dtype, shape, (start, end) = DTYPES[fields["dtype"]], fields["shape"], fields["data_offsets"]
     if any(type(number) is not int or not 0 <= number <= _LARGEST for number in (*shape, start, end)):
-        raise ValueError(f"no sizes: {fields}")
+        raise ValueError(f"no sizes: {str(fields)[:200]}")
+    if len(shape) > _DIMENSIONS or math.prod(number or 1 for number in shape) > _LARGEST:
+        raise ValueError(f"a tensor of shape {str(shape)[:200]}")
     if math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(f"{end - start} bytes for {fields['dtype']} {shape}")
     return Stored(dtype, tuple(shape), start, end)

@@ -120,6 +120,10 @@ def check_source(model: nn.Module, report: CompressionReport | None = None) -> N
                 f"{name} is {kind}, which checkpoints do not hold: convert it, or make it a non-persistent buffer"
             )
     source = source_of(model)
+    try:
+        json.dumps(source.to_dict(), allow_nan=False)
+    except ValueError:
+        raise CheckpointError("the model's configuration holds infinity or NaN, which JSON cannot hold") from None
     provider = provider_for(source.kind)
     if not provider.closed:  # hub code is not run again, other modules are given to `load`
         return
@@ -164,9 +168,9 @@ def _check_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors that are another one's memory, and that one's name (an embedding that is also the head)."""
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     there = ((name, tensor) for name, tensor in state.items() if tensor.numel() and not tensor.is_meta)
-    owners = {name: first.setdefault((t.data_ptr(), t.shape), name) for name, t in there}
+    owners = {name: first.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), name) for name, t in there}
     return {name: owner for name, owner in owners.items() if owner != name}
 
 

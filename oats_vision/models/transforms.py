@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import timm.data
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torchvision.transforms import Compose, Grayscale
 
@@ -18,6 +18,7 @@ from oats_vision.errors import ModelError, one_line
 TransformConfig = dict[str, Any]
 Transform = Callable[[Image.Image], Tensor]
 LARGEST = 1 << 12  # pixels of a side, beyond which no model reads
+RESIZED = 2 * LARGEST  # of the shorter side before the middle is cut out
 # of the model families that are known; others may read files, or run programs that read text
 _PROCESSORS = re.compile(r"(ViT|DeiT|Beit|Bit|ConvNext|CLIP|Siglip|Siglip2|DINOv3ViT)ImageProcessor(Fast|Pil)?")
 
@@ -38,6 +39,12 @@ class _Timm(BaseModel):
     std: Annotated[tuple[_Spread, ...], Field(min_length=1, max_length=3)] = (0.5, 0.5, 0.5)
     crop_pct: Annotated[float, Field(gt=0, le=4)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "_Timm":
+        if max(self.input_size[1:]) > RESIZED * (1.0 if self.crop_pct is None else self.crop_pct):
+            raise ValueError(f"crop_pct {self.crop_pct:g} asks for pictures of more than {RESIZED} pixels a side")
+        return self
 
 
 class HuggingFaceTransform:
@@ -110,12 +117,24 @@ def _image_processor(config: TransformConfig) -> Any:
     leading = {"auto_map", "trust_remote_code", "custom_pipelines"} & fields.keys()
     if leading:
         raise ModelError(f"transform: {min(leading)} leads to code: it is not followed")
-    if any(isinstance(number, int) and number > LARGEST for number in _numbers(fields)):
-        raise ModelError(f"transform: a picture has at most {LARGEST} pixels a side")
+    _check_pixels(fields)
     try:
         return processor(**fields)
     except Exception as problem:  # each class has checks of its own
         raise ModelError(f"transform: {name}: {one_line(problem, 300)}") from problem
+
+
+def _check_pixels(fields: Mapping[str, Any]) -> None:
+    """Raises ModelError if an image processor of these fields asks for a picture that is too large."""
+    size, patch, patches = (_numbers(fields.get(name)) for name in ("size", "patch_size", "max_num_patches"))
+    crop = max(_numbers(fields.get("crop_pct")), default=1.0)
+    too_large = (
+        not all(number <= LARGEST for number in _numbers(fields))
+        or max(size, default=1) > RESIZED * crop
+        or max(patches, default=1) * max(patch, default=1) ** 2 > LARGEST**2
+    )
+    if too_large:
+        raise ModelError(f"transform: a picture has at most {LARGEST} pixels a side")
 
 
 def _numbers(value: Any) -> list[int | float]:

@@ -25,7 +25,8 @@ def broken(tensor: Tensor, name: str, *, is_parameter: bool = True) -> str:
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return ""
-    low, high = (float(value) for value in torch.aminmax(tensor.detach()))
+    values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()  # float8 has few operators
+    low, high = (float(value) for value in torch.aminmax(values))
     if not is_parameter and high < torch.inf:
         return ""
     largest = max(-low, high)
@@ -65,16 +66,26 @@ def check_storable(tensors: Iterable[tuple[str, Tensor]], storage: torch.dtype, 
         ConfigError: one does not.
     """
     for name, tensor in tensors:
-        if tensor.is_floating_point():
-            lost = tensor.isfinite() & ~tensor.to(storage).isfinite()
-            if name in buffers:
-                lost &= tensor > 0
-            if lost.any():
-                kind = str(storage).removeprefix("torch.")
-                value = float(tensor[lost].double().abs().max())
-                raise ConfigError(
-                    f"{name} holds {value:.4g}, which {kind} cannot: use storage_dtype float32 or bfloat16"
-                )
+        if lost := beyond(tensor, name, storage, is_parameter=name not in buffers):
+            raise ConfigError(f"{lost}: use storage_dtype float32 or bfloat16")
+
+
+def beyond(tensor: Tensor, name: str, dtype: torch.dtype, *, is_parameter: bool = True) -> str:
+    """Which finite value of a tensor another dtype cannot hold, in words; empty if there is none.
+
+    The lowest values of a buffer may become -infinity.
+    """
+    if not tensor.is_floating_point() or torch.promote_types(tensor.dtype, dtype) == dtype:
+        return ""
+    tensor = tensor.detach()
+    lost = tensor.isfinite() & ~tensor.to(dtype).isfinite()
+    if not is_parameter:
+        lost &= tensor > 0
+    if not lost.any():
+        return ""
+    return (
+        f"{name} holds {float(tensor[lost].double().abs().max()):.4g}, which {str(dtype).removeprefix('torch.')} cannot"
+    )
 
 
 def round_to(tensors: Iterable[Tensor], storage: torch.dtype) -> Rounded:

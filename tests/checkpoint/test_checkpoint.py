@@ -2,9 +2,11 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from oats_vision.checkpoint import locked, measure
 from oats_vision.checkpoint import place as checkpoint_place
 from oats_vision.checkpoint.config import config_digest
 from oats_vision.checkpoint.weights import check_bitmask
-from oats_vision.errors import CheckpointError, ModelError
+from oats_vision.errors import CheckpointError, ConfigError, ModelError
 from oats_vision.models.loading.load import record_source, source_of
 from oats_vision.models.source import ModelSource
 from oats_vision.nn.sparse_low_rank import LayerSpec, PartSpec
@@ -128,6 +130,11 @@ def _overflow(model):
     model.norm.weight.data[2] = 1e6  # stored in float16
 
 
+def _endless_configuration(model):
+    source = source_of(model)
+    record_source(model, replace(source, args=source.args | {"limit": (0.0, math.inf)}))
+
+
 def _other_pooling(model):
     model.global_pool = "avg"
 
@@ -144,6 +151,7 @@ def _other_head(model):
         (_offloaded, r"blocks\.1\.norm1\.weight is on the meta device"),
         (_not_finite, r"head\.bias holds values that are NaN or infinite"),
         (_overflow, r"cannot be stored in float16: norm\.weight"),
+        (_endless_configuration, "configuration holds infinity or NaN"),
         (_other_pooling, r"fc_norm\.weight is missing"),
         (_other_head, r"head\.weight is \[3, 48\], expected \[10, 48\].*say so in model\.num_classes"),
     ],
@@ -210,6 +218,36 @@ def test_merged_model_is_dense_and_computes_the_same(compressed, pictures):
 
 def test_other_precision_on_load(saved, pictures):
     assert ov.load(saved, dtype=torch.bfloat16)(pictures[0].bfloat16()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_what_another_precision_cannot_hold_is_said(tiny_vit, pictures, tmp_path):
+    record_source(tiny_vit, ModelSource("timm", NAME, {**ARGS, "num_classes": 10}))
+    tiny_vit.norm.weight[2] = 1e5
+    ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)
+    ov.save(tiny_vit, tmp_path / "out")
+    assert ov.load(tmp_path / "out", dtype=torch.bfloat16).norm.weight.isfinite().all()
+    with pytest.raises(ConfigError, match=r"norm\.weight holds 1e\+05, which float16 cannot: use dtype float32"):
+        ov.load(tmp_path / "out", dtype=torch.float16)
+
+
+@torch.no_grad()
+def test_a_matrix_and_its_transpose_are_not_taken_for_one(tiny_vit, pictures, tmp_path):
+    class Both(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.one = torch.nn.Parameter(torch.randn(10, 10))
+            self.other = torch.nn.Parameter(self.one.t())
+
+        def forward(self, x):
+            return self.inner(x) @ self.one @ self.other
+
+    model = Both(tiny_vit)
+    fresh = copy.deepcopy(model)
+    ov.compress(model, pictures, rate=0.5, iterations=1)
+    ov.save(model, tmp_path / "out")
+    torch.testing.assert_close(ov.load(tmp_path / "out", model=fresh)(pictures[0]), model(pictures[0]))
 
 
 def test_nothing_but_the_two_files_is_left(saved):

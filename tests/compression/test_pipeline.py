@@ -277,3 +277,12 @@ def test_what_is_compressed_in_part_is_refused(tiny_vit, pictures):
         ModelError, match=r"compressed already, or a part of it \(blocks\.1\.attn\.qkv\): load the dense"
     ):
         ov.compress(tiny_vit, pictures, iterations=2)
+
+
+def test_a_model_in_8_bit_floats_is_refused_as_quantised(tiny_vit, pictures):
+    linear = tiny_vit.blocks[1].mlp.fc1
+    linear.weight = torch.nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        ModelError, match=r"mlp\.fc1 has weights of torch\.float8_e4m3fn: compress .* before it is quantised"
+    ):
+        ov.compress(tiny_vit, pictures, rate=0.5, iterations=1)

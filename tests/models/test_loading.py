@@ -172,6 +172,16 @@ def test_the_dense_weights_are_known_by_a_digest(model_directory, tmp_path):
     assert source_of(ov.load_model(tmp_path / "trained")[0]).dense_sha256 != first
 
 
+def test_a_dense_model_that_a_precision_cannot_hold_is_not_loaded_in_it(model_directory, tmp_path):
+    shutil.copytree(model_directory, tmp_path / "large")
+    tensors = load_file(tmp_path / "large" / "model.safetensors")
+    tensors["norm.bias"] = torch.full_like(tensors["norm.bias"], 7e4, dtype=torch.float32)
+    save_file(tensors, tmp_path / "large" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"norm\.bias holds 7e\+04, which float16 cannot: use dtype float32"):
+        ov.load_model(tmp_path / "large", dtype=torch.float16)
+    assert ov.load_model(tmp_path / "large", dtype=torch.bfloat16)[0].norm.bias[0] > 6e4
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_model_that_was_trained_after_it_was_loaded_is_another(model_directory, trained, tmp_path):
     model, _ = ov.load_model(model_directory)

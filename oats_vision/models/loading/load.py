@@ -22,6 +22,7 @@ from oats_vision.models.loading.provider import Wanted
 from oats_vision.models.record import record_of, set_record, structure_of
 from oats_vision.models.source import ModelSource
 from oats_vision.models.transforms import Transform, build_transform
+from oats_vision.models.values import beyond
 from oats_vision.models.weights import cast_weights, same_random_weights, weights_digest
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def load_model(
             together.
 
     Raises:
-        ModelError: unknown name, a model that cannot be loaded, or one of no supported family; or one that cannot be
-            read block by block.
+        ModelError: unknown name, a model that cannot be loaded, or one of no supported family; one that cannot be read
+            block by block; or a value that the dtype cannot hold.
     """
     name, device = os.fspath(name), torch.device(device)
     provider = provider_of(name)
@@ -70,6 +71,9 @@ def load_model(
     transform, source = _known_transform(name, source)
     origin = {"name": provider.origin(name), "image_size": image_size}
     record_source(model, replace(source, origin=origin, dense_sha256=weights_digest(model)))
+    for parameter, tensor in model.named_parameters():
+        if not tensor.is_meta and (lost := beyond(tensor, parameter, dtype)):
+            raise ModelError(f"model {name!r}: {lost}: use dtype float32 or bfloat16")
     return moved(cast_weights(model, dtype), device).eval(), transform
 
 
