@@ -157,10 +157,10 @@ class FewBitsCache(Cache[FewBitsMatrix]):
         # the matrix holds its memory, so that no other tensor can come to lie at these addresses
         dtypes = weight.U.dtype, None if weight.bias is None else weight.bias.dtype
         key = (*dtypes, *_addresses(tensors))
-        matrix = self._matrix
-        if matrix is None or key != self._key:
+        made, matrix = self._made
+        if matrix is None or key != made:
             matrix = FewBitsMatrix(weight)
-            self._matrix, self._key = matrix, key
+            self._made = key, matrix
         self._tensors = tensors
         return matrix
 
@@ -172,11 +172,11 @@ class FewBitsCache(Cache[FewBitsMatrix]):
         Args:
             tensors: as `FewBitsWeight.tensors`.
         """
-        matrix, own = self._matrix, self._tensors
+        (made, matrix), own = self._made, self._tensors
         if matrix is None or len(own) != len(tensors) or not all(map(is_, tensors, own)):
             return None
         runs = only_runs((x,)) and not asks_for_gradients((x, *own))
-        if not runs or not _fits(x) or self._key[2:] != _addresses(own):
+        if not runs or not _fits(x) or made[2:] != _addresses(own):
             return None
         return matrix
 

@@ -171,8 +171,7 @@ class Cache(Generic[M]):
     """What was made of a layer's tensors, to be made again when these are in other memory; copies start empty."""
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._matrix: M | None = None
+        self._made: tuple[tuple[object, ...], M | None] = (), None  # in one, for threads that read it meanwhile
 
     def __deepcopy__(self, memo: object) -> Cache[M]:
         return type(self)()
@@ -196,8 +195,8 @@ class MatrixCache(Cache[Matrix]):
             0 if bias is None else bias.data_ptr(),
             values.dtype,
         )
-        matrix = self._matrix
-        if matrix is None or key != self._key:
+        made, matrix = self._made
+        if matrix is None or key != made:
             matrix = Matrix(weight)
-            self._matrix, self._key = matrix, key
+            self._made = key, matrix
         return matrix

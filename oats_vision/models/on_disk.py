@@ -1,6 +1,7 @@
 """Models larger than memory: blocks leave their weights in safetensors files, and one of them at a time has its own."""
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -46,8 +47,8 @@ class Place:
 class BlocksOnDisk:
     """Blocks of one model whose weights are in files: on the meta device but for one, the last that was called.
 
-    A call of a block reads its weights and drops those of the one before. A block that is to be changed is held by
-    `at_work`, and afterwards it is left in a file of its own.
+    A call of a block reads its weights and drops those of the one before; of several threads one at a time has a
+    block. A block that is to be changed is held by `at_work`, and afterwards it is left in a file of its own.
 
     blocks: by their full names. places: of their tensors, by full names. device: that a block is read to.
     folder, finished: of files that were made to be read, and of changed blocks; they go with the last reference.
@@ -63,6 +64,7 @@ class BlocksOnDisk:
     rounded: dict[str, torch.dtype] = field(default_factory=dict)
     at_hand: str = ""
     bytes_read: int = 0
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, places: Mapping[str, Place]) -> "BlocksOnDisk":
@@ -122,13 +124,14 @@ class BlocksOnDisk:
     @contextmanager
     def at_work(self, name: str) -> Iterator[None]:
         """Hold a block with its weights, as the plain module that it is; no other may be called meanwhile."""
-        self.bring(name)
-        block = self.blocks[name]
-        del block.forward
-        try:
-            yield
-        finally:
-            self._watch(name)
+        with self._lock:
+            self.bring(name)
+            block = self.blocks[name]
+            del block.forward
+            try:
+                yield
+            finally:
+                self._watch(name)
 
     def copy_of(self, name: str) -> nn.Module:
         """A block with its weights, as a plain module of its own."""
@@ -173,9 +176,10 @@ class BlocksOnDisk:
         block.forward = update_wrapper(partial(self._run, name), block.forward)
 
     def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        self.bring(name)
-        block = self.blocks[name]
-        return type(block).forward(block, *args, **kwargs)
+        with self._lock:
+            self.bring(name)
+            block = self.blocks[name]
+            return type(block).forward(block, *args, **kwargs)
 
 
 def _bytes_of(block: nn.Module) -> int:

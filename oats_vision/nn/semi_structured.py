@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from oats_vision.errors import ModelError
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, compressed_layers, other_parameter
 
+ROWS, COLUMNS = 32, 64  # that a matrix must have a multiple of: CUTLASS's, which are multiples of cuSPARSELt's
+
 
 class SemiStructuredLinear(nn.Module):
     """y = S x + U (V x) + b with S in the GPU's own 2:4 format: for running, not for saving.
@@ -18,15 +20,17 @@ class SemiStructuredLinear(nn.Module):
         dtype: float16 or bfloat16, of the weights here and of the inputs.
 
     Raises:
-        ValueError: S is not 2:4.
+        ValueError: S is not 2:4, or PyTorch's format takes no matrix of its shape.
     """
 
     bias: nn.Parameter | None
 
     def __init__(self, layer: SparseLowRankLinear, dtype: torch.dtype) -> None:
         super().__init__()
-        if not is_two_of_four(layer.sparse.mask()):
-            raise ValueError("the sparse term keeps more than 2 of 4 neighbours")
+        if not has_the_form(layer):
+            raise ValueError(
+                "the sparse term keeps more than 2 of 4 neighbours, none at all, or its shape does not fit"
+            )
         self.in_features, self.out_features = layer.in_features, layer.out_features
         S = torch.sparse.to_sparse_semi_structured(layer.sparse.dense().to(dtype))
         self.weight = nn.Parameter(S, requires_grad=False)
@@ -50,10 +54,16 @@ def is_two_of_four(mask: Tensor) -> bool:
     return bool((mask.view(len(mask), -1, 4).sum(-1) <= 2).all())
 
 
+def has_the_form(layer: SparseLowRankLinear) -> bool:
+    """Whether a layer's S is 2:4, is not empty, and has a shape that both of PyTorch's libraries take in 16 bits."""
+    fits = layer.out_features % ROWS == 0 and layer.in_features % COLUMNS == 0
+    return fits and layer.spec.nonzeros > 0 and is_two_of_four(layer.sparse.mask())
+
+
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """Let every compressed layer of `model` whose S is 2:4 run on the GPU's sparse matrix units; return the model.
 
-    In place. Other layers stay as they are.
+    In place. Other layers stay as they are, and those whose shape is no multiple of 32 x 64.
 
     Raises:
         ModelError: the model is not on a GPU that has such units (NVIDIA Ampere or later), or not in a 16-bit dtype.
@@ -65,6 +75,6 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     if first.dtype not in (torch.float16, torch.bfloat16):
         raise ModelError(f"2:4 products need float16 or bfloat16, got {first.dtype}: load with dtype=torch.float16")
     for name, layer in compressed_layers(model).items():
-        if is_two_of_four(layer.sparse.mask()):
+        if has_the_form(layer):
             model.set_submodule(name, SemiStructuredLinear(layer, first.dtype))
     return model

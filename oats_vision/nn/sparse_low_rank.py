@@ -185,9 +185,13 @@ class SparseLowRankLinear(nn.Module):
             return self._spread_out()
         # nn.Module looks up each attribute in several places, which for one token takes as long as the product
         modules: dict[str, Any] = self._modules
-        sparse, low_rank = modules["sparse"], modules["low_rank"]._parameters
-        values, bitmask = sparse._parameters["values"], sparse._buffers["bitmask"]
-        U, V, bias = low_rank["U"], low_rank["V"], self._parameters["bias"]
+        sparse, low_rank = modules["sparse"], modules["low_rank"]
+        own, factors = sparse._parameters, low_rank._parameters
+        if own:
+            values, bitmask = own["values"], sparse._buffers["bitmask"]
+            U, V, bias = factors["U"], factors["V"], self._parameters["bias"]
+        else:  # a replica of nn.DataParallel: plain tensors in place of parameters
+            values, bitmask, U, V, bias = sparse.values, sparse.bitmask, low_rank.U, low_rank.V, self.bias
         return PackedWeight(values, bitmask, U, V, bias, self.spec.parts, self._cache)
 
     @property
@@ -290,8 +294,9 @@ class SparseLowRankLinear(nn.Module):
     def _of_few_bits(self, x: Tensor) -> Tensor:
         # nn.Module looks up each attribute in several places, which for one token takes as long as the product
         modules: dict[str, Any] = self._modules
-        sparse, low_rank, bias = modules["sparse"], modules["low_rank"], self._parameters["bias"]
-        factors: dict[str, Any] = low_rank._parameters or low_rank._buffers
+        sparse, low_rank = modules["sparse"], modules["low_rank"]
+        bias = self._parameters["bias"] if self._parameters else self.bias  # else a replica, as in `packed`
+        factors: dict[str, Any] = low_rank._parameters or low_rank._buffers or vars(low_rank)
         U, V, scales = factors["U"], factors["V"], (factors.get("U_scale"), factors.get("V_scale"))
         matrix = self._few_bits.known((*sparse.tensors(), U, V, *scales, bias), x)
         if matrix is not None:

@@ -1,5 +1,6 @@
 import copy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,6 +54,16 @@ def test_blocks_are_read_when_they_are_called_and_one_is_in_memory(directory):
     there = [name for name, block in blocks.items() if not any(p.is_meta for p in block.parameters())]
     assert there == [list(blocks)[-1]]
     assert record_of(model).source == record_of(whole).source  # with the digest of the weights
+
+
+@torch.no_grad()
+def test_several_threads_may_call_one_model(model_directory):
+    whole, _ = load_model(model_directory)
+    model, _ = load_model(model_directory, low_memory=True)
+    batches = BATCHES["pictures"] * 8
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(torch.no_grad()(model), batches))
+    assert all(torch.equal(logits, whole(x)) for logits, x in zip(found, batches, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from oats_vision.core.grid import Grid
 from oats_vision.core.oats import Factors
 from oats_vision.core.quantise import gptq, nearest
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear, merge
+from tests.helpers.replicas import replica_of
 from tests.helpers.rounding import of_inputs
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-3}  # of outputs of about 5: kernels round the inputs of few tokens to 16 bits
@@ -221,3 +222,14 @@ def test_a_layer_without_anything_floating_has_a_dtype(dtype):
         assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     assert layer.dense_weight().dtype == layer.packed.values.dtype == dtype
     assert copy.deepcopy(layer).float().merge().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("factors_in_8_bits", [False, True])
+@pytest.mark.parametrize("bias", [None, torch.randn(8)], ids=["no bias", "bias"])
+def test_a_replica_for_data_parallel_computes_the_same(tokens, factors_in_8_bits, bias):
+    factors = _factors(8, 40, 3, 0.5, Grid(4, 16))
+    factors = _in_8_bits(factors) if factors_in_8_bits else factors
+    layer = SparseLowRankLinear.from_factors([("w", factors)], bias, torch.float32)
+    x = torch.randn(tokens, 40)
+    assert torch.equal(replica_of(layer)(x), layer(x))

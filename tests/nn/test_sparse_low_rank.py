@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from oats_vision.core.oats import Factors
 from oats_vision.errors import ModelError
-from oats_vision.nn.semi_structured import is_two_of_four, to_semi_structured
+from oats_vision.nn.semi_structured import has_the_form, is_two_of_four, to_semi_structured
 from oats_vision.nn.sparse import PackedSparse
 from oats_vision.nn.sparse_low_rank import LayerSpec, SparseLowRankLinear
+from tests.helpers.replicas import replica_of
 
 
 def _factors(m: int, n: int, rank: int, density: float, seed: int = 0) -> Factors:
@@ -112,3 +113,20 @@ def test_what_is_two_of_four_and_that_it_needs_a_gpu():
     model = torch.nn.Sequential(SparseLowRankLinear.from_factors([("w", _factors(6, 8, 2, 0.5))], None, torch.float16))
     with pytest.raises(ModelError, match="NVIDIA GPU"):
         to_semi_structured(model)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept", "has"), [((32, 64), 2, True), ((32, 64), 3, False), ((32, 64), 0, False), ((16, 64), 2, False),
+                               ((32, 72), 2, False)],
+)  # fmt: skip
+def test_layers_of_another_form_keep_away_from_sparse_units(shape, kept, has):
+    S = torch.ones(shape) * (torch.arange(shape[1]) % 4 < kept)
+    factors = Factors(S, torch.zeros(shape[0], 0), torch.zeros(0, shape[1]), 0.0, 1)
+    assert has_the_form(SparseLowRankLinear.from_factors([("w", factors)], None, torch.float16)) == has
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(24)], ids=["no bias", "bias"])
+def test_a_replica_for_data_parallel_computes_the_same(bias):
+    layer = SparseLowRankLinear.from_factors([("w", _factors(24, 40, 3, 0.5))], bias, torch.float32)
+    x = torch.randn(5, 40)
+    assert torch.equal(replica_of(layer)(x), layer(x))
