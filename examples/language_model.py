@@ -4,7 +4,7 @@
     python examples/language_model.py --model model.gguf --data notes.txt
     python examples/language_model.py --tiny                        # random weights and tokens, seconds
 
-Reading .gguf files needs the extra `llm`: pip install oats_vision[llm].
+Reading .gguf files needs the extra `llm`: pip install '.[llm]' in the checkout.
 """
 
 import argparse

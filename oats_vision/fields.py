@@ -1,5 +1,6 @@
 """What the fields of a settings model take, in words: for errors, help and completion."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, TypeVar
@@ -118,7 +119,12 @@ def _range(schema: dict[str, Any]) -> str:
     below, most = schema.get("exclusiveMaximum"), schema.get("maximum")
     low, high = above if least is None else least, below if most is None else most
     if low is not None and high is not None:
-        return f"in {'(' if least is None else '['}{low:.12g}, {high:.12g}{')' if most is None else ']'}"
+        return f"in {'(' if least is None else '['}{low:.12g}, {_number(high)}{')' if most is None else ']'}"
     if low is not None:
         return f"above {low:g}" if least is None else f"at least {low:g}"
     return ""
+
+
+def _number(value: float) -> str:
+    """A bound, exactly: the largest ones are powers of two."""
+    return f"{value:.12g}" if value < 1e12 else f"2^{math.log2(value):g}"

@@ -17,7 +17,8 @@ RATES = [0.3, 0.4, 0.5, 0.6, 0.7]
 
 def main() -> None:
     flags = picture_parser(__doc__, "results/method_table")
-    args = parse_methods(flags, ["oats-plain", *methods.names()], RATES)
+    of_a_rate = [method.name for method in methods.known() if method.density is None]
+    args = parse_methods(flags, ["oats-plain", "oats-fast", *of_a_rate], RATES)
     rows = run(Pictures(args), args, "method_table", method_cells(args))
     show(rows, collect(rows, method_line, "rate"), f"{rows[0]['model']}, methods", "rate", args.out / "method_table")
 

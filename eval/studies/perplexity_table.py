@@ -11,7 +11,7 @@ from pathlib import Path
 from benches import Texts
 from study import collect, method_cells, method_line, parse_methods, parser, run, show_values, suffix_of
 
-METHODS = ["magnitude", "wanda", "sparsegpt", "oats-plain", "oats"]
+METHODS = ["magnitude", "wanda", "sparsegpt", "oats-plain", "oats-fast", "oats"]
 RATES = [0.3, 0.4, 0.5, 0.6]
 
 

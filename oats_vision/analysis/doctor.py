@@ -87,7 +87,7 @@ def _versions() -> Iterator[Check]:
     for extra in EXTRAS:
         names = [n.name for n in needed if n.marker and n.marker.evaluate({"extra": extra}) and n.name != "oats_vision"]
         missing = [name for name in names if _version(name) == "missing"]
-        how = f"not installed ({', '.join(missing)} missing): pip install 'oats_vision[{extra}]'"
+        how = f"not installed ({', '.join(missing)} missing): pip install {' '.join(missing)}"
         yield check(f"extra {extra}", how if missing else "installed")
 
 

@@ -75,7 +75,9 @@ class _Shared(BaseModel):
     tolerance: float = Field(1e-3, ge=0, lt=1, description="fast stops when ten iterations gain less; 0: never")
     scaling: Scaling = Field("second_moment", description="statistic of the inputs that scales the columns")
     fused_qkv: Literal["split", "joint"] = Field("split", description="decompose a fused qkv as three matrices or one")
-    storage_dtype: Dtype | None = Field(None, description="precision of the stored weights [default: the model's own]")
+    storage_dtype: Dtype | None = Field(
+        None, description="precision of the stored weights [default: the model's own; few bits: float16]"
+    )
     on_bad_layer: OnBadLayer = Field(
         "stop", description="a layer that cannot be decomposed or stored: stop, or leave it dense"
     )
@@ -199,7 +201,7 @@ class CompressionOptions(_Shared):
         description="non-zeros by row, by layer or N:M, such as 2:4 [default: row; baselines: their own]",
     )
     bits: Bits | Literal["auto"] | None = Field(
-        None, description="in place of a rate: bits a weight in all; auto: for `max_drop` or `target_mb`"
+        None, description="bits a weight in place of a rate; auto: a search's (`compress` alone)"
     )
     budget: Budgets | None = Field(
         None,

@@ -39,7 +39,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as missing:
-        raise ConfigError(f"tasks need lm-eval: pip install oats_vision[llm] ({missing})") from None
+        raise ConfigError(f"tasks need lm-eval: pip install lm-eval ({missing})") from None
     if task_folder is not None and not task_folder.is_dir():
         raise ConfigError(f"`task_folder` {task_folder} is not a folder")
     try:

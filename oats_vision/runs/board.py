@@ -21,9 +21,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError(
-                "`tensorboard` needs a package that is not there: pip install 'oats_vision[tensorboard]'"
-            ) from None
+            raise ConfigError("`tensorboard` needs a package that is not there: pip install tensorboard") from None
         self._writer: Any = SummaryWriter(str(folder))
 
     def layer(self, number: int, figures: Mapping[str, Any]) -> None:

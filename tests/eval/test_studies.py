@@ -58,6 +58,17 @@ def test_study_writes_table_and_plot_and_resumes(name, model_directory, tmp_path
     assert again.stdout == done.stdout
 
 
+@pytest.mark.slow
+def test_the_table_of_methods_has_all_that_take_a_rate(model_directory, tmp_path):
+    few = ["--samples", 16, "--eval-samples", 20, "--seeds", 0, "--rates", 0.5]
+    done = _study("method_table", "--model", model_directory, *few, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = _rows(tmp_path / "method_table.csv")
+    found = {row["method"] for row in rows}
+    assert found == {"oats", "magnitude", "wanda", "sparsegpt", "dsnot", "svd", "slicegpt"}
+    assert len(rows) == len(found) + 2  # OATS in its three qualities
+
+
 @pytest.mark.parametrize("files", [("a/a.txt", "b/b.txt"), ("a/text.txt", "b/text.txt")], ids=["names", "one name"])
 def test_perplexity_of_two_texts_in_one_table_each(language_directory, tmp_path, files):
     texts = [tmp_path / file for file in files]
