@@ -53,9 +53,11 @@ class FewBitsWeight(NamedTuple):
     bias: Tensor | None
     parts: Sequence[PartShape]
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[4:13]
+
+def tensors_of(weight: FewBitsWeight) -> tuple[Tensor | None, ...]:
+    """Its tensors. (One by one: torch.compile of PyTorch 2.8 takes no slice of a NamedTuple, and no property.)"""
+    sparse = weight.codes, weight.scales, weight.zeros, weight.bitmask
+    return *sparse, weight.U, weight.V, weight.U_scale, weight.V_scale, weight.bias
 
 
 class FewBitsMatrix:
@@ -118,7 +120,7 @@ class FewBitsMatrix:
             torch.get_num_threads(),
         )
         # others than the caller's tensors, which may come to stand for other memory
-        self._held = [tensor.detach() for tensor in (*weight.tensors, levels) if tensor is not None]
+        self._held = [tensor.detach() for tensor in (*tensors_of(weight), levels) if tensor is not None]
 
     def few_tokens(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), dtype of x, in one pass over the codes.
@@ -153,7 +155,7 @@ class FewBitsCache(Cache[FewBitsMatrix]):
 
     def get(self, weight: FewBitsWeight) -> FewBitsMatrix:
         """The matrix of these tensors. Raises ValueError as `FewBitsMatrix` does."""
-        tensors = weight.tensors
+        tensors = tensors_of(weight)
         # the matrix holds its memory, so that no other tensor can come to lie at these addresses
         dtypes = weight.U.dtype, None if weight.bias is None else weight.bias.dtype
         key = (*dtypes, *_addresses(tensors))
@@ -170,7 +172,7 @@ class FewBitsCache(Cache[FewBitsMatrix]):
         What `kernels_take` asks of them is not asked again: for one token that takes as long as the product.
 
         Args:
-            tensors: as `FewBitsWeight.tensors`.
+            tensors: as of `tensors_of`.
         """
         (made, matrix), own = self._made, self._tensors
         if matrix is None or len(own) != len(tensors) or not all(map(is_, tensors, own)):
@@ -190,7 +192,8 @@ def kernels_take(weight: FewBitsWeight, x: Tensor | None = None) -> bool:
 
     Else it is for PyTorch's own operators: under compile, export and transforms, for gradients, on other devices.
     """
-    if not only_runs((x, *weight.tensors)) or asks_for_gradients((x, *weight.tensors)):
+    tensors = (x, *tensors_of(weight))
+    if not only_runs(tensors) or asks_for_gradients(tensors):
         return False
     factors_fit = weight.U.dtype in TYPES if weight.U_scale is None else weight.U.dtype == torch.int8
     bias_fits = weight.bias is None or weight.bias.dtype in TYPES
