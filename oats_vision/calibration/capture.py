@@ -354,7 +354,14 @@ def no_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def call_model(model: nn.Module, inputs: Inputs, number: int, device: torch.device, dtype: torch.dtype) -> Any:
+def call_model(
+    model: nn.Module,
+    inputs: Inputs,
+    number: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    what: str = "calibration batch",
+) -> Any:
     """What the model makes of a batch. Raises DataError if it cannot take it."""
     try:
         return inputs.call(model, device, dtype)
@@ -363,7 +370,7 @@ def call_model(model: nn.Module, inputs: Inputs, number: int, device: torch.devi
     except Exception as problem:  # models raise what they like
         shape = tuple(inputs.tensor.shape)
         raise DataError(
-            f"{type(model).__name__} cannot take calibration batch {number}, {shape} of {inputs.tensor.dtype}: "
+            f"{type(model).__name__} cannot take {what} {number}, {shape} of {inputs.tensor.dtype}: "
             f"{one_line(problem, 300)}"
         ) from problem
 

@@ -201,7 +201,7 @@ def run_dense(
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         torch.set_grad_enabled(True)  # until no_grad below sets it back
         states.append(first_output(output).detach().clone().requires_grad_())
-        return with_hidden_states(output, states[-1])
+        return with_hidden_states(output, states[-1].clone())  # which may be changed in place
 
     def norm(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         normed.append(output)
@@ -247,15 +247,15 @@ def backward_through(
     with torch.enable_grad(), ExitStack() as hooks:
         for name in linears:
 
-            def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> Tensor:
                 outputs[name] = output
+                return output.clone()  # which the block may change in place
 
             hooks.callback(block.get_submodule(name).register_forward_hook(keep).remove)
         hidden = hidden.requires_grad_()
         result = calls.run(block, index, batch, hidden)
-        called = list(outputs)
         gradients = torch.autograd.grad(result, [hidden, *outputs.values()], gradient, allow_unused=True)
     assert gradients[0] is not None
     # none of the last block perhaps: the logits may follow from one token
-    of_linears = {name: found for name, found in zip(called, gradients[1:], strict=True) if found is not None}
+    of_linears = {name: found for name, found in zip(outputs, gradients[1:], strict=True) if found is not None}
     return gradients[0], of_linears

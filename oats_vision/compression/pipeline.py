@@ -116,7 +116,7 @@ def compress(
             # what is not compressed is stored rounded too, and must be calibrated so
             undo.callback(restore, round_to(_before_work(model, plan.blocks), storage))
             finished = BlockFiles.of(model, storage, finished_blocks, undo)
-            with all_called(plan.linears):
+            with all_called((block for _, block in plan.blocks), plan.linears, once=settings.follows_calls):
                 calls = capture_block_calls(
                     model,
                     plan.blocks,
@@ -239,8 +239,11 @@ def plain_arithmetic(model: nn.Module) -> Iterator[None]:
 
 
 def _leave_inference_mode(model: nn.Module) -> None:
-    """Give a model that was made in inference mode tensors that gradients can go through."""
+    """Give a model that was made, or has run, in inference mode tensors that gradients can go through."""
     for module in model.modules():
+        for name, value in list(vars(module).items()):  # what its forward pass keeps
+            if isinstance(value, Tensor) and value.is_inference():
+                setattr(module, name, value.clone())
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_inference():
                 setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))

@@ -1,7 +1,7 @@
 """Which linears are compressed, and what each of their parts may keep: fixed before any work is done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -113,11 +113,22 @@ def plan_block(
         if settings.fused_qkv == "joint":
             parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
         try:
-            budget = settings.allocation.budget
-            plan[name] = [PartBudget(part, rows, budget(rows, linear.in_features)) for part, rows in parts]
+            plan[name] = _budgets(parts, linear.in_features, settings)
         except ValueError as impossible:
             raise ConfigError(f"{block_name}.{name}: {impossible}") from None
     return plan
+
+
+def _budgets(parts: Sequence[tuple[str, int]], in_features: int, settings: CompressionSettings) -> list[PartBudget]:
+    """Of a linear's parts. Raises ValueError if one is left without rank or non-zeros."""
+    allocation = settings.allocation
+    try:
+        return [PartBudget(part, rows, allocation.budget(rows, in_features)) for part, rows in parts]
+    except ValueError:
+        if settings.rank_ratio != "auto":
+            raise
+        allocation = replace(allocation, rank_ratio=0.0)  # too small for the first guess
+        return [PartBudget(part, rows, allocation.budget(rows, in_features)) for part, rows in parts]
 
 
 def skipped(name: str, settings: CompressionSettings) -> bool:

@@ -25,7 +25,7 @@ from oats_vision.compression.record import BlockRecovery, CompressionRecord, Rec
 from oats_vision.compression.recovery_journal import keep, recovery_journal, trained
 from oats_vision.compression.resume import digest_of
 from oats_vision.compression.together import WholeStreams, train_together
-from oats_vision.data.batches import Inputs, Reader, read_batches
+from oats_vision.data.batches import Inputs, Reader, expected_samples, read_batches
 from oats_vision.errors import ConfigError, DataError, ModelError
 from oats_vision.models.record import set_record, structure_of
 from oats_vision.models.structure import check_device, floating
@@ -236,6 +236,24 @@ def _split(inputs: Inputs) -> Iterator[Inputs]:
             for name, value in inputs.values.items()
         }
         yield replace(inputs, values=values)
+
+
+def check_enough(calibration: Any) -> None:
+    """See that there is a batch to train on and another one, as far as the data say so without being read.
+
+    Raises:
+        DataError: there is not.
+    """
+    total = expected_samples(calibration)
+    if total is None:
+        return
+    if isinstance(calibration, list | tuple):
+        batches = sum(-(-len(batch) // BATCH) for batch in calibration)
+    else:
+        loader = getattr(calibration, "loader", calibration)
+        size = max(getattr(loader, "batch_size", None) or total, 1)
+        batches = total // size * -(-size // BATCH) + -(-(total % size) // BATCH)
+    _shared_out(None, batches)
 
 
 def _shared_out(first_held_out: int | None, batches: int) -> tuple[range, range]:

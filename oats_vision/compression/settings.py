@@ -118,6 +118,11 @@ class CompressionSettings(_Shared):
     bits: Bits | None = None
 
     @property
+    def follows_calls(self) -> bool:
+        """Whether something is measured of one call of each linear in a pass: targets, or gradients."""
+        return bool(self.targets or self.sensitivity or self.bits) or self.budget == "measured"
+
+    @property
     def allocation(self) -> Allocation:
         """How each layer's parameters are shared out; of rank ratio auto a first guess."""
         ratio = FIRST_GUESS if self.rank_ratio == "auto" else self.rank_ratio

@@ -72,7 +72,7 @@ class Features:
         return len(self.classes) if self.classes else int(self.labels.max()) + 1
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(
     model: nn.Module,
     batches: Batches,

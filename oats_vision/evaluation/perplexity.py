@@ -45,7 +45,7 @@ class Perplexity:
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity(
     model: nn.Module,
     ids: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from oats_vision import ranks
 from oats_vision.calibration.activations import ActivationStore
+from oats_vision.calibration.capture import call_model
 from oats_vision.data.batches import Inputs, Reader, read_mine
 from oats_vision.data.pictures import Batches
 from oats_vision.errors import DataError, ModelError
@@ -75,7 +76,7 @@ class Reference(ABC):
             self._see_same(number, inputs, known)
             if not done:
                 self.first = inputs
-            yield number, inputs, inputs.call(model, first.device, self.dtype)
+            yield number, inputs, call_model(model, inputs, number, first.device, self.dtype, "held-out batch")
             done += len(inputs.tensor)
             progress(done * ranks.count())
             sizes[number] = len(inputs.tensor)
@@ -106,7 +107,7 @@ class PictureReference(Reference):
         super().__init__(model, held_out, transform)
         self.features = ActivationStore(MEMORY)
         self.summaries, self.logits = dict[int, Tensor](), dict[int, Tensor]()  # by the batch's number
-        with torch.inference_mode(), _LastBlock(model) as last:
+        with torch.no_grad(), _LastBlock(model) as last:
             for number, _, output in self.calls(model, progress):
                 seen = last.seen(output)
                 self.features.append(seen.tokens)
@@ -118,7 +119,7 @@ class PictureReference(Reference):
         """How close the model comes, and the pictures on which it differs most."""
         found: dict[int, dict[str, Tensor]] = {}
         candidates = _Largest(EXAMPLES)
-        with torch.inference_mode(), _LastBlock(model) as last:
+        with torch.no_grad(), _LastBlock(model) as last:
             for place, (number, inputs, output) in enumerate(self.calls(model, progress)):
                 seen, dense = last.seen(output), self.features[place].to(torch.float32)
                 found[number] = columns = {
@@ -196,7 +197,7 @@ class TextReference(Reference):
         ]
         return Cost(unit="sequences", samples=self.count, metrics=metrics), []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _read(self, model: nn.Module, progress: Progress) -> tuple[Perplexity, list[Tensor]]:
         """The loss of each sequence, and the likeliest next token at each place that is no padding."""
         found: dict[int, list[tuple[Tensor, int, Tensor]]] = {}

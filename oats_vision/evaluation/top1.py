@@ -40,7 +40,7 @@ class Top1:
         return values | {"pictures_per_second": self.pictures / self.seconds}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_top1(
     model: nn.Module,
     batches: Batches,
@@ -74,7 +74,7 @@ def evaluate_top1(
     return Top1(top1, top5, len(first), batches.skipped, time.perf_counter() - start, first)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classified(
     model: nn.Module,
     batches: Batches,

@@ -1,6 +1,6 @@
 """What a model must be for its linears to be replaced: seen before any of them is."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
@@ -89,21 +89,40 @@ def check_replaceable(linears: Mapping[str, nn.Linear], blocks: Sequence[tuple[s
 
 
 @contextmanager
-def all_called(linears: Mapping[str, nn.Linear]) -> Iterator[None]:
+def all_called(blocks: Iterable[nn.Module], linears: Mapping[str, nn.Linear], *, once: bool = False) -> Iterator[None]:
     """See that every linear is called as a module, but for those of experts, to which no token may have gone.
+
+    Args:
+        blocks: that the linears are in. once: see that none is called again in one pass through its block.
 
     Raises:
         ModelError: one is not; its weight may be read past the module.
     """
     called: set[str] = set()
+    in_pass: set[str] = set()
+    again: list[str] = []
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        in_pass.clear()
+
     with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(begin).remove)
         for name, linear in linears.items():
 
             def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                if name in in_pass:
+                    again.append(name)
+                in_pass.add(name)
                 called.add(name)
 
             hooks.callback(linear.register_forward_pre_hook(note).remove)
         yield
+    if once and again:
+        raise ModelError(
+            f"{again[0]} is called more than once in a pass, and quality best follows one call of each linear: "
+            f"give `quality` fast or plain, or leave it dense with skip={again[0]!r}"
+        )
     called = set().union(*ranks.everyones(called))  # a rank may have no batch
     unused = [name for name in linears if name not in called and not in_experts(name)]
     if unused:

@@ -264,6 +264,8 @@ def compress(
         raise ConfigError("recover needs the whole model: load it with `low_memory=False`")
     if recover and isinstance(calibration, Iterator):
         calibration = list(calibration)  # it is read again
+    if recover:
+        recovery.check_enough(calibration)
     references: list[Reference] = []
     twins: list[nn.Module] = []
 

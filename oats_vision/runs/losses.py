@@ -118,7 +118,7 @@ def choose(name: str | None, model: nn.Module, prepared: PreparedRun) -> str:
 
 
 def _has_head(model: nn.Module, prepared: PreparedRun) -> bool:
-    with torch.inference_mode():
+    with torch.no_grad():
         output = model(prepared.task.example(model, prepared.config, prepared.reader))
     return has_head(model, output) and class_logits(model, output) is not None
 

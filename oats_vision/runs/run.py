@@ -17,7 +17,7 @@ from oats_vision.compression.common import Common
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.pipeline import compress
 from oats_vision.compression.record import record
-from oats_vision.compression.recover import recover
+from oats_vision.compression.recover import check_enough, recover
 from oats_vision.compression.settings import CompressionSettings
 from oats_vision.compression.trial import trial
 from oats_vision.data.batches import expected_samples
@@ -171,6 +171,8 @@ def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch | N
     if prepared.asked and record_of(model).on_disk:
         log.warning("each labelled batch reads all weights again: larger batches, or no labelled data, save that")
     calibration = prepared.calibration_set(model, batches, display)
+    if config.recover:
+        check_enough(calibration.batches)
     before = prepared.score(model, "dense", display)
     finished = compress_and_write(
         model, prepared.config, prepared.settings, prepared, calibration, journal, display, watch
