@@ -2,6 +2,8 @@ import pytest
 import torch
 
 import oats_vision as ov
+from oats_vision.compression.methods.sparsegpt import sparsegpt
+from oats_vision.core.budget import Allocation, Pattern
 from oats_vision.core.grid import Grid
 from oats_vision.core.quantise import gptq
 from tests.helpers.on_ranks import tiny_llama, tiny_vit
@@ -32,6 +34,30 @@ def test_gptq_is_damped_ten_times_as_much_on_text(text, act_order, targets):
     }
     right, wrong = (0.1, 0.01) if text else (0.01, 0.1)
     assert equal[right] > 0.9 > equal[wrong]  # the layer's moments are summed in float32: single values may differ
+
+
+@pytest.mark.parametrize(("values", "right", "wrong"), [("int4", 0.1, 0.01), (None, 0.01, 0.1)])
+def test_sparsegpt_is_damped_as_gptq_where_it_rounds(values, right, wrong):
+    model, name, batch = tiny_llama(), "model.layers.0.self_attn.q_proj", torch.randint(0, 50, (4, 64))
+    layer, seen = model.get_submodule(name), []
+    W = layer.weight.detach().clone()
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        model(batch)
+    handle.remove()
+    x = seen[0].double()
+    G, grid = x.T @ x / len(x), Grid(4, 16) if values else None
+    if grid:
+        G.diagonal().add_(0.01 * G.diagonal().median())
+    options = {"values": values, "group_size": 16} if values else {}
+    result = ov.compress(model, [batch], method="sparsegpt", rate=0.5, pattern="row", **options)
+    found = ov.merge(result.model).get_submodule(name).weight
+    budget = Allocation(0.5, 0.0, Pattern.parse("row"), grid).budget(*W.shape)
+    equal = {
+        share: (found - sparsegpt(W, G, budget, damping=share).S).abs().lt(1e-5).double().mean()
+        for share in (right, wrong)
+    }
+    assert equal[right] > 0.9 > equal[wrong]
 
 
 @pytest.mark.parametrize("method", ["gptq", "sparsegpt", "oats"])

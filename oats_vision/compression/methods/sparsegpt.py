@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from oats_vision.core.budget import Budget
     from oats_vision.core.oats import Factors
 
+DAMPING = 0.01  # share of each entry of the moments' diagonal
+
 
 @register
 class SparseGPT(LinearMethod):
@@ -31,7 +33,11 @@ class SparseGPT(LinearMethod):
         return Gram(in_features, device)
 
     def decompose(self, weight: Tensor, statistic: Statistic, budget: Budget, settings: CompressionSettings) -> Factors:
-        return sparsegpt(weight, statistic.compute(), budget)
+        from oats_vision.calibration.statistics import Gram
+
+        assert isinstance(statistic, Gram)
+        damping = statistic.damping if budget.grid else DAMPING  # what it rounds is damped as GPTQ's
+        return sparsegpt(weight, statistic.compute(), budget, damping=damping)
 
     def working_set(self, settings: CompressionSettings) -> tuple[int, int]:
         return 6, 5 * 8 + 4  # H, with damping, its factors and its inverse in float64; the last factor in float32
@@ -43,7 +49,7 @@ def sparsegpt(
     budget: Budget,
     *,
     block_size: int = 128,
-    damping: float = 0.01,
+    damping: float = DAMPING,
 ) -> Factors:
     """Prune column by column, and let the columns to the right make up for each loss.
 
