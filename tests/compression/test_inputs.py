@@ -9,19 +9,23 @@ from oats_vision.core.quantise import gptq
 from tests.helpers.on_ranks import tiny_llama, tiny_vit
 
 
+@torch.no_grad()
+def _weight_and_inputs(model, name, batch):
+    """Of a linear: (out_features, in_features), and (tokens, in_features) in float64."""
+    layer, seen = model.get_submodule(name), []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2).double()))
+    model(batch)
+    handle.remove()
+    return layer.weight.clone(), seen[0]
+
+
 @pytest.mark.parametrize("text", [True, False])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("targets", [False, True])
 def test_gptq_is_damped_ten_times_as_much_on_text(text, act_order, targets):
     model, name = (tiny_llama(), "model.layers.0.self_attn.q_proj") if text else (tiny_vit(), "blocks.0.attn.qkv")
     batch = torch.randint(0, 50, (4, 64)) if text else torch.randn(16, 3, 32, 32)
-    layer, seen = model.get_submodule(name), []
-    W = layer.weight.detach().clone()
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, -2)))
-    with torch.no_grad():
-        model(batch)
-    handle.remove()
-    x = seen[0].double()
+    W, x = _weight_and_inputs(model, name, batch)
     result = ov.compress(
         model, [batch], method="gptq", values="int3", group_size=16, act_order=act_order, targets=targets
     )
@@ -39,13 +43,7 @@ def test_gptq_is_damped_ten_times_as_much_on_text(text, act_order, targets):
 @pytest.mark.parametrize(("values", "right", "wrong"), [("int4", 0.1, 0.01), (None, 0.01, 0.1)])
 def test_sparsegpt_is_damped_as_gptq_where_it_rounds(values, right, wrong):
     model, name, batch = tiny_llama(), "model.layers.0.self_attn.q_proj", torch.randint(0, 50, (4, 64))
-    layer, seen = model.get_submodule(name), []
-    W = layer.weight.detach().clone()
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, -2)))
-    with torch.no_grad():
-        model(batch)
-    handle.remove()
-    x = seen[0].double()
+    W, x = _weight_and_inputs(model, name, batch)
     G, grid = x.T @ x / len(x), Grid(4, 16) if values else None
     if grid:
         G.diagonal().add_(0.01 * G.diagonal().median())
