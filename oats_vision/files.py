@@ -12,12 +12,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside `file` that takes its place at the end, or is gone after an error.
+    """A temporary file beside `file` that takes its place at the end, or is gone after an error; links are followed.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full.
+        OSError: the folder is missing or not writable, what is there is a device or the like, or the disk is full.
     """
-    handle, name = tempfile.mkstemp(dir=file.resolve().parent, prefix=f".{file.name}.")
+    file = file.resolve()
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     temporary = Path(name)
     try:

@@ -11,9 +11,11 @@ from oats_vision import checkpoint
 from oats_vision.analysis.rollout import draw, rollout_map, views
 from oats_vision.data.pictures import UNREADABLE, open_picture, picture_files
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, DataError
+from oats_vision.errors import ConfigError, DataError, ModelError
+from oats_vision.evaluation.evaluate import READ
 from oats_vision.evaluation.tasks import task_of_unit
 from oats_vision.machine import choose_device
+from oats_vision.models.families.registry import family_named
 from oats_vision.models.transforms import Transform, as_seen
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ def draw_rollouts(
     Raises:
         OatsVisionError: the checkpoint cannot be used, there is no picture, or the folder cannot be written.
     """
+    if (unit := family_named(checkpoint.read_config(directory).report.family, str(directory)).unit) != "pictures":
+        raise ModelError(f"rollouts are of models that read pictures, and {directory} reads {READ[unit]}")
     targets = _targets(_pictures(images, limit), out)
     transform = task_of_unit("pictures").reader(str(directory), checkpoint.load_transform(directory))
     model = checkpoint.load(directory, device=choose_device(device), trust_remote_code=trust_remote_code)

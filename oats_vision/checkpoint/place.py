@@ -87,9 +87,10 @@ def _lock(file: Path) -> int:
 def _tidy(place: Path) -> None:
     """Remove what a killed run was writing beside a path; a checkpoint that it had moved aside is put back."""
     aside = _aside(place)
-    if aside.is_dir() and not place.exists():
+    if is_checkpoint(aside) and not place.exists():
         aside.rename(place)
-    for left in (aside, *place.parent.glob(f".{_escaped(place.name)}.writing-*")):
+    ours = [aside] if aside.is_dir() and _foreign(aside) is None else []
+    for left in (*ours, *place.parent.glob(f".{_escaped(place.name)}.writing-*")):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -249,6 +250,8 @@ def _resolved(path: Path) -> Path:
 
 
 def _check_parent(place: Path) -> None:
+    if not place.name:
+        raise CheckpointError(f"{place} is the root of all folders: give another `path`")
     if not place.parent.is_dir():
         raise CheckpointError(f"{place.parent} does not exist: make it first, or give another `path`")
     if not os.access(place.parent, os.W_OK):

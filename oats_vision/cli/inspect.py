@@ -64,12 +64,12 @@ def _show_run(directory: Path, html: Path | None, as_json: bool) -> bool:
     Raises:
         CheckpointError: a page is asked for, and there is no checkpoint yet.
     """
-    if not directory.resolve().parent.is_dir():
+    if not directory.resolve().name or not directory.resolve().parent.is_dir():
         return False
     run = under_way(directory)
     if run is None:
         return False
-    if (directory / "config.json").is_file() and not (run.running and run.status):
+    if (directory / "config.json").is_file() and (html or not (run.running and run.status)):
         what = "a run that was to replace it was stopped"
         if run.status.get("written") is True:
             what = "its run was stopped after it was written, and the same command does the rest"

@@ -38,6 +38,7 @@ def rollout(
             raise DataError(f"--images {path} does not exist")
     from oats_vision.analysis.rollouts import draw_rollouts
 
+    out = out.expanduser()  # a shell leaves the ~ of --out=~/x alone
     written = draw_rollouts(
         directory, images, out, Display(messages), limit=limit, device=device, trust_remote_code=trust_remote_code
     )

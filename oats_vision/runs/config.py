@@ -60,6 +60,11 @@ class RunConfig(DataOptions, CompressionOptions):
     )
     _settings: CompressionSettings = PrivateAttr()
 
+    @field_validator("out", "tensorboard")
+    @classmethod
+    def _of_this_user(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else path  # a shell leaves the ~ of --out=~/x and of YAML alone
+
     @field_validator("device")
     @classmethod
     def _spelt_device(cls, device: str) -> str:

@@ -389,6 +389,6 @@ def _name(settings: CompressionSettings) -> str:
 
 def _is_one_of(trials: Sequence[Tried], directory: Path) -> bool:
     """Whether a directory holds the checkpoint of one of the trials."""
-    if not checkpoint.is_checkpoint(directory):
+    if not trials or not checkpoint.is_checkpoint(directory):
         return False
     return checkpoint.read_config(directory).weights_sha256 in {one.weights_sha256 for one in trials}

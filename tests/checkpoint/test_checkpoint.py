@@ -329,6 +329,15 @@ def test_one_writer_at_a_time_who_cleans_up_after_killed_ones(compressed, tmp_pa
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_with_the_name_of_one_moved_aside_is_left_alone(tmp_path):
+    aside = tmp_path / ".out.old"
+    aside.mkdir()
+    (aside / "mine.txt").write_text("precious")
+    with locked(tmp_path / "out"):
+        assert not (tmp_path / "out").exists()
+    assert (aside / "mine.txt").read_text() == "precious"
+
+
 @pytest.mark.parametrize("put_in_place", [False, True])
 def test_a_checkpoint_that_was_moved_aside_by_a_killed_run_is_put_back(saved, put_in_place):
     """Where the system cannot swap two directories in one step."""

@@ -14,6 +14,7 @@ import oats_vision as ov
 from oats_vision.cli.commands import app
 from oats_vision.cli.flags import with_flags
 from oats_vision.errors import OatsVisionError
+from oats_vision.runs.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,23 @@ def test_bench_needs_positions_for_its_text(tmp_path):
         assert error.startswith(f"{flag}: the model has 32 positions, and 33 tokens")
     for command in ("inspect", "bench"):
         assert "does not exist" in _run(command, tmp_path / "none")[2]
+
+
+def test_the_root_is_no_checkpoint_and_no_place_for_one():
+    assert "config.json" in _run("inspect", "/")[2]
+    assert "root of all folders" in _run("compress", "--out", "/")[2]
+
+
+def test_a_rollout_of_a_language_model_is_refused_as_such(language_directory, pictures, tmp_path):
+    model, _ = ov.load_model(str(language_directory))
+    ov.compress(model, [torch.randint(0, 50, (4, 12))], rate=0.5, iterations=2)
+    ov.save(model, tmp_path / "text")
+    words = _run("rollout", tmp_path / "text", "--images", pictures, "--out", tmp_path / "out")[2]
+    assert "rollouts are of models that read pictures" in words
+    assert "reads text" in words
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunConfig(out="~/out", tensorboard="~/runs").out == tmp_path / "out"
+    assert RunConfig(tensorboard="~/runs").tensorboard == tmp_path / "runs"

@@ -254,6 +254,15 @@ def broken_while_compressed(monkeypatch):
     monkeypatch.setattr(module, "compress_and_write", overflowing)
 
 
+def test_what_cannot_be_read_may_be_overwritten(classifier, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"format": "oats_vision", "format_version": 99}))
+    assert checkpoint.is_checkpoint(tmp_path / "out")
+    few = LABELLED | {"eval_samples": 20}
+    with pytest.raises(DataError, match="too few for a search"):
+        search(config(classifier, tmp_path / "out", **few, max_drop=1, overwrite=True))
+
+
 @pytest.mark.parametrize(
     ("broken", "missing", "why"),
     [
