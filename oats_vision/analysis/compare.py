@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from oats_vision.analysis import figures
-from oats_vision.analysis.compared import ComparedModel
+from oats_vision.analysis.compared import ComparedModel, measured_on
 from oats_vision.analysis.figures import Point
 from oats_vision.analysis.page import render
 from oats_vision.evaluation.results import Evaluation, Metric
@@ -111,8 +111,10 @@ def doubts(rows: Sequence[ComparedModel]) -> list[str]:
         found.append(f"Their speed was measured in different precisions: {', '.join(sorted(dtypes))}.")
     if len({(run.cost.unit, run.cost.samples) for run in rows if run.cost}) > 1:
         found.append("Their agreement with the dense model was measured on different numbers of samples.")
-    if len({(run.labelled.where, run.labelled.compared) for run in rows if run.labelled}) > 1:
-        found.append("Their accuracy was measured on different data.")
+    elif len({run.held_out for run in rows if run.cost and run.held_out}) > 1:
+        found.append("Their agreement with the dense model was measured on different samples.")
+    if len({measured_on(run.labelled) for run in rows if run.labelled}) > 1:
+        found.append("Their accuracy was measured on different data, or with different settings.")
     return found
 
 
@@ -176,7 +178,7 @@ def _quality(rows: Sequence[ComparedModel]) -> tuple[str, str, list[Value | None
     Accuracy if all were measured on the same data, else the first metric of their cost, else the layers' errors.
     """
     measured = [run.labelled for run in rows if run.labelled]
-    if len(measured) == len(rows) and len({(one.where, one.compared) for one in measured}) == 1:
+    if len(measured) == len(rows) and len(set(map(measured_on, measured))) == 1:
         name = str(measured[0].compared)
         dense = {one.pair(name)[0].value for one in measured}
         unit = ", %" if measured[0].pair(name)[0].kind == "percent" else ""

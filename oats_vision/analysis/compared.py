@@ -1,5 +1,6 @@
 """One compressed model as comparisons show it, read from its files."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from oats_vision.checkpoint import measure, read_config
+from oats_vision.checkpoint.reports import HOW_READ
 from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
@@ -19,6 +21,7 @@ from oats_vision.evaluation.stored import read_report
 from oats_vision.models.structure import in_experts
 
 MOST = 20  # runs that are read for one comparison
+_DRAWN_BY = ("data", "split", "seed", "sequence_length")  # fields of a run
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ComparedModel:
     bytes, dense_bytes: of the whole model as stored, and dense in the same precision. speed: batch 1 first. labelled:
     an evaluation with a `compared` metric. errors: mean relative error of each block's linears, by the block's number.
     dense_sha256: of the weights that were compressed, if known. machine, dtype: that the speed was measured on and in.
-    seed: if it tells the runs apart.
+    seed: if it tells the runs apart. held_out: what the samples of `cost` were drawn from, and how, if known.
     """
 
     name: str
@@ -44,6 +47,7 @@ class ComparedModel:
     machine: str = ""
     dtype: str = ""
     seed: int | None = None
+    held_out: str = ""
 
     @classmethod
     def read(cls, directory: Path) -> "ComparedModel":
@@ -69,8 +73,9 @@ class ComparedModel:
             labelled=measured.labelled,
             errors=mean_errors(report),
             dense_sha256=source.dense_sha256,
-            machine=", ".join(value for _, value in measured.machine),
+            machine=", ".join(value for _, value in measured.speed_machine),
             dtype=measured.dtype,
+            held_out=", ".join(f"{name} {value}" for name, value in measured.run if name in _DRAWN_BY),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +95,12 @@ class ComparedModel:
             "dtype": self.dtype,
             "seed": self.seed,
         }
+
+
+def measured_on(evaluation: Evaluation) -> tuple[str, str | None, str]:
+    """What must be the same for two evaluations to be compared: the data, the metric, and the settings that matter."""
+    settings = {name: value for name, value in evaluation.settings.items() if name not in HOW_READ}
+    return evaluation.where, evaluation.compared, json.dumps([settings, evaluation.dtype], sort_keys=True)
 
 
 def read_compared(directories: Sequence[Path]) -> list[ComparedModel]:

@@ -294,6 +294,7 @@ def _tables(
         ("Settings", [(_words(key), str(value)) for key, value in settings.items()]),
         ("Run", [(_words(key), value) for key, value in run]),
         ("Machine and time", [*measured.machine, *times, *whole, *memory]),
+        ("Machine of the speeds", list(measured.speed_machine) if measured.speed_machine != measured.machine else []),
     ]
     return [(title, rows) for title, rows in tables if rows]
 

@@ -28,8 +28,8 @@ def write_json(file: Path, content: Any) -> None:
 def add_evaluation(path: Path, result: dict[str, Any]) -> bool:
     """Add an evaluation to a checkpoint's report.json, in the place of an earlier one of the same.
 
-    The same is: protocol, data and settings, but for those of `HOW_READ`; of results of earlier versions, which have
-    no settings, protocol and data.
+    The same is: of as many models, with equal protocol, data, precision and settings, but for those of `HOW_READ`; of
+    results of earlier versions, which have no settings, protocol and data.
 
     Returns:
         Whether it could be written.
@@ -70,6 +70,8 @@ def change_report(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     if any(old.get(name) != new.get(name) for name in ("protocol", "data", "train", "val")):
+        return False
+    if ("dense" in old) != ("dense" in new) or old.get("dtype", new.get("dtype")) != new.get("dtype"):
         return False
     before, now = old.get("settings"), new.get("settings")
     return not (before and now) or _that_matter(before) == _that_matter(now)

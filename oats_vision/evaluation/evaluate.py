@@ -50,13 +50,14 @@ def evaluation_of(
     *,
     model: str = "",
     machine: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> Evaluation:
     """What was found as it is written down, with the differences if it is of both models.
 
     Args:
         found: of `dense`, of `compressed`, or of both.
         model: directory of the compressed one.
-        machine: that it was measured on.
+        machine, dtype: that it was measured on and in.
     """
     dense, ours = found.get("dense"), found.get("compressed")
     differences = {}
@@ -74,4 +75,5 @@ def evaluation_of(
         compressed=ours.score() if ours else None,
         difference=differences,
         machine=dict(machine or {}),
+        dtype=dtype,
     )

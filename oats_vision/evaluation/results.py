@@ -187,7 +187,7 @@ class Evaluation(_Result):
     """One protocol on one set of data: the compressed model, the dense one, or both and their differences.
 
     data, or train and val: where the data are from. settings: of the protocol. model: directory of the compressed
-    model. difference: by the name of a metric. machine: that it was measured on.
+    model. difference: by the name of a metric. machine, dtype: that it was measured on, and in, if known.
     """
 
     protocol: str
@@ -200,6 +200,7 @@ class Evaluation(_Result):
     compressed: SerializeAsAny[Score] | None = None
     difference: dict[str, Difference | Ratio] = {}
     machine: dict[str, Any] = {}
+    dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -73,8 +73,8 @@ class Measured:
     """What report.json says; older ones lack most of it.
 
     cost: without labels; one_shot: the same before a recovery. speed: in `dtype`, batch 1 first. examples: the pictures
-    that changed most. run, machine: what was asked for and what it ran on, as far as it is plain. seconds: of the whole
-    run. peak_memory: bytes. search: for the rate.
+    that changed most. run, machine: what was asked for and what it ran on, as far as it is plain. speed_machine: that
+    the speed was measured on. seconds: of the whole run. peak_memory: bytes. search: for the rate.
     """
 
     evaluations: tuple[Evaluation, ...] = ()
@@ -86,6 +86,7 @@ class Measured:
     run: tuple[tuple[str, str], ...] = ()
     dtype: str = "float32"
     machine: tuple[tuple[str, str], ...] = ()
+    speed_machine: tuple[tuple[str, str], ...] = ()
     seconds: float | None = None
     peak_memory: int | None = None
     search: Searched | None = None
@@ -150,7 +151,8 @@ def read_report(directory: Path) -> Measured:
         examples=tuple(each(Example, "examples", "example")),
         run=_plain(known(dict, "run")),
         dtype=str((known(dict, "run") or {}).get("dtype", "float32")),
-        machine=_plain(known(dict, "speed_machine") or known(dict, "machine")),
+        machine=_plain(known(dict, "machine")),
+        speed_machine=_plain(known(dict, "speed_machine") or known(dict, "machine")),
         seconds=next(one(Seconds, times["command"], "seconds"), None) if "command" in times else None,
         peak_memory=known(Count, "peak_memory"),
         search=known(Searched, "search"),

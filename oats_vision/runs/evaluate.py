@@ -91,5 +91,7 @@ def evaluate(
     models = Models(model, dense, no_dense, **loading, say=say)
     found = measure_models(protocol, settings, models, display)
     directory = models.directory
-    evaluation = evaluation_of(protocol, settings, found, model=str(directory or ""), machine=machine(models.device))
+    evaluation = evaluation_of(
+        protocol, settings, found, model=str(directory or ""), machine=machine(models.device), dtype=dtype
+    )
     return Evaluated(evaluation, found, directory)

@@ -402,7 +402,12 @@ def measure_stored(
     if prepared.asked and before and after:
         found = {"dense": before, "compressed": after}
         finished.evaluation = evaluation_of(
-            prepared.protocol, prepared.asked, found, model=str(config.out), machine=finished.machine
+            prepared.protocol,
+            prepared.asked,
+            found,
+            model=str(config.out),
+            machine=finished.machine,
+            dtype=config.dtype,
         )
     finished.peak_memory = peak_memory(prepared.device)
 

@@ -1,6 +1,7 @@
 """`oats-vision sweep`: a grid of compressions of one model, each measured and written down before the next begins."""
 
 import copy
+import hashlib
 import logging
 import shutil
 import statistics
@@ -22,9 +23,11 @@ from oats_vision.analysis.page import write_page
 from oats_vision.analysis.tables import as_text
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError, one_line, saying
 from oats_vision.evaluation.protocols import Measurement
+from oats_vision.models.weights import tensor_bytes
 from oats_vision.progress import count, duration
 from oats_vision.runs.grid import SweepConfig, cell_name, cell_words
 from oats_vision.runs.partial import journal_of, see_same
@@ -143,6 +146,10 @@ def _do(
     failures, seconds = list[Failure](), list[float]()
     for seed, cells in groupby(missing, lambda cell: cell.seed):
         calibration = dense.prepared.calibration_set(dense.model, dense.prepared.open(seed), display)
+        data = _digest_of(calibration)
+        before = {row.data_sha256 for row in rows.values() if row.seed == seed and row.data_sha256}
+        if data and before - {data}:
+            raise ConfigError(f"{config.out}: the data of seed {seed} have changed since: give another out")
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
             state = write_state(config.out, config.base, dense.prepared.task.unit, weights)
@@ -156,6 +163,7 @@ def _do(
                 failures.append(Failure(settings, seed, one_line(problem)))
                 display.console.print(f"failed: {failures[-1].reason}", soft_wrap=True)
             else:
+                row = row.model_copy(update={"data_sha256": data})
                 write_row(config.out, row.name, row)
                 rows[row.name] = row
             journal.remove()
@@ -201,6 +209,14 @@ def _cell(
         output_error=statistics.mean(outputs) if outputs else None,
         seconds=finished.seconds,
     )
+
+
+def _digest_of(calibration: CalibrationSet) -> str | None:
+    """SHA-256 of the calibration data; None of a stream."""
+    batches = calibration.batches
+    if isinstance(batches, Sequences):
+        return hashlib.sha256(tensor_bytes(batches.ids)).hexdigest()
+    return batches.fingerprint() if batches.fingerprint else None
 
 
 def _directory(config: SweepConfig, name: str) -> Path:

@@ -23,7 +23,7 @@ class Row(BaseModel):
 
     settings: as they were asked for. parameters: of the whole model, dense and compressed. error, output_error: mean
     over the layers, weighted by D and of their outputs, as far as the method knows them. seconds: of the cell, with its
-    measurement.
+    measurement. data_sha256: of the calibration data, where they are no stream.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +35,7 @@ class Row(BaseModel):
     error: float | None
     output_error: float | None
     seconds: float
+    data_sha256: str | None = None
 
     @property
     def name(self) -> str:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from oats_vision.runs.sweep_rows import Row
 
 
-SPREAD = "Each run is the mean over its seeds, and ranges are one standard deviation to both sides."
+SPREAD = (
+    "Each run is the mean over its seeds, and ranges are one standard deviation to both sides; those of a run with one "
+    "seed are 95% intervals."
+)
 
 
 class Figure(NamedTuple):

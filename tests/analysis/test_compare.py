@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rich.console import Console
 from selenium.webdriver.common.by import By
 from typer.testing import CliRunner
 
+import command
 import oats_vision as ov
 from oats_vision.analysis import figures
 from oats_vision.analysis.compare import (
@@ -62,11 +65,10 @@ def _cost(same: float, error: float, samples: int = 64) -> Cost:
     return Cost(unit="pictures", samples=samples, metrics=metrics)
 
 
-def _labelled(top1: float, data: str = "val") -> Evaluation:
+def _labelled(top1: float, data: str = "val", **more) -> Evaluation:
     change = Difference(top1 - 80, top1 - 81, top1 - 79, 0.1)
-    return Evaluation(
-        protocol="top1", data=data, dense=Score(top1=80), compressed=Score(top1=top1), difference={"top-1": change}
-    )
+    values = {"dense": Score(top1=80), "compressed": Score(top1=top1), "difference": {"top-1": change}}
+    return Evaluation(protocol="top1", data=data, **values, **more)
 
 
 def _run(number: int, **more) -> ComparedModel:
@@ -82,6 +84,7 @@ def _run(number: int, **more) -> ComparedModel:
         "errors": {0: 0.01 * number, 1: 0.02 * number},
         "machine": "cpu, 2",
         "dtype": "float32",
+        "held_out": "data val, seed 42",
     }
     return ComparedModel(**values | more)
 
@@ -180,7 +183,10 @@ def test_labels_of_neighbours_do_not_hide_each_other():
         ({"machine": "gpu"}, "different machines"),
         ({"dtype": "bfloat16"}, "different precisions: bfloat16, float32"),
         ({"cost": _cost(99, 0.1, samples=128)}, "different numbers of samples"),
+        ({"held_out": "data other, seed 42"}, "different samples"),
         ({"labelled": _labelled(79, "other")}, "different data"),
+        ({"labelled": _labelled(79, settings={"samples": 40})}, "different settings"),
+        ({"labelled": _labelled(79, dtype="bfloat16")}, "different settings"),
     ],
 )
 def test_runs_that_do_not_compare_are_said(change, words):
@@ -294,3 +300,26 @@ def test_wrong_inputs_are_one_line_each_and_write_nothing(directories, tmp_path)
     result = CliRunner().invoke(app, ["compare", str(first), str(second), "--html", str(second / "config.json")])
     assert "is a file of the checkpoint" in str(result.exception)
     assert not html.exists()
+    os.mkfifo(tmp_path / "pipe")
+    result = CliRunner().invoke(app, ["compare", str(first), str(second), "--html", str(tmp_path / "pipe")])
+    assert "pipe is not a regular file" in str(result.exception)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_page_is_written_to_where_a_link_leads(directories, tmp_path):
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "page.html").write_text("old")
+    (tmp_path / "link.html").symlink_to(tmp_path / "pages" / "page.html")
+    written = CliRunner().invoke(app, ["compare", *map(str, directories), "--html", str(tmp_path / "link.html")])
+    assert written.exit_code == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert "Errors by block" in (tmp_path / "pages" / "page.html").read_text()
+
+
+def test_a_folder_whose_name_is_in_no_encoding_is_compared(directories, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
+    shutil.copytree(directories[0], odd)
+    html = tmp_path / "page.html"
+    done = command.run("compare", odd, directories[1], "--html", html)
+    assert done.returncode == 0, done.stderr
+    assert "b\\udcff" in html.read_text()

@@ -173,7 +173,28 @@ def test_an_evaluation_takes_the_place_of_the_same_and_of_no_other(tmp_path):
     assert kept(ten, twenty, ten) == [twenty, ten]
     assert kept(ten, ten | {"workers": 4}) == [ten | {"workers": 4}]
     assert kept(None, ten) == [ten]  # of an earlier version
+
+    def of_both(*results: dict[str, object]) -> list[tuple[object, bool]]:
+        _write(tmp_path, {})
+        for one in results:
+            add_evaluation(tmp_path, one)
+        found = json.loads((tmp_path / "report.json").read_text())["evaluations"]
+        return [(one.get("dtype"), "dense" in one) for one in found]
+
+    alone = {name: value for name, value in GOOD.items() if name not in ("dense", "difference")}
+    single, half = GOOD | {"dtype": "float32"}, GOOD | {"dtype": "bfloat16"}
+    assert of_both(single, half, single) == [("bfloat16", True), ("float32", True)]
+    assert of_both(GOOD, half) == [("bfloat16", True)]  # of an earlier version
+    assert of_both(single, alone | {"dtype": "float32"}) == [("float32", True), ("float32", False)]
     assert kept(ten, None) == [None]
+
+
+def test_the_machine_of_a_later_bench_is_that_of_the_speeds_alone(tmp_path):
+    ran, timed = {"device": "cpu", "threads": 2}, {"device": "cuda", "threads": 64}
+    found = read_report(_write(tmp_path, {"machine": ran, "speed_machine": timed}))
+    assert dict(found.machine) == {"device": "cpu", "threads": "2"}
+    assert dict(found.speed_machine) == {"device": "cuda", "threads": "64"}
+    assert read_report(_write(tmp_path, {"machine": ran})).speed_machine == found.machine
 
 
 @pytest.mark.parametrize("odd", [[], 5, {"dense": 1, "compressed": None}, {"dense": {}, "compressed": {"top1": {}}}])

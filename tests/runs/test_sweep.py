@@ -10,7 +10,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import oats_vision as ov
@@ -349,6 +351,28 @@ def test_other_weights_under_the_same_name_are_refused(begun, model_directory):
             sweep(sweep_config(**begun, rate=0.3))
     finally:
         weights.write_bytes(before)
+
+
+def test_other_data_under_the_same_name_are_refused(model_directory, tmp_path):
+    (tmp_path / "data").mkdir()
+
+    def pictures(seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        for number in range(20):
+            values = generator.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+            Image.fromarray(values).save(tmp_path / "data" / f"{number}.png")
+
+    def go(rate: float, out: str = "out") -> Sweep:
+        given = BYTES | {"data": str(tmp_path / "data"), "model": str(model_directory), "method": "wanda"}
+        return sweep(sweep_config(**given, out=tmp_path / out, rate=rate))
+
+    pictures(1)
+    go(0.3)
+    go(0.4)
+    pictures(2)
+    with pytest.raises(ConfigError, match="the data of seed 42 have changed since: give another out"):
+        go(0.5)
+    assert len(go(0.5, "other").rows) == 1
 
 
 def test_wrong_data_leave_nothing_behind(model_directory, tmp_path):
