@@ -12,13 +12,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside `file` that takes its place at the end, or is gone after an error; links are followed.
+    """A temporary file beside `file` that takes its place at the end, or is gone after an error.
+
+    A link is replaced and not followed: in a folder from a stranger it may lead anywhere.
 
     Raises:
         OSError: the folder is missing or not writable, what is there is a device or the like, or the disk is full.
     """
-    file = file.resolve()
-    if file.exists() and not file.is_file():
+    if file.exists() and not (file.is_file() or file.is_symlink()):
         raise OSError(errno.EINVAL, "not a regular file", str(file))
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
@@ -31,6 +32,14 @@ def replacing(file: Path) -> Iterator[Path]:
         sync(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def at_home(path: Path) -> Path:
+    """The path with its ~ followed, where there is such a home: shells leave that of `--out=~/x` alone."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path
 
 
 def sync(path: Path) -> None:

@@ -115,7 +115,14 @@ def doubts(rows: Sequence[ComparedModel]) -> list[str]:
         found.append("Their agreement with the dense model was measured on different samples.")
     if len({measured_on(run.labelled) for run in rows if run.labelled}) > 1:
         found.append("Their accuracy was measured on different data, or with different settings.")
+    elif len(_precisions(rows)) > 1:
+        found.append(f"Their accuracy was measured in different precisions: {', '.join(sorted(_precisions(rows)))}.")
     return found
+
+
+def _precisions(rows: Sequence[ComparedModel]) -> set[str]:
+    """That accuracy was measured in, as far as they are known."""
+    return {run.labelled.dtype for run in rows if run.labelled and run.labelled.dtype}
 
 
 def columns(rows: Sequence[ComparedModel]) -> list[Column]:
@@ -178,7 +185,7 @@ def _quality(rows: Sequence[ComparedModel]) -> tuple[str, str, list[Value | None
     Accuracy if all were measured on the same data, else the first metric of their cost, else the layers' errors.
     """
     measured = [run.labelled for run in rows if run.labelled]
-    if len(measured) == len(rows) and len(set(map(measured_on, measured))) == 1:
+    if len(measured) == len(rows) and len(set(map(measured_on, measured))) == 1 >= len(_precisions(rows)):
         name = str(measured[0].compared)
         dense = {one.pair(name)[0].value for one in measured}
         unit = ", %" if measured[0].pair(name)[0].kind == "percent" else ""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oats_vision.checkpoint import measure, read_config
-from oats_vision.checkpoint.reports import HOW_READ
+from oats_vision.checkpoint.reports import that_matter
 from oats_vision.checkpoint.weights import WeightsFile
 from oats_vision.compression.record import CompressionReport, LayerReport
 from oats_vision.compression.settings import CompressionSettings
@@ -21,7 +21,6 @@ from oats_vision.evaluation.stored import read_report
 from oats_vision.models.structure import in_experts
 
 MOST = 20  # runs that are read for one comparison
-_DRAWN_BY = ("data", "split", "seed", "sequence_length")  # fields of a run
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class ComparedModel:
             dense_sha256=source.dense_sha256,
             machine=", ".join(value for _, value in measured.speed_machine),
             dtype=measured.dtype,
-            held_out=", ".join(f"{name} {value}" for name, value in measured.run if name in _DRAWN_BY),
+            held_out=_held_out(dict(measured.run), report.unit),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,10 +96,17 @@ class ComparedModel:
         }
 
 
+def _held_out(run: Mapping[str, str], unit: str) -> str:
+    """What a run drew the samples of its `cost` from, and how: of text and of streams they lie after the others."""
+    names = ["data", "split", "seed"]
+    if unit == "sequences" or run.get("streaming") == "True":
+        names += ["samples", "sequence_length"]
+    return ", ".join(f"{name} {run[name]}" for name in names if name in run)
+
+
 def measured_on(evaluation: Evaluation) -> tuple[str, str | None, str]:
     """What must be the same for two evaluations to be compared: the data, the metric, and the settings that matter."""
-    settings = {name: value for name, value in evaluation.settings.items() if name not in HOW_READ}
-    return evaluation.where, evaluation.compared, json.dumps([settings, evaluation.dtype], sort_keys=True)
+    return evaluation.where, evaluation.compared, json.dumps(that_matter(evaluation.settings), sort_keys=True)
 
 
 def read_compared(directories: Sequence[Path]) -> list[ComparedModel]:

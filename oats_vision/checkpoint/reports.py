@@ -74,8 +74,10 @@ def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     if ("dense" in old) != ("dense" in new) or old.get("dtype", new.get("dtype")) != new.get("dtype"):
         return False
     before, now = old.get("settings"), new.get("settings")
-    return not (before and now) or _that_matter(before) == _that_matter(now)
+    return not (before and now) or that_matter(before) == that_matter(now)
 
 
-def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in HOW_READ}
+def that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation that change what it measures; where all samples are taken, no seed does."""
+    without = HOW_READ | ({"seed"} if settings.get("samples", 0) is None else set())
+    return {name: value for name, value in settings.items() if name not in without}

@@ -40,7 +40,7 @@ def compare(
     runs = read_compared(directories)
     models = {run.model for run in runs}
     title = f"{len(runs)} runs of {models.pop()}" if len(models) == 1 else f"{len(runs)} runs"
-    write_page(comparison_page(runs, title), html)
+    write_page(comparison_page(runs, title), html.resolve())  # a link of the user's own is followed
     if as_json:
         typer.echo(json.dumps({"runs": [run.to_dict() for run in runs], "doubts": doubts(runs), "html": str(html)}))
         return

@@ -46,7 +46,7 @@ def inspect(
 
     found = look(directory)
     if html:
-        draw_page(directory, html, Display(messages))
+        draw_page(directory, html.resolve(), Display(messages))  # a link of the user's own is followed
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
         return

@@ -10,6 +10,7 @@ from oats_vision.cli.help import DATA, OUTPUT
 from oats_vision.cli.options import Device, Directory, Trust, option
 from oats_vision.display import Display
 from oats_vision.errors import DataError
+from oats_vision.files import at_home
 
 EXAMPLES = """\
   oats-vision rollout dinov2_l_50 --images pictures/ --out rollouts"""
@@ -38,7 +39,7 @@ def rollout(
             raise DataError(f"--images {path} does not exist")
     from oats_vision.analysis.rollouts import draw_rollouts
 
-    out = out.expanduser()  # a shell leaves the ~ of --out=~/x alone
+    out = at_home(out)
     written = draw_rollouts(
         directory, images, out, Display(messages), limit=limit, device=device, trust_remote_code=trust_remote_code
     )

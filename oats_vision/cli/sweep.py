@@ -88,12 +88,12 @@ def _show(done: Sweep) -> None:
     """The table, what is missing and why, and where the files are."""
     from oats_vision.analysis.compare import doubts
     from oats_vision.runs.sweep_folder import CSV, PAGE
-    from oats_vision.runs.sweep_table import sweep_table
+    from oats_vision.runs.sweep_table import mean_runs, sweep_table
 
     console, config = results(), done.config
     if done.rows:
         console.print(sweep_table(done))
-    lines = [*doubts([row.run for row in done.rows]), *done.notes, *(f"to do: {name}" for name in done.missing)]
+    lines = [*doubts(mean_runs(done.rows)), *done.notes, *(f"to do: {name}" for name in done.missing)]
     if done.rows and not config.base.dry_run:
         page = f"; the page with plots is {config.out / PAGE}" if config.base.report else ""
         lines.append(f"Written to {config.out / CSV}{page}.")

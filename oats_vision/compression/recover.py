@@ -245,15 +245,15 @@ def check_enough(calibration: Any) -> None:
         DataError: there is not.
     """
     total = expected_samples(calibration)
+    size = getattr(getattr(calibration, "loader", calibration), "batch_size", None)
     if total is None:
         return
     if isinstance(calibration, list | tuple):
-        batches = sum(-(-len(batch) // BATCH) for batch in calibration)
-    else:
-        loader = getattr(calibration, "loader", calibration)
-        size = max(getattr(loader, "batch_size", None) or total, 1)
-        batches = total // size * -(-size // BATCH) + -(-(total % size) // BATCH)
-    _shared_out(None, batches)
+        _shared_out(None, sum(-(-len(batch) // BATCH) for batch in calibration))
+    elif isinstance(calibration, Tensor) and calibration.ndim in (2, 4):
+        _shared_out(None, -(-total // BATCH))
+    elif isinstance(size, int):
+        _shared_out(None, total // size * -(-size // BATCH) + -(-(total % size) // BATCH))
 
 
 def _shared_out(first_held_out: int | None, batches: int) -> tuple[range, range]:

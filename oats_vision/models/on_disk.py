@@ -66,6 +66,12 @@ class BlocksOnDisk:
     bytes_read: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
+
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, places: Mapping[str, Place]) -> "BlocksOnDisk":
         """Take the blocks of a model; what they have in these places they lose."""

@@ -120,8 +120,9 @@ def all_called(blocks: Iterable[nn.Module], linears: Mapping[str, nn.Linear], *,
         yield
     if once and again:
         raise ModelError(
-            f"{again[0]} is called more than once in a pass, and quality best follows one call of each linear: "
-            f"give `quality` fast or plain, or leave it dense with skip={again[0]!r}"
+            f"{again[0]} is called more than once in a pass, and targets, sensitivity, measured budgets and bits "
+            "follow one call of each linear: give a rate with `quality` fast or plain, or leave it dense with "
+            f"skip={again[0]!r}"
         )
     called = set().union(*ranks.everyones(called))  # a rank may have no batch
     unused = [name for name in linears if name not in called and not in_experts(name)]

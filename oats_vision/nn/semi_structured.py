@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from oats_vision.errors import ModelError
 from oats_vision.nn.sparse_low_rank import SparseLowRankLinear, compressed_layers, other_parameter
 
-ROWS, COLUMNS = 32, 64  # that a matrix must have a multiple of: CUTLASS's, which are multiples of cuSPARSELt's
-
 
 class SemiStructuredLinear(nn.Module):
     """y = S x + U (V x) + b with S in the GPU's own 2:4 format: for running, not for saving.
@@ -55,15 +53,17 @@ def is_two_of_four(mask: Tensor) -> bool:
 
 
 def has_the_form(layer: SparseLowRankLinear) -> bool:
-    """Whether a layer's S is 2:4, is not empty, and has a shape that both of PyTorch's libraries take in 16 bits."""
-    fits = layer.out_features % ROWS == 0 and layer.in_features % COLUMNS == 0
+    """Whether a layer's S is 2:4, is not empty, and has a shape that PyTorch takes in 16 bits."""
+    # of CUTLASS, where that is forced, and of cuSPARSELt; `_DTYPE_SHAPE_CONSTRAINTS` of their tensors' classes
+    rows, columns = (32, 64) if torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS else (16, 16)
+    fits = layer.out_features % rows == 0 and layer.in_features % columns == 0
     return fits and layer.spec.nonzeros > 0 and is_two_of_four(layer.sparse.mask())
 
 
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """Let every compressed layer of `model` whose S is 2:4 run on the GPU's sparse matrix units; return the model.
 
-    In place. Other layers stay as they are, and those whose shape is no multiple of 32 x 64.
+    In place. Other layers stay as they are, and those whose shape is no multiple of 16 x 16.
 
     Raises:
         ModelError: the model is not on a GPU that has such units (NVIDIA Ampere or later), or not in a 16-bit dtype.

@@ -13,6 +13,7 @@ from oats_vision.compression.settings import CompressionOptions, CompressionSett
 from oats_vision.errors import ConfigError, DataError, did_you_mean, near, one_line
 from oats_vision.evaluation.tasks.options import DataOptions
 from oats_vision.fields import validated
+from oats_vision.files import at_home
 from oats_vision.runs.scale import BITS, FIRST_BITS, RATE, Scale
 
 KNOWN_DATA = ("demo", "c4", "wikitext", "fineweb")
@@ -63,7 +64,7 @@ class RunConfig(DataOptions, CompressionOptions):
     @field_validator("out", "tensorboard")
     @classmethod
     def _of_this_user(cls, path: Path | None) -> Path | None:
-        return path.expanduser() if path else path  # a shell leaves the ~ of --out=~/x and of YAML alone
+        return path and at_home(path)
 
     @field_validator("device")
     @classmethod

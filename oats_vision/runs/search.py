@@ -27,7 +27,7 @@ from oats_vision.compression.settings import CompressionSettings
 from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
-from oats_vision.errors import ConfigError, ModelError, one_line, saying
+from oats_vision.errors import CheckpointError, ConfigError, ModelError, one_line, saying
 from oats_vision.evaluation.results import LINE
 from oats_vision.evaluation.searched import Loss, Searched, Tried
 from oats_vision.machine import dtype_of
@@ -389,6 +389,9 @@ def _name(settings: CompressionSettings) -> str:
 
 def _is_one_of(trials: Sequence[Tried], directory: Path) -> bool:
     """Whether a directory holds the checkpoint of one of the trials."""
-    if not trials or not checkpoint.is_checkpoint(directory):
+    if not checkpoint.is_checkpoint(directory):
         return False
-    return checkpoint.read_config(directory).weights_sha256 in {one.weights_sha256 for one in trials}
+    try:
+        return checkpoint.read_config(directory).weights_sha256 in {one.weights_sha256 for one in trials}
+    except CheckpointError:  # damaged, or of another release
+        return False

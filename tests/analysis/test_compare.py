@@ -186,13 +186,15 @@ def test_labels_of_neighbours_do_not_hide_each_other():
         ({"held_out": "data other, seed 42"}, "different samples"),
         ({"labelled": _labelled(79, "other")}, "different data"),
         ({"labelled": _labelled(79, settings={"samples": 40})}, "different settings"),
-        ({"labelled": _labelled(79, dtype="bfloat16")}, "different settings"),
+        ({"labelled": _labelled(79, dtype="bfloat16")}, "different precisions: bfloat16, float32"),
     ],
 )
 def test_runs_that_do_not_compare_are_said(change, words):
-    rows = [_run(1, dense_sha256="a" * 64, labelled=_labelled(79)), _run(2, dense_sha256="a" * 64)]
-    rows[1] = replace(rows[1], labelled=_labelled(78))
+    rows = [_run(1, dense_sha256="a" * 64, labelled=_labelled(79, dtype="float32")), _run(2, dense_sha256="a" * 64)]
+    rows[1] = replace(rows[1], labelled=_labelled(78))  # of an earlier version, which notes no precision
     assert doubts(rows) == []
+    seeds = [_labelled(79, settings={"samples": None, "seed": seed, "workers": seed}) for seed in (1, 2)]
+    assert doubts([_run(1, labelled=seeds[0]), _run(2, labelled=seeds[1])]) == []  # all samples, in any case
     found = doubts([rows[0], replace(rows[1], **change)])
     assert len(found) == 1
     assert words in found[0]

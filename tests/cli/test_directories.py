@@ -155,3 +155,4 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunConfig(out="~/out", tensorboard="~/runs").out == tmp_path / "out"
     assert RunConfig(tensorboard="~/runs").tensorboard == tmp_path / "runs"
+    assert RunConfig(out="~nosuchuser/out").out == Path("~nosuchuser/out")

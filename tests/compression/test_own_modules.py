@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import oats_vision as ov
 from oats_vision.errors import DataError, ModelError
@@ -135,18 +136,35 @@ def test_what_the_first_pass_keeps_is_no_tensor_of_inference_mode(block, ran_bef
 
 
 def test_a_linear_that_is_called_twice_is_not_judged_by_one_call():
-    with pytest.raises(ModelError, match=r"blocks\.0\.fc1 is called more than once .* give `quality` fast or plain"):
-        ov.compress(Model(Twice), INPUTS, family=Own)
+    for settings in ({}, {"bits": 3.5, "quality": "fast"}, {"method": "wanda", "targets": True}):
+        with pytest.raises(ModelError, match=r"blocks\.0\.fc1 is called more than once .* a rate with `quality` fast"):
+            ov.compress(Model(Twice), INPUTS, family=Own, **settings)
     report = ov.compress(Model(Twice), INPUTS, family=Own, quality="fast").report
     tokens = {layer.name: layer.tokens for layer in report.layers}
     assert tokens["blocks.0.fc1"] == 2 * tokens["blocks.0.qkv"]
 
 
-@pytest.mark.parametrize("few", [[torch.randn(10, 3, 28, 28)], torch.randn(16, 3, 28, 28)], ids=["a batch", "a tensor"])
+@pytest.mark.parametrize("few", [[torch.randn(10, 3, 32, 32)], torch.randn(16, 3, 32, 32)], ids=["a batch", "a tensor"])
 def test_too_few_samples_for_a_recovery_are_refused_before_the_work(tiny_vit, few):
     with pytest.raises(DataError, match="recovery needs a batch to train on and another one to judge by"):
         ov.compress(tiny_vit, few, recover=3)
     assert isinstance(tiny_vit.blocks[0].attn.qkv, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "enough",
+    [
+        DataLoader(list(torch.randn(2, 8, 3, 32, 32)), batch_size=None),
+        torch.randn(2, 8, 3, 32, 32),
+        DataLoader(torch.randn(16, 3, 32, 32), batch_sampler=[list(range(8)), list(range(8, 16))]),
+        list(torch.randn(2, 8, 3, 32, 32)),
+        torch.randn(17, 3, 32, 32),
+    ],
+    ids=["a loader of batches", "a stack of batches", "a sampler of batches", "batches", "a tensor"],
+)
+def test_two_batches_are_enough_for_a_recovery(tiny_vit, enough):
+    report = ov.compress(tiny_vit, enough, quality="plain", iterations=1, recover=1).report
+    assert report.recovery is not None
 
 
 def test_held_out_inputs_that_the_model_cannot_take_are_named():

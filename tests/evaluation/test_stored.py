@@ -174,6 +174,12 @@ def test_an_evaluation_takes_the_place_of_the_same_and_of_no_other(tmp_path):
     assert kept(ten, ten | {"workers": 4}) == [ten | {"workers": 4}]
     assert kept(None, ten) == [ten]  # of an earlier version
 
+    (tmp_path / "mine.json").write_text("{}")  # a stranger's checkpoint may link to a file of the user's
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "report.json").symlink_to(tmp_path / "mine.json")
+    assert add_evaluation(tmp_path, GOOD)
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
     def of_both(*results: dict[str, object]) -> list[tuple[object, bool]]:
         _write(tmp_path, {})
         for one in results:

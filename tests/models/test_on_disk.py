@@ -1,4 +1,5 @@
 import copy
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,6 +65,14 @@ def test_several_threads_may_call_one_model(model_directory):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(torch.no_grad()(model), batches))
     assert all(torch.equal(logits, whole(x)) for logits, x in zip(found, batches, strict=True))
+
+
+@torch.no_grad()
+def test_a_model_in_files_is_pickled(model_directory):
+    model, _ = load_model(model_directory, low_memory=True)
+    again = pickle.loads(pickle.dumps(model))
+    x = BATCHES["pictures"][0]
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,12 @@ def test_what_is_two_of_four_and_that_it_needs_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("shape", "kept", "has"), [((32, 64), 2, True), ((32, 64), 3, False), ((32, 64), 0, False), ((16, 64), 2, False),
-                               ((32, 72), 2, False)],
+    ("shape", "kept", "cutlass", "has"),
+    [((32, 64), 2, True, True), ((32, 64), 3, False, False), ((32, 64), 0, False, False), ((16, 64), 2, True, False),
+     ((32, 72), 2, False, False), ((16, 16), 2, False, True)],
 )  # fmt: skip
-def test_layers_of_another_form_keep_away_from_sparse_units(shape, kept, has):
+def test_layers_of_another_form_keep_away_from_sparse_units(shape, kept, cutlass, has, monkeypatch):
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", cutlass)
     S = torch.ones(shape) * (torch.arange(shape[1]) % 4 < kept)
     factors = Factors(S, torch.zeros(shape[0], 0), torch.zeros(0, shape[1]), 0.0, 1)
     assert has_the_form(SparseLowRankLinear.from_factors([("w", factors)], None, torch.float16)) == has
