@@ -42,6 +42,11 @@ def at_home(path: Path) -> Path:
         return path
 
 
+def readable(name: str) -> str:
+    """A file's name as text that can be written and drawn: it may be in no encoding."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk.
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from oats_vision.calibration.capture import gradient_samples
 from oats_vision.calibration.statistics import Gram
 from oats_vision.compression import methods
 from oats_vision.compression.settings import resolve
@@ -28,7 +29,6 @@ from oats_vision.core.correlations import Correlations
 # measured by --measure on one core of an EPYC (Zen 5, AVX-512), PyTorch 2.14: see docs/distributed.md
 WORK = {"fast": 41.0, "best": 70.0}
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (1536, 768), (768, 1536))
-SAMPLED, SHARE = 32, 4  # gradients are taken on so many samples, or on one of so many if these are more
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,7 @@ def batches(model: Model, quality: str) -> float:
 
 def gradients(model: Model, quality: str, ranks: int) -> float:
     """Operations of a block for gradients, of a few samples: those of the rank that has most of their batches."""
-    sampled = max(SAMPLED, model.samples // SHARE)
-    share = -(-sampled // model.batch // ranks) * model.batch
+    share = -(-gradient_samples(model.tokens, model.samples) // model.batch // ranks) * model.batch
     return 0.0 if quality == "fast" else 4 * share * model.tokens * sum(2 * one.m * one.n for one in model.linears)
 
 

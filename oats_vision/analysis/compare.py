@@ -115,8 +115,8 @@ def doubts(rows: Sequence[ComparedModel]) -> list[str]:
         found.append("Their agreement with the dense model was measured on different samples.")
     if len({measured_on(run.labelled) for run in rows if run.labelled}) > 1:
         found.append("Their accuracy was measured on different data, or with different settings.")
-    elif len(_precisions(rows)) > 1:
-        found.append(f"Their accuracy was measured in different precisions: {', '.join(sorted(_precisions(rows)))}.")
+    elif len(precisions := _precisions(rows)) > 1:
+        found.append(f"Their accuracy was measured in different precisions: {', '.join(sorted(precisions))}.")
     return found
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from oats_vision.files import readable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -119,11 +121,6 @@ def _move(text: "Annotation", place: tuple[int, int]) -> None:
     text.set_horizontalalignment("center" if place[0] == 0 else "left" if place[0] > 0 else "right")
 
 
-def _readable(name: str) -> str:
-    """A name that matplotlib can draw: a file's may be in no encoding."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def line_plot(lines: Mapping[str, Mapping[int, float]], label: str, *, from_zero: bool = True) -> Markup:
     """One line a name, by block.
 
@@ -141,7 +138,7 @@ def line_plot(lines: Mapping[str, Mapping[int, float]], label: str, *, from_zero
         axes.locator_params(axis="x", integer=True)
         axes.set_ylim(bottom=0 if from_zero else None)
         # by itself a legend leaves out names that start with _
-        figure.legend(axes.lines, [_readable(name) for name in lines], fontsize=8, ncols=2, loc="outside lower center")
+        figure.legend(axes.lines, [readable(name) for name in lines], fontsize=8, ncols=2, loc="outside lower center")
 
     return _svg(draw, (SIZE[0], SIZE[1] + 0.08 * len(lines)), f"{label} by block")
 
@@ -158,7 +155,7 @@ def bar(parts: Sequence[tuple[str, float, int | None]], label: str) -> Markup:
         left, whole = 0.0, sum(size for _, size, _ in parts)
         for name, size, number in parts:
             shade = GRID if number is None else colour(number)
-            axes.barh([0], [size / 1e6], left=left, color=shade, label=f"{_readable(name)}: {size / whole:.1%}")
+            axes.barh([0], [size / 1e6], left=left, color=shade, label=f"{readable(name)}: {size / whole:.1%}")
             left += size / 1e6
         axes.set(xlabel="MB", yticks=[])
         axes.margins(0)

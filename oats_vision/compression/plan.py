@@ -11,6 +11,7 @@ from oats_vision.compression.budgets import PartBudget
 from oats_vision.compression.formats import check_bits
 from oats_vision.compression.methods import BlockMethod
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.core.budget import Allocation
 from oats_vision.errors import ConfigError, ModelError, did_you_mean
 from oats_vision.models.families import Structure
 from oats_vision.models.structure import check_replaceable
@@ -113,22 +114,27 @@ def plan_block(
         if settings.fused_qkv == "joint":
             parts = [(name.rsplit(".", 1)[-1], linear.out_features)]
         try:
-            plan[name] = _budgets(parts, linear.in_features, settings)
+            guessed = settings.rank_ratio == "auto"
+            plan[name] = _budgets(parts, linear.in_features, settings.allocation, guessed)
         except ValueError as impossible:
             raise ConfigError(f"{block_name}.{name}: {impossible}") from None
     return plan
 
 
-def _budgets(parts: Sequence[tuple[str, int]], in_features: int, settings: CompressionSettings) -> list[PartBudget]:
-    """Of a linear's parts. Raises ValueError if one is left without rank or non-zeros."""
-    allocation = settings.allocation
+def _budgets(
+    parts: Sequence[tuple[str, int]], in_features: int, allocation: Allocation, guessed: bool
+) -> list[PartBudget]:
+    """Of a linear's parts; without a rank where a guessed rank ratio is too high for it.
+
+    Raises:
+        ValueError: one is left without rank or non-zeros.
+    """
     try:
         return [PartBudget(part, rows, allocation.budget(rows, in_features)) for part, rows in parts]
     except ValueError:
-        if settings.rank_ratio != "auto":
+        if not guessed:
             raise
-        allocation = replace(allocation, rank_ratio=0.0)  # too small for the first guess
-        return [PartBudget(part, rows, allocation.budget(rows, in_features)) for part, rows in parts]
+        return _budgets(parts, in_features, replace(allocation, rank_ratio=0.0), guessed=False)
 
 
 def skipped(name: str, settings: CompressionSettings) -> bool:

@@ -26,6 +26,7 @@ from oats_vision.evaluation.paired import paired_ratio
 from oats_vision.evaluation.perplexity import Perplexity
 from oats_vision.evaluation.results import EXAMPLES, Answer, Cost, Example, Metric
 from oats_vision.evaluation.thumbnails import patch_maps, thumbnail
+from oats_vision.files import readable
 from oats_vision.models.head import class_logits, has_head
 from oats_vision.models.loading.load import source_of
 from oats_vision.models.record import structure_of
@@ -169,7 +170,7 @@ class PictureReference(Reference):
                 continue
             name = files[first + i] if files else f"picture {start + i + 1}"
             example = Example(
-                name=name.encode(errors="backslashreplace").decode(),  # a file's may be in no encoding
+                name=readable(name),
                 thumbnail=thumbnail(inputs.tensor[i], self.transform),
                 dense=answers[0],
                 compressed=answers[1],

@@ -63,7 +63,7 @@ def has_the_form(layer: SparseLowRankLinear) -> bool:
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """Let every compressed layer of `model` whose S is 2:4 run on the GPU's sparse matrix units; return the model.
 
-    In place. Other layers stay as they are, and those whose shape is no multiple of 16 x 16.
+    In place. Other layers stay as they are, and those of a shape that PyTorch does not take.
 
     Raises:
         ModelError: the model is not on a GPU that has such units (NVIDIA Ampere or later), or not in a 16-bit dtype.

@@ -166,13 +166,13 @@ def _run(config: RunConfig, journal: Journal, display: Display, watch: Watch | N
         watch.begin(config.model, dtype_of(str(prepared.settings.storage_dtype)), prepared.device)
     see_same(journal, prepared.config, prepared.settings, display)
     batches = prepared.open(config.seed)
+    if config.recover:
+        check_enough(batches)
     planned = prepared.forecast(model, batches)
     display.lines("plan", planned.lines())
     if prepared.asked and record_of(model).on_disk:
         log.warning("each labelled batch reads all weights again: larger batches, or no labelled data, save that")
     calibration = prepared.calibration_set(model, batches, display)
-    if config.recover:
-        check_enough(calibration.batches)
     before = prepared.score(model, "dense", display)
     finished = compress_and_write(
         model, prepared.config, prepared.settings, prepared, calibration, journal, display, watch

@@ -23,6 +23,7 @@ from oats_vision.analysis.page import write_page
 from oats_vision.analysis.tables import as_text
 from oats_vision.compression.journal import Journal
 from oats_vision.compression.settings import CompressionSettings
+from oats_vision.data.pictures import Batches
 from oats_vision.data.text import Sequences
 from oats_vision.display import Display
 from oats_vision.errors import ConfigError, DataError, ModelError, one_line, saying
@@ -145,11 +146,12 @@ def _do(
         raise ConfigError(f"{config.out}: the weights of {config.base.model} have changed since: give another out")
     failures, seconds = list[Failure](), list[float]()
     for seed, cells in groupby(missing, lambda cell: cell.seed):
-        calibration = dense.prepared.calibration_set(dense.model, dense.prepared.open(seed), display)
-        data = _digest_of(calibration)
+        batches = dense.prepared.open(seed)
+        data = _digest_of(batches)
         before = {row.data_sha256 for row in rows.values() if row.seed == seed and row.data_sha256}
         if data and before - {data}:
             raise ConfigError(f"{config.out}: the data of seed {seed} have changed since: give another out")
+        calibration = dense.prepared.calibration_set(dense.model, batches, display)
         dense.score = dense.score or dense.prepared.score(dense.model, "dense", display)
         if state is None:  # all that the cells share is seen to be right
             state = write_state(config.out, config.base, dense.prepared.task.unit, weights)
@@ -211,9 +213,8 @@ def _cell(
     )
 
 
-def _digest_of(calibration: CalibrationSet) -> str | None:
-    """SHA-256 of the calibration data; None of a stream."""
-    batches = calibration.batches
+def _digest_of(batches: Batches | Sequences) -> str | None:
+    """SHA-256 of calibration data; None of a stream."""
     if isinstance(batches, Sequences):
         return hashlib.sha256(tensor_bytes(batches.ids)).hexdigest()
     return batches.fingerprint() if batches.fingerprint else None
