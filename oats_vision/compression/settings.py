@@ -206,7 +206,7 @@ class CompressionOptions(_Shared):
         description="non-zeros by row, by layer or N:M, such as 2:4 [default: row; baselines: their own]",
     )
     bits: Bits | Literal["auto"] | None = Field(
-        None, description="bits a weight in place of a rate; auto: a search's (`compress` alone)"
+        None, description="bits a weight in place of a rate; auto: a search finds them (compress alone)"
     )
     budget: Budgets | None = Field(
         None,
